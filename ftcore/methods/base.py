@@ -1,0 +1,68 @@
+"""Method: what moves. One file each in this folder; a method is both its configuration and its behaviour.
+
+In: a loaded model. Out: the same model with some parameters trainable, and a folder that holds exactly those. Runs in: train workers.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftcore.registry import Registry
+from ftcore.section import Choice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+METHODS: Registry[type[Method]] = Registry("method", "ftcore.methods")
+
+
+class Method(Choice):
+    """What is trainable, how it is saved and merged."""
+
+    servable: ClassVar[bool] = False
+    """The serving engines can hold many of these over one base."""
+    mergeable: ClassVar[bool] = False
+    """`merge` folds it into the base."""
+    is_adapter: ClassVar[bool] = False
+    """What is saved is a small PEFT folder over a base, not a whole model."""
+
+    def load_options(self) -> dict[str, Any]:
+        """Extra keyword arguments for `from_pretrained` (quantisation, for one)."""
+        return {}
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Returns the model to train: the right parameters require gradients and no others. Raises ModelError when nothing would move."""
+
+    def resume(self, model: nn.Module, folder: Path) -> nn.Module:
+        """Like `apply`, starting from weights saved in `folder` (a checkpoint or an adapter this run continues from)."""
+        trained = self.apply(model)
+        self.load(trained, folder)
+        return trained
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called on every rank after each optimizer step (AdaLoRA's budget, for one)."""
+
+    @abstractmethod
+    def without(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the model behaves as the untouched base. Raises ModelError where it cannot."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes `weights` (the stepper's `whole()`: every trainable parameter, by its name in `model`) so that `load` and plain
+        PEFT or transformers can read them. safetensors only."""
+
+    @abstractmethod
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Puts saved weights into an applied model. Raises IntegrityError unless every tensor binds exactly."""
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Returns a plain transformers model with the method folded in."""
+        from ftcore.errors import ModelError
+
+        raise ModelError(f"method `{self.kind}` cannot be merged", remedy="publish it as an adapter instead")

@@ -1,0 +1,71 @@
+"""Optim: learning rate, schedule, batch, optimizer. The Section here; `build` makes the torch optimizer inside functions.
+
+In: the recipe's `optim`. Out: a torch optimizer with weight-decay groups, a learning rate for every step. Runs in: train workers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ftcore.section import Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Optim(Section):
+    """The optimizer, its schedule, and how long to train."""
+
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate. LoRA: 1e-4 to 3e-4; full fine-tuning: 1e-5 to 2e-5."""
+    batch_size: int = Field(8, ge=1)
+    """Blocks per optimizer step over all workers together (with `data.pack: false`, a block is one example)."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training blocks; ignored past `max_steps`."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup: float = Field(0.03, ge=0)
+    """Below 1: share of all steps; 1 or more: that many steps. The rate climbs linearly from near zero."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Where the decay ends, as a share of `lr`."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay; biases and norms are left out."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator floor."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Gradient norm limit over all trainable parameters; 0 leaves gradients alone."""
+    seed: int = Field(0, ge=0)
+    """Order of blocks, initial adapter weights, dropout."""
+
+    def warmup_steps(self, num_steps: int) -> int:
+        return min(num_steps, int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * num_steps))
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of 0-based `step`: linear warm-up to `lr`, then the schedule down to `min_lr_ratio * lr` at the last step."""
+        warmup = self.warmup_steps(num_steps)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = (step - warmup) / max(1, num_steps - warmup)
+        shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters, in `named_parameters` order; vectors (biases, norms) get no weight decay. Fused where it can."""
+        import torch
+
+        trainable = [p for _, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=True)

@@ -1,0 +1,205 @@
+"""Recipe: one YAML file that says everything about a run: data x method x stage x backend, and where it lands.
+
+In: YAML (or a dict) and `path=value` overrides. Out: a validated Recipe, or a ConfigError that lists every problem with its line.
+Runs in: everywhere; imports no torch, ray, peft, transformers (a test holds this).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ftcore.backends.base import BACKENDS, Backend
+from ftcore.errors import ConfigError
+from ftcore.methods.base import METHODS, Method
+from ftcore.optim import Optim
+from ftcore.section import Section, chosen
+from ftcore.stages.base import STAGES, Stage
+
+NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
+ADAPTER_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}/[a-z0-9][a-z0-9._-]{0,62}$")
+
+
+class Model(Section):
+    """The base model."""
+
+    path: str
+    """A local folder or a hub name (`Qwen/Qwen2.5-0.5B`)."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub; ignored for a folder."""
+    adapter: str | None = None
+    """Continue from a published adapter: `tenant/name`, `tenant/name@digest`, or a PEFT folder."""
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
+    """What the frozen base is held and computed in; what is trained is kept in fp32 (fp64 with fp64)."""
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
+    """`auto`: our segment-isolating path where the model allows it, else padded SDPA."""
+    chat_template: str = "auto"
+    """`auto`: the tokenizer's own, else the family's; or a family name (chatml, llama3, ...), or a .jinja file."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model. Off: only what transformers itself implements."""
+
+
+class Source(Section):
+    """One place rows come from."""
+
+    path: str
+    """A file, folder, glob, s3:// or other fsspec path, or `hf:NAME[:SPLIT]`."""
+    format: str = "auto"
+    """How a row reads: auto, alpaca, sharegpt, messages, text, ... (`ftcore schema` lists them)."""
+    weight: float = Field(1.0, gt=0)
+    """Passes over this source within one epoch; 0.5 takes a stable half of it."""
+    split: Literal["auto", "train", "validation", "test"] = "auto"
+    """`auto`: dealt by the stable hash of `data.validation` and `data.test`; else all of it goes there."""
+
+
+class Data(Section):
+    """Which rows, and how they become tokens."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """Where rows come from; a mixture when several."""
+    train_on: Literal["answers", "all", "last"] = "answers"
+    """Which turns are labels: every assistant turn, everything, or the last assistant turn only."""
+    max_length: int = Field(2048, ge=8)
+    """Longest example, in tokens."""
+    overlong: Literal["refuse", "drop", "truncate", "split"] = "truncate"
+    """What happens to a longer one. `split` cuts it into windows, each a separate example."""
+    pack: bool = True
+    """Lay several examples end to end in one block, kept apart by attention and positions."""
+    block_tokens: int | None = Field(None, ge=8)
+    """Tokens in a packed block; unset: `max_length`."""
+    validation: float = Field(0.05, ge=0, lt=1)
+    """Share of rows held out for validation loss, by a stable hash of the row's content."""
+    test: float = Field(0.0, ge=0, lt=1)
+    """Share of rows held out and never read by training."""
+    duplicates: Literal["drop", "report", "keep"] = "drop"
+    """Rows whose content is exactly the same."""
+    near_duplicates: Literal["drop", "report", "keep"] = "keep"
+    """Rows whose word shingles are alike (MinHash); looked for unless `keep`."""
+    near_threshold: float = Field(0.8, gt=0, le=1)
+    """Estimated Jaccard similarity from which two rows are near duplicates."""
+    redact: Literal["off", "report", "mask"] = "report"
+    """Secrets and personal data in rows: look for them and report, or replace them too."""
+    max_rejected: float = Field(0.01, ge=0, le=1)
+    """Share of rows that may be rejected before the run is refused."""
+    max_truncated: float = Field(0.05, ge=0, le=1)
+    """Share of trained tokens' examples that may lose labels to `max_length` before the run is refused."""
+    cache: str = "prepared"
+    """Folder of prepared blocks, by content: a second run on the same data starts at once."""
+    engine: Literal["auto", "process", "ray"] = "auto"
+    """Where rows are prepared; `auto` uses the cluster from a few megabytes up."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        if isinstance(value, str | dict):
+            value = [value]
+        return [{"path": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Data:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation + test must leave rows to train on")
+        if self.block_tokens is not None and self.block_tokens < self.max_length:
+            raise ValueError(f"block_tokens ({self.block_tokens}) must hold at least one example of max_length ({self.max_length})")
+        return self
+
+
+class Resources(Section):
+    """What the run asks of the cluster."""
+
+    workers: int = Field(1, ge=1)
+    """Training processes; 1 with no GPU trains in one worker."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPU cores (and compute threads) each worker takes."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs each worker takes."""
+    max_failures: int = Field(3, ge=-1)
+    """Worker failures to recover from before the run fails; -1 for no limit."""
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """How workers are laid over nodes."""
+
+
+class Eval(Section):
+    """Validation loss while training."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between validations; unset: at the end of each epoch."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many validations without a better loss; unset: never."""
+    max_blocks: int | None = Field(None, ge=1)
+    """Look at no more validation blocks than this."""
+
+
+class Output(Section):
+    """Where things land."""
+
+    runs: str = "runs"
+    """Folder (or fsspec path) of run folders."""
+    store: str = "adapters"
+    """The adapter store."""
+    adapter: str | None = None
+    """Publish as `tenant/name`; unset: train and keep the result in the run folder only."""
+    promote: bool = True
+    """Point the name at the new version once it is published."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints (one is always made at the end)."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept: the newest ones and the best."""
+    log_every: int = Field(1, ge=1)
+    """Steps between journal lines."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Also write there (each must be installed)."""
+    sign_key: str | None = None
+    """Private Ed25519 key file (PEM) to sign the card with."""
+
+    @field_validator("adapter")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None and not ADAPTER_NAME.match(value):
+            raise ValueError("must read tenant/name, each of lower-case letters, digits, '.', '_', '-'")
+        return value
+
+
+class Recipe(Section):
+    """Everything about one run."""
+
+    name: str
+    """Names the run folder; the same name continues the same run."""
+    model: Model
+    data: Data
+    method: chosen(Method, METHODS)  # type: ignore[valid-type]
+    stage: chosen(Stage, STAGES)  # type: ignore[valid-type]
+    backend: chosen(Backend, BACKENDS) = Field(default_factory=lambda: BACKENDS["plain"](kind="plain"))  # type: ignore[valid-type]
+    optim: Optim = Optim()
+    resources: Resources = Resources()
+    eval: Eval = Eval()
+    output: Output = Output()
+    plugins: tuple[str, ...] = ()
+    """Python modules that register further methods, stages, formats...; only names the process allows (FTCORE_PLUGINS)."""
+
+    @field_validator("name")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError("must be lower-case letters, digits, '.', '_', '-' and start with a letter or digit")
+        return value
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe file and applies `path=value` overrides (values are YAML)."""
+    tree: dict[str, Any] = yaml.safe_load(Path(path).read_text())
+    for override in overrides:
+        keys, _, value = override.partition("=")
+        *parents, last = keys.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = yaml.safe_load(value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("the recipe is not valid", where=path, got=str(error)) from error

@@ -1,0 +1,90 @@
+"""Section: the frozen, strict pydantic model every part of a recipe is made of, and Choice: a Section picked by `kind`.
+
+In: plain dicts from YAML. Out: validated values, or errors that name the place and the nearest valid key. Runs in: everywhere; no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from ftcore.errors import ConfigError
+from ftcore.registry import Registry
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, unknown keys refused, each field documented by the docstring under it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=())
+
+
+class Choice(Section):
+    """A Section that also acts, chosen by its `kind`: `{kind: lora, rank: 16}` is both the configuration and the behaviour.
+
+    Subclass it for an axis (Method, Stage, ...), give the axis a Registry, and register one class per file.
+    """
+
+    kind: str
+    """Which implementation."""
+
+
+class _ChoiceSchema:
+    """Draws a choice in JSON Schema as one branch per registered kind."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry = registry
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        branches = []
+        for kind, cls in self.registry.items():
+            branch = cls.model_json_schema()
+            branch["properties"]["kind"] = {"const": kind, "description": (cls.__doc__ or "").split("\n")[0]}
+            branch["required"] = ["kind", *[key for key in branch.get("required", []) if key != "kind"]]
+            branches.append(branch)
+        return {"oneOf": branches}
+
+
+def chosen(base: type[Choice], registry: Registry[Any]) -> Any:
+    """The annotation for a recipe key that holds a choice: `method: chosen(Method, METHODS)`."""
+
+    def pick(value: object) -> object:
+        if isinstance(value, base):
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, dict) or "kind" not in value:
+            raise PydanticCustomError("choice", "needs a `kind`: one of {kinds}", {"kinds": " | ".join(registry)})
+        try:
+            cls = registry[value["kind"]]
+        except ConfigError as error:
+            line = InitErrorDetails(
+                type=PydanticCustomError(
+                    "unknown_kind", "unknown {axis}; wanted {wanted}; {hint}",
+                    {"axis": registry.axis, "wanted": error.wanted, "hint": error.remedy or "see `ftcore schema`"},
+                ),
+                loc=("kind",), input=value["kind"],
+            )
+            raise ValidationError.from_exception_data(registry.axis, [line]) from None
+        return cls.model_validate(value)
+
+    return Annotated[SerializeAsAny[base], BeforeValidator(pick), _ChoiceSchema(registry)]  # type: ignore[valid-type]
+
+
+def leaf_paths(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of all leaf keys of a Section class; choices count as one leaf each (their branches vary)."""
+    paths: list[str] = []
+    for name, field in cls.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section) and not issubclass(inner, Choice):
+            paths += leaf_paths(inner, f"{prefix}{name}.")
+        else:
+            paths.append(prefix + name)
+    return paths
+
+
