@@ -7,18 +7,25 @@ Runs in: everywhere; imports no torch, ray, peft, transformers (a test holds thi
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ftcore.backends.base import BACKENDS, Backend
 from ftcore.errors import ConfigError
 from ftcore.methods.base import METHODS, Method
 from ftcore.optim import Optim
-from ftcore.section import Section, chosen
+from ftcore.plugins import import_plugins
+from ftcore.recipe_checks import impossible
+from ftcore.recipe_errors import explain
+from ftcore.recipe_file import Problem, Tree, by_line, dump_yaml, override, parse_tree, read_tree
+from ftcore.section import Choice, Section, chosen
 from ftcore.stages.base import STAGES, Stage
+from ftcore.storage import digest_of
+
+REQUIRED = "(required)"
 
 NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
 ADAPTER_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}/[a-z0-9][a-z0-9._-]{0,62}$")
@@ -132,6 +139,8 @@ class Eval(Section):
     """Stop after this many validations without a better loss; unset: never."""
     max_blocks: int | None = Field(None, ge=1)
     """Look at no more validation blocks than this."""
+    choose: Literal["best", "last"] = "best"
+    """Which step the result is made of, when there are validation rows."""
 
 
 class Output(Section):
@@ -189,17 +198,60 @@ class Recipe(Section):
         return value
 
 
-def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe file and applies `path=value` overrides (values are YAML)."""
-    tree: dict[str, Any] = yaml.safe_load(Path(path).read_text())
-    for override in overrides:
-        keys, _, value = override.partition("=")
-        *parents, last = keys.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = yaml.safe_load(value)
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[str] | None = None) -> Recipe:
+    """Reads a recipe file and applies `path=value` overrides (values are YAML).
+
+    `plugins` is the allow-list of plugin modules; None takes FTCORE_PLUGINS. Raises ConfigError that lists every problem with its line.
+    """
+    return _recipe_of(read_tree(path), overrides, plugins)
+
+
+def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = (), *, plugins: Sequence[str] | None = None) -> Recipe:
+    """Like `load_recipe`, from text: how a worker gets the driver's recipe back (`parse_recipe(dump_recipe(recipe))`)."""
+    return _recipe_of(parse_tree(text, name), overrides, plugins)
+
+
+def _recipe_of(tree: Tree, overrides: Sequence[str], plugins: Sequence[str] | None) -> Recipe:
+    for text in overrides:
+        override(tree, text)
+    import_plugins(tree.values.get("plugins"), plugins, tree.place(("plugins",)))
+    problems = list(tree.problems)
+    recipe: Recipe | None = None
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
-        raise ConfigError("the recipe is not valid", where=path, got=str(error)) from error
+        problems += explain(error, tree, Recipe)
+    if recipe is not None:
+        problems += [Problem(tree.place(tuple(at.split("."))), at, text) for at, text in impossible(recipe)]
+    if recipe is None or problems:
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        lines = "".join(f"\n  {problem}" for problem in sorted(problems, key=by_line))
+        raise ConfigError(f"{count} in the recipe{lines}", remedy="`ftcore schema` describes every key")
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key written out; `parse_recipe` reads back an equal one."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe: the same for two files that ask for the same run."""
+    return digest_of(recipe.model_dump(mode="json"))
+
+
+def differences(recipe: Section, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(path, value, default) of every key that is not at its default; `REQUIRED` where a key has none."""
+    found: list[tuple[str, Any, Any]] = []
+    for name, field in type(recipe).model_fields.items():
+        value, path = getattr(recipe, name), f"{prefix}{name}"
+        default = REQUIRED if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+        if isinstance(value, Section):
+            if isinstance(value, Choice) and getattr(default, "kind", default) != value.kind:
+                found.append((f"{path}.kind", value.kind, getattr(default, "kind", default)))
+            found += [line for line in differences(value, f"{path}.") if not line[0].endswith(".kind")]
+        elif isinstance(value, tuple) and value and all(isinstance(item, Section) for item in value):
+            found += [line for index, item in enumerate(value) for line in differences(item, f"{path}.{index}.")]
+        elif value != default:
+            found.append((path, value, default))
+    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ftcore.errors import ConfigError
@@ -22,6 +22,14 @@ class Section(BaseModel):
     """A part of a recipe: frozen, unknown keys refused, each field documented by the docstring under it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """`rank: true` is a mistake, not 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, int | None, float | None):
+            raise PydanticCustomError("number", "wanted a number")
+        return value
 
 
 class Choice(Section):

@@ -8,6 +8,7 @@ A folder is *sealed* by its last object: `manifest.json` lists every other file 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -80,10 +81,7 @@ class Folder:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write_synced(temporary, data)
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -96,6 +94,70 @@ class Folder:
 
     def write_json(self, key: str, value: Any) -> None:
         self.write(key, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Writes an object that must not exist yet, whole; False (and nothing written) when it does. Of two at once, one wins."""
+        with self._explained("write", key):
+            if not self.is_local:
+                try:
+                    self._fs.pipe_file(self._key(key), data, mode="create")
+                except FileExistsError:
+                    return False
+                return True
+            target = self.path / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+            try:
+                _write_synced(temporary, data)
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink(missing_ok=True)
+            return True
+
+    def replace(self, key: str, old: bytes | None, new: bytes) -> bool:
+        """Writes `new` only where the object still reads `old` (None: is not there); False when somebody else was first.
+
+        Local: under a lock file. s3: one conditional put (If-Match). Other remote file systems: compare, then put.
+        """
+        if old is None:
+            return self.create(key, new)
+        with self._explained("replace", key):
+            if not self.is_local:
+                return self._replace_remote(key, old, new)
+            target = self.path / key
+            with target.with_name(f".{target.name}.lock.tmp").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not target.exists() or target.read_bytes() != old:
+                    return False
+                self.write(key, new)
+                return True
+
+    def _replace_remote(self, key: str, old: bytes, new: bytes) -> bool:
+        try:
+            tag = self._fs.info(self._key(key)).get("ETag")
+            if bytes(self._fs.cat_file(self._key(key))) != old:
+                return False
+        except FileNotFoundError:
+            return False
+        if tag is None:
+            self._fs.pipe_file(self._key(key), new)
+            return True
+        try:
+            self._fs.pipe_file(self._key(key), new, IfMatch=tag)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EBUSY):  # s3fs's names for 412 and 409: the object changed meanwhile
+                return False
+            raise
+        return True
+
+    def modified(self, key: str) -> float:
+        """When the object was last written, Unix seconds."""
+        with self._explained("look at", key):
+            if self.is_local:
+                return (self.path / key).stat().st_mtime
+            return float(self._fs.modified(self._key(key)).timestamp())
 
     def put(self, local: Path, key: str) -> None:
         """Copies a local file in (streamed for remote folders)."""
@@ -166,6 +228,13 @@ class Folder:
             raise
         except OSError as error:
             raise explain_oserror(error, verb, f"{self.url}/{key}".rstrip("/")) from error
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def explain_oserror(error: OSError, verb: str, where: str) -> StorageError:

@@ -62,8 +62,9 @@ class Stepper(Protocol):
     def whole(self) -> dict[str, Tensor]:
         """Every trainable parameter by name, gathered, on the CPU (on rank 0; other ranks may get {})."""
 
-    def save(self, folder: Path) -> None:
-        """Writes optimizer (and scaler) state as safetensors + JSON; weights are the method's to save."""
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copies optimizer (and scaler) state now; the returned function writes it into a folder as safetensors + JSON, from any thread.
+        Weights are the method's to save."""
 
     def load(self, folder: Path) -> None: ...
 

@@ -1,0 +1,78 @@
+# Two commands need nothing but Python 3.11+ and make: `make demo` and `make test`. Both make .venv once, under constraints.txt.
+#   make demo [HISTORY=FILE] [MODEL=FOLDER-OR-HUB-NAME]    the main job, end to end, on the embedded default
+#   make test [ARGS="-k name"]     the whole suite       make check   format, lint, types, import rules
+#   make proof                     the long proofs        make bench   the benchmarks       make clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || echo python3)
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# A stamp holds the digest of what was installed, so that an edit of pyproject.toml or constraints.txt installs again, and nothing else does.
+WANTED := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' -)
+DEMO_STAMP := $(VENV)/.installed-demo-$(WANTED)
+DEV_STAMP := $(VENV)/.installed-dev-$(WANTED)
+BENCH_STAMP := $(VENV)/.installed-bench-$(WANTED)
+# One compute thread a process unless told otherwise: tests and the demo run several workers on a small machine.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test check proof bench clean
+
+help:
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+
+demo: $(DEMO_STAMP)
+	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: $(DEV_STAMP)
+	@$(RUN) -m pytest -q --durations=15 -m "not proof and not gpu" $(ARGS)
+
+check: $(DEV_STAMP)
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+	@$(RUN) -m pytest -q tests/test_architecture.py
+
+proof: $(DEV_STAMP)
+	@$(RUN) -m pytest -q -s --durations=0 -m proof $(ARGS)
+
+bench: $(BENCH_STAMP)
+	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) "$$file" $(ARGS); done
+
+clean:
+	rm -rf runs adapters prepared .demo build *.egg-info .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(RUN):
+	@command -v "$(PYTHON)" >/dev/null || { echo "no Python found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$$("$(PYTHON)" --version) is too old: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "this Python cannot make environments: install its venv package (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv "$(VENV)"
+
+$(DEMO_STAMP): | $(RUN)
+	@$(call install,train$(comma)serve)
+	@rm -f $(VENV)/.installed-demo-*; touch $@
+
+$(DEV_STAMP): $(DEMO_STAMP)
+	@$(call install,train$(comma)serve$(comma)dev)
+	@rm -f $(VENV)/.installed-dev-*; touch $@
+
+$(BENCH_STAMP): $(DEV_STAMP)
+	@$(call install,train$(comma)serve$(comma)dev$(comma)bench)
+	@rm -f $(VENV)/.installed-bench-*; touch $@
+
+comma := ,
+# Without a GPU, the default torch wheel for Linux brings gigabytes of CUDA: PIP_EXTRA_INDEX_URL may name PyTorch's CPU wheels instead.
+define install
+echo "installing ftcore[$(1)] under constraints.txt (once; about a minute, 2 GB)"; \
+if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && [ -z "$${PIP_EXTRA_INDEX_URL:-}$${PIP_INDEX_URL:-}" ]; then \
+  echo "no GPU seen: if pip downloads CUDA packages, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels and start again (README, Install)"; fi; \
+$(RUN) -m pip install --disable-pip-version-check --quiet --progress-bar off -c constraints.txt -e '.[$(1)]'; echo "installed"
+endef

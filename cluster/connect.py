@@ -1,0 +1,143 @@
+"""Connect: joins the Ray cluster a run belongs to, or starts a small one here, and says which in one line.
+
+In: a recipe (or nothing), RAY_ADDRESS, the environment of a submitted job. Out: a Connection. Runs in: the driver.
+
+Rules: inside a job, the job's cluster; else RAY_ADDRESS; else a Ray of our own on this machine with as many logical CPUs as it has cores
+(FTCORE_LOCAL_CPUS overrules). A cluster that merely happens to run on this machine is never joined by surprise: `RAY_ADDRESS=auto` asks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.runtime_env import JOB_VARIABLE
+from ftcore.errors import ClusterError, ConfigError
+
+Kind = Literal["job", "cluster", "local", "joined"]
+
+DRIVER_DEFAULTS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the controller's poll; at its default of 2 s a short run ends 5 s late
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a worker stays where the recipe's relative paths make sense
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray's own FutureWarning asks for
+}
+SINGLE_MACHINE_DEFAULTS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine's nodes away
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The cluster this process is joined to. `started` is true when closing it ends it."""
+
+    kind: Kind
+    address: str
+    nodes: int
+    cpus: float
+    gpus: float
+    logs: str
+    started: bool = False
+
+    def __str__(self) -> str:
+        what = {
+            "job": "this job's Ray cluster", "cluster": "the running Ray cluster", "local": "a Ray of our own on this machine",
+            "joined": "the Ray this process is already in",
+        }[self.kind]
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
+        return f"{what} at {self.address} ({self.nodes} node{'s' * (self.nodes != 1)}, {self.cpus:g} CPUs{gpus})"
+
+    def close(self) -> None:
+        """Leaves the cluster, if it was this process's own to leave."""
+        if self.kind != "joined" and ray.is_initialized():
+            ray.shutdown()
+
+
+def inside_job() -> bool:
+    """Whether this process is the driver of a submitted Ray job."""
+    return JOB_VARIABLE in os.environ
+
+
+def connect(*, local_cpus: float = 0, dashboard: bool = False, log: Callable[[str], None] = print) -> Connection:
+    """Joins or starts Ray. `local_cpus`: at least this many logical CPUs if a Ray is started here; `dashboard` only then too.
+
+    Raises ClusterError when the cluster that was asked for does not answer.
+    """
+    for name, value in DRIVER_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return _describe("joined")
+    address = os.environ.get("RAY_ADDRESS", "")
+    kind: Kind = "job" if inside_job() else "cluster" if address not in ("", "local") else "local"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Ray's own announcements
+        if kind == "local":
+            session = _start_local(local_cpus, dashboard)
+        else:
+            session = _join(address or "auto")
+    connection = _describe(kind, f"{session}/logs")
+    log(f"ray: {connection}")
+    return connection
+
+
+def local_num_cpus() -> int:
+    """Logical CPUs of a Ray started here: the cores this process may use, unless FTCORE_LOCAL_CPUS says otherwise."""
+    asked = os.environ.get("FTCORE_LOCAL_CPUS", "")
+    if not asked:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not asked.isdigit() or int(asked) < 1:
+        raise ConfigError("FTCORE_LOCAL_CPUS is not a number of CPUs", got=asked, wanted="1, 2, 3, ...")
+    return int(asked)
+
+
+def _start_local(local_cpus: float, dashboard: bool) -> str:
+    for name, value in SINGLE_MACHINE_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    context = ray.init(
+        address="local", num_cpus=max(local_num_cpus(), int(local_cpus)), include_dashboard=dashboard, log_to_driver=_wants_ray_logs(),
+        logging_level=logging.ERROR, configure_logging=True, _temp_dir=str(_temporary_folder()),
+    )
+    return str(context.address_info["session_dir"])
+
+
+def _join(address: str) -> str:
+    try:
+        context = ray.init(address=address, log_to_driver=_wants_ray_logs(), logging_level=logging.ERROR, configure_logging=True)
+    except (ConnectionError, RayError, OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            "no Ray cluster answers", where=f"RAY_ADDRESS={address}", got=_first_line(error), wanted="a running `ray start --head`",
+            remedy="start it, correct RAY_ADDRESS, give its token (RAY_AUTH_TOKEN or ~/.ray/auth_token), or unset RAY_ADDRESS to run here",
+        ) from error
+    return str(context.address_info["session_dir"])
+
+
+def _describe(kind: Kind, logs: str = "the logs of the Ray session") -> Connection:
+    resources = ray.cluster_resources()
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    address = ray.get_runtime_context().gcs_address
+    return Connection(kind, address, nodes, resources.get("CPU", 0.0), resources.get("GPU", 0.0), logs, started=kind == "local")
+
+
+def _temporary_folder() -> Path:
+    """Ray's sessions of this user: not Ray's own default, which all users of a machine share; short, because sockets live under it."""
+    root = Path(os.environ.get("FTCORE_RAY_TMP") or Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()) / f"ftray-{os.getuid()}")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise ClusterError("Ray's temporary folder belongs to another user", where=root, remedy="set FTCORE_RAY_TMP to a folder of yours")
+    return root
+
+
+def _wants_ray_logs() -> bool:
+    return os.environ.get("FTCORE_RAY_LOGS", "") == "1"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,42 @@
+"""Runtime environment: what travels to the cluster with a run, and the variables a training worker starts with.
+
+In: a recipe's resources. Out: Ray runtime_env dictionaries. Runs in: the driver; imports no ray.
+
+What `ray job submit --working-dir .` leaves at home is written in one place, the `.rayignore` beside pyproject.toml: Ray reads it (and
+.gitignore) for every upload, from the shell as well as from Python. `upload_files` answers what would travel.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ftcore.recipe import Resources
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the driver of a submitted job, nowhere else."""
+
+FOLLOWING = ("FTCORE_PLUGINS", "FTCORE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+"""Variables a worker needs to see as the driver does. No credentials: those come by each machine's own chain, never in a job's metadata."""
+
+MALLOC = {
+    # glibc gives large tensors back to the kernel after every step otherwise; keeping them made a CPU step 1.3x to 2.5x faster.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "MALLOC_ARENA_MAX": "1",  # Ray Train steps in a second thread; the settings above only help the main arena
+}
+
+
+def compute_threads(resources: Resources) -> int:
+    """Threads one worker computes with: its whole CPUs, at least one."""
+    return max(1, int(resources.cpus_per_worker))
+
+
+def worker_variables(resources: Resources) -> dict[str, str]:
+    """The environment of a training worker, complete before its first import."""
+    threads = str(compute_threads(resources))
+    variables = {name: os.environ[name] for name in FOLLOWING if name in os.environ}
+    variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if not resources.gpus_per_worker:
+        variables |= {name: os.environ.get(name, value) for name, value in MALLOC.items()}
+    return variables

@@ -1,0 +1,106 @@
+"""Checkpoints: step-000200/ with weights, optimizer and position; copied at once, written beside the training, sealed, read back.
+
+In: the stepper's and method's state at a step boundary. Out: sealed folders, of which the newest and the best are kept.
+Runs in: train workers; rank 0 writes, all ranks read.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from ftcore.backends.base import Stepper
+from ftcore.errors import StorageError
+from ftcore.methods.base import Method
+from ftcore.rundir import RunDir, checkpoint_key
+from ftcore.storage import explain_oserror
+
+WEIGHTS, STATE = "weights", "state.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands between two steps. Order, dropout and schedule all follow from (seed, step), so this is the whole cursor."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    best_loss: float | None = None
+    stale: int = 0
+    """Validations since the best one."""
+    recipe: str = ""
+    world_size: int = 1
+    prepared: str = ""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread; the step after it goes on at once. Errors surface at the next save or `wait`."""
+
+    def __init__(self, run: RunDir, keep: int) -> None:
+        self.run, self.keep = run, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, position: Position, method: Method, model: nn.Module, stepper: Stepper, *, is_main: bool) -> None:
+        """Every rank calls (gathering sharded weights is a collective); rank 0 writes."""
+        self.wait()
+        weights, write_optimizer = stepper.whole(), stepper.snapshot()
+        if not is_main:
+            return
+
+        def write() -> None:
+            with self.run.sealing(checkpoint_key(position.step), {"step": position.step}) as folder:
+                method.save(model, weights, folder / WEIGHTS)
+                write_optimizer(folder)
+                (folder / STATE).write_text(json.dumps(asdict(position)))
+            self._prune(position)
+
+        self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint-writer")
+        self._thread.start()
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:  # carried to the training thread, which raises it
+            self._error = error
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is sealed. Raises StorageError when it could not be written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error:
+            raise storage_error(error, self.run.url) from error
+
+    def _prune(self, position: Position) -> None:
+        steps = self.run.checkpoint_steps()
+        kept = {*steps[-self.keep :], position.best_step}
+        for step in steps:
+            if step not in kept:
+                self.run.folder.delete(checkpoint_key(step))
+
+
+def storage_error(error: Exception, where: str) -> Exception:
+    """Makes a full or refusing disk a StorageError; safetensors hides the operating system's error in its text."""
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, OSError):
+        return explain_oserror(error, "write a checkpoint", where)
+    if isinstance(error, SafetensorError):
+        code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+        return explain_oserror(OSError(code, str(error)), "write a checkpoint", where)
+    return error
+
+
+def read_position(folder: Path) -> Position:
+    return Position(**json.loads((folder / STATE).read_text()))

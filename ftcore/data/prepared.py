@@ -1,0 +1,243 @@
+"""Prepared: Blocks at rest. Parquet shards and a manifest written last, in a folder named by everything the blocks were made from.
+
+In: Blocks per split. Out: the same Blocks by (split, number), in any order, and the facts of their making. Runs in: Ray Data tasks (write),
+the driver (open, seal), train workers (read).
+
+    <cache>/<digest>/train-00000.parquet ...   ids list<int32>, mask list<uint8>, lengths list<int32>, rows list<int64>: one record a block
+    <cache>/<digest>/train-lengths.npy         int32, tokens in each block of the split
+    <cache>/<digest>/manifest.json             files with sizes and SHA-256, shards, counts, audit, digests
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import io
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ftcore.data.types import Block, Split
+from ftcore.errors import IntegrityError
+from ftcore.storage import MANIFEST, Folder, file_digest, is_sealed
+
+SCHEMA = pa.schema(
+    {"ids": pa.list_(pa.int32()), "mask": pa.list_(pa.uint8()), "lengths": pa.list_(pa.int32()), "rows": pa.list_(pa.int64())}
+)
+GROUP_TOKENS = 1 << 17
+"""About so many tokens are decoded to read one block (a parquet row group)."""
+HELD_BYTES = 256 << 20
+"""Decoded row groups a reader keeps; a smaller split is decoded once."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parquet file of a split. `group_blocks`: blocks in each of its row groups (the last may hold fewer)."""
+
+    key: str
+    blocks: int
+    group_blocks: int
+    bytes: int
+    sha256: str
+
+
+def write_shard(folder: Folder, key: str, blocks: Iterable[Block], block_tokens: int) -> tuple[Shard, np.ndarray]:
+    """Streams blocks into one parquet file of the folder, a row group in memory at a time; returns its facts and each block's tokens."""
+    group_blocks = min(256, max(1, GROUP_TOKENS // block_tokens))
+    tokens: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="ftcore-shard-") as temporary:
+        local = Path(temporary) / "shard.parquet"
+        stream = iter(blocks)
+        with pq.ParquetWriter(local, SCHEMA, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=False) as writer:
+            while group := list(islice(stream, group_blocks)):
+                writer.write_table(_table(group), row_group_size=group_blocks)
+                tokens += [block.num_tokens for block in group]
+        folder.put(local, key)
+        shard = Shard(key, len(tokens), group_blocks, local.stat().st_size, file_digest(local))
+        return shard, np.array(tokens, np.int32)
+
+
+def _table(blocks: list[Block]) -> pa.Table:
+    columns = []
+    for field in SCHEMA:
+        arrays = [getattr(block, field.name) for block in blocks]
+        offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+        values = pa.array(np.concatenate(arrays), type=field.type.value_type)
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), values))
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+class PreparedWriter:
+    """Collects the shards of one prepared folder and seals it; until `seal` nobody takes the folder for prepared data.
+
+    `folder` is where tasks write shards; `seal` moves it to `<cache>/<digest>` when local. On remote storage, which cannot rename, shards
+    are written in place under names of this build alone, so that two builds at once never share an object.
+    """
+
+    def __init__(self, cache: Folder, digest: str, building: Folder) -> None:
+        self.cache, self.digest, self.building = cache, digest, building
+        self.folder = building / "blocks" if building.is_local else cache / digest
+        self._prefix = "" if building.is_local else f"{building.url.rsplit('/', 1)[-1].rsplit('-', 1)[-1]}-"
+        self.shards: dict[str, list[Shard]] = {}
+        self._tokens: dict[str, list[np.ndarray]] = {}
+
+    def key(self, split: Split, number: int) -> str:
+        return f"{self._prefix}{split}-{number:05d}.parquet"
+
+    def add(self, split: Split, shard: Shard, tokens: np.ndarray) -> None:
+        """Blocks are numbered in the order their shards are added; `tokens`: of each block, as `write_shard` returned them."""
+        self.shards.setdefault(split, []).append(shard)
+        self._tokens.setdefault(split, []).append(tokens)
+
+    def seal(self, facts: dict[str, Any]) -> Prepared:
+        """Writes the manifest last and opens the result. `facts` are added to the manifest (counts, audit, digests)."""
+        shards = {split: [asdict(shard) for shard in found] for split, found in self.shards.items()}
+        files = {shard.key: {"sha256": shard.sha256, "bytes": shard.bytes} for found in self.shards.values() for shard in found}
+        for split, found in self._tokens.items():
+            lengths = _npy(np.concatenate(found).astype(np.int32))
+            key = f"{self._prefix}{split}-lengths.npy"
+            self.folder.write(key, lengths)
+            files[key] = {"sha256": hashlib.sha256(lengths).hexdigest(), "bytes": len(lengths)}
+        manifest = {"files": files, "lengths": {split: f"{self._prefix}{split}-lengths.npy" for split in self._tokens}, "digest": self.digest, "shards": shards, **facts}
+        self.folder.write_json(MANIFEST, manifest)
+        target = self.cache / self.digest
+        if target.url == self.folder.url:
+            return Prepared.open(target)
+        if target.exists() and not is_sealed(target):
+            target.delete()
+        try:
+            self.folder.path.rename(target.path)
+        except OSError:
+            if not is_sealed(target):  # else another process sealed the same blocks first: theirs are as good
+                raise
+        return Prepared.open(target)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A decoded row group: each column flat, with where each block starts in it."""
+
+    values: dict[str, np.ndarray]
+    starts: dict[str, np.ndarray]
+    bytes: int
+
+    def block(self, index: int) -> Block:
+        parts = {name: self.values[name][starts[index] : starts[index + 1]] for name, starts in self.starts.items()}
+        return Block(**parts)
+
+
+class Prepared:
+    """A sealed folder of blocks, open for reading. `url` opens it again in another process."""
+
+    def __init__(self, folder: Folder, manifest: dict[str, Any], held_bytes: int = HELD_BYTES) -> None:
+        self.folder, self.manifest, self.url = folder, manifest, folder.url
+        self.digest: str = manifest["digest"]
+        self._shards: dict[str, list[Shard]] = {split: [Shard(**fact) for fact in found] for split, found in manifest["shards"].items()}
+        self._ends = {split: np.cumsum([shard.blocks for shard in found]) for split, found in self._shards.items()}
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[str, int], _Group] = OrderedDict()
+        self._held, self._held_bytes = 0, held_bytes
+
+    @classmethod
+    def open(cls, folder: Folder | str | os.PathLike[str], *, held_bytes: int = HELD_BYTES) -> Prepared:
+        """Raises IntegrityError for a folder that was never sealed or misses a shard; shards are hashed when first read."""
+        place = folder if isinstance(folder, Folder) else Folder(folder)
+        if not is_sealed(place):
+            raise IntegrityError("this is not a folder of prepared blocks", where=place, wanted=MANIFEST, remedy="prepare the data again")
+        manifest = place.read_json(MANIFEST)
+        if "shards" not in manifest:
+            raise IntegrityError("this manifest is not one of prepared blocks", where=f"{place}/{MANIFEST}", remedy="prepare the data again")
+        for key, fact in manifest["files"].items() if place.is_local else ():
+            path = place.path / key
+            if not path.is_file() or path.stat().st_size != fact["bytes"]:
+                got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+                raise _damaged(f"{place}/{key}", got, f"{fact['bytes']} bytes")
+        return cls(place, manifest, held_bytes)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Splits that hold at least one block."""
+        return tuple(split for split in self._shards if self.num_blocks(split))
+
+    def num_blocks(self, split: str) -> int:
+        return int(self._ends[split][-1]) if self._shards.get(split) else 0
+
+    def num_rows(self, split: str) -> int:
+        """Items (not passes over them) of the split."""
+        return int(self.manifest["counts"]["rows"].get(split, 0))
+
+    def block_lengths(self, split: str) -> np.ndarray:
+        """int64 [num_blocks]: tokens in each block."""
+        if split not in self.manifest["lengths"]:
+            return np.zeros(0, np.int64)
+        key = self.manifest["lengths"][split]
+        data = self.folder.read(key)
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][key]["sha256"]:
+            raise _damaged(f"{self.folder}/{key}", "other bytes", "the bytes that were sealed")
+        return np.load(io.BytesIO(data), allow_pickle=False).astype(np.int64)
+
+    def block(self, split: str, index: int) -> Block:
+        """The block at `index`; its arrays are read-only views."""
+        if not 0 <= index < self.num_blocks(split):
+            raise IndexError(f"block {index} of {self.num_blocks(split)} in split {split}")
+        number = int(np.searchsorted(self._ends[split], index, side="right"))
+        shard = self._shards[split][number]
+        within = index - (int(self._ends[split][number]) - shard.blocks)
+        return self._group(shard, within // shard.group_blocks).block(within % shard.group_blocks)
+
+    def blocks(self, split: str) -> Iterator[Block]:
+        """Every block, in order."""
+        return (self.block(split, index) for index in range(self.num_blocks(split)))
+
+    def _group(self, shard: Shard, number: int) -> _Group:
+        key = (shard.key, number)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        table = self._file(shard).read_row_group(number, use_threads=False)
+        columns = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
+        values = {name: column.flatten().to_numpy() for name, column in columns.items()}
+        starts = {name: column.offsets.to_numpy() for name, column in columns.items()}
+        group = _Group(values, starts, table.nbytes)
+        self._groups[key] = group
+        self._held += group.bytes
+        while self._held > self._held_bytes and len(self._groups) > 1:
+            self._held -= self._groups.popitem(last=False)[1].bytes
+        return group
+
+    def _file(self, shard: Shard) -> pq.ParquetFile:
+        if shard.key not in self._files:
+            path = self.folder.path / shard.key if self.folder.is_local else self._mirrored(shard)
+            digest = file_digest(path)
+            if digest != shard.sha256:
+                raise _damaged(str(path), f"sha256 {digest[:16]}", f"sha256 {shard.sha256[:16]}")
+            self._files[shard.key] = pq.ParquetFile(path, memory_map=True)
+        return self._files[shard.key]
+
+    def _mirrored(self, shard: Shard) -> Path:
+        """A remote shard, copied once to this machine and shared by its processes."""
+        local = Path(tempfile.gettempdir()) / f"ftcore-prepared-{getpass.getuser()}" / self.digest / shard.key
+        if not local.is_file() or local.stat().st_size != shard.bytes:
+            arriving = local.with_name(f"{local.name}.{os.getpid()}.tmp")
+            self.folder.get(shard.key, arriving)
+            arriving.replace(local)
+        return local
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _damaged(where: str, got: str, wanted: str) -> IntegrityError:
+    return IntegrityError("a shard of prepared blocks is damaged", where=where, got=got, wanted=wanted, remedy="remove its folder and prepare again")

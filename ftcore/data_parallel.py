@@ -1,0 +1,170 @@
+"""PlainStepper: gradients in flat buckets of a fixed layout, reduced while the backward pass still runs, one AdamW on every rank.
+
+In: a summed loss and its scale. Out: updated weights. Runs in: train workers.
+
+The bucket layout is fixed by the order of parameters before the first step, so a resumed run adds the same numbers in the same order
+(DistributedDataParallel rebuilds its buckets after the first step, which changes the last bits at 3 and more ranks).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ftcore.backends.base import StepInfo, World
+from ftcore.errors import IntegrityError
+from ftcore.models import autocasting
+from ftcore.optim import Optim
+
+BUCKET_BYTES = 32 << 20
+OPTIMIZER_WEIGHTS, OPTIMIZER_STATE = "optimizer.safetensors", "optimizer.json"
+
+
+class GradientBucket:
+    """One flat buffer; each parameter's `.grad` is a view into it, so nothing is copied to reduce, clip or clear."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+        offset = 0
+        for parameter in parameters:
+            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+        self.missing = len(parameters)
+        self.work: dist.Work | None = None
+
+
+def bucketed(parameters: list[nn.Parameter]) -> list[GradientBucket]:
+    """Parameters in reverse order (about the order their gradients arrive), cut at BUCKET_BYTES and at changes of dtype or device."""
+    groups: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in reversed(parameters):
+        same = groups and (groups[-1][0].dtype, groups[-1][0].device) == (parameter.dtype, parameter.device)
+        if not same or size >= BUCKET_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += parameter.numel() * parameter.element_size()
+    return [GradientBucket(group) for group in groups]
+
+
+class PlainStepper:
+    """See `backends.base.Stepper`."""
+
+    def __init__(self, model: nn.Module, optim: Optim, num_steps: int, world: World, autocast: torch.dtype | None) -> None:
+        self.optim, self.num_steps, self.world, self.autocast = optim, num_steps, world, autocast
+        self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = optim.build(model)
+        self.buckets = bucketed([p for _, p in self.trainable])
+        self.scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=autocast == torch.float16)
+        self._reducing = False
+        self._next = 0
+        if world.size > 1:
+            for _, parameter in self.trainable:
+                dist.broadcast(parameter.data, 0)
+            for bucket in self.buckets:
+                for parameter in bucket.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._arrived(bucket))
+
+    def _arrived(self, bucket: GradientBucket) -> Callable[[Tensor], None]:
+        def hook(_: Tensor) -> None:
+            if self._reducing:
+                bucket.missing -= 1
+                self._launch()
+
+        return hook
+
+    def _launch(self, everything: bool = False) -> None:
+        """Starts reductions in bucket order, so that every rank issues the same collectives in the same order."""
+        while self._next < len(self.buckets) and (everything or self.buckets[self._next].missing <= 0):
+            bucket = self.buckets[self._next]
+            bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+            self._next += 1
+
+    def micro_step(self, loss: Callable[[], Tensor], *, scale: float, last: bool) -> Tensor:
+        with autocasting(self.world.device, self.autocast):
+            total = loss()
+        self._reducing = last and self.world.size > 1
+        self.scaler.scale(total * scale).backward()
+        if self._reducing:
+            self._launch(everything=True)
+            self._reducing = False
+        return total.detach()
+
+    def update(self, step: int) -> StepInfo:
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+            bucket.missing = len(bucket.parameters)
+        self._next = 0
+        lr = self.optim.lr_at(step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        norm = math.sqrt(sum(float(bucket.flat.norm()) ** 2 for bucket in self.buckets))
+        if self.optim.clip_norm and math.isfinite(norm) and norm > self.optim.clip_norm:
+            for bucket in self.buckets:
+                bucket.flat.mul_(self.optim.clip_norm / norm)
+        before = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+        return StepInfo(norm, lr, skipped=self.scaler.is_enabled() and self.scaler.get_scale() < before)
+
+    def reduce(self, values: list[float]) -> list[float]:
+        if self.world.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def whole(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable} if self.world.is_main else {}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """AdamW's moments by parameter name (copied), and the counts that go with them."""
+        tensors, numbers = {}, {"scaler": self.scaler.get_scale() if self.scaler.is_enabled() else 0.0, "steps": 0.0}
+        for name, parameter in self.trainable:
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key == "step":
+                    numbers["steps"] = float(value)
+                else:
+                    tensors[f"{name}.{key}"] = value.detach().to("cpu", copy=True)
+        return tensors, numbers
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copies the state now; the returned function writes it (from any thread)."""
+        tensors, numbers = self.state()
+
+        def write(folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / OPTIMIZER_WEIGHTS)
+            (folder / OPTIMIZER_STATE).write_text(json.dumps(numbers))
+
+        return write
+
+    def load(self, folder: Path) -> None:
+        tensors, numbers = load_file(folder / OPTIMIZER_WEIGHTS), json.loads((folder / OPTIMIZER_STATE).read_text())
+        for name, parameter in self.trainable:
+            moments = {key: tensors.pop(f"{name}.{key}", None) for key in ("exp_avg", "exp_avg_sq")}
+            if numbers["steps"] == 0:
+                continue
+            if any(moment is None or moment.shape != parameter.shape for moment in moments.values()):
+                raise IntegrityError("the optimizer's state does not bind to this model", where=folder, got=f"nothing that fits {name}")
+            state: dict[str, Tensor] = {key: moment.to(parameter.device) for key, moment in moments.items() if moment is not None}
+            self.optimizer.state[parameter] = {"step": torch.tensor(numbers["steps"], device=parameter.device), **state}
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": numbers["scaler"]})
+
+    def close(self) -> None:
+        for _, parameter in self.trainable:
+            parameter.grad = None

@@ -1,0 +1,59 @@
+"""Journal: metrics.jsonl, one line a step or validation, with no step twice and none missing across restarts.
+
+In: dicts with a `step`. Out: lines. Runs in: rank 0 of the train workers; read by reports.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ftcore.rundir import RunDir
+
+FILE = "metrics.jsonl"
+
+
+class Journal:
+    """Opened at the step a run (re)starts from: later lines, written by a run that was killed after its last checkpoint, are cut off."""
+
+    def __init__(self, run: RunDir, step: int) -> None:
+        self._folder = run.folder
+        lines = [line for line in read_lines(run) if line["step"] <= step]
+        self._text = "".join(_dumped(line) for line in lines)
+        self._folder.write(FILE, self._text.encode())
+        self._file = (self._folder.path / FILE).open("a") if self._folder.is_local else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        line = _dumped(record)
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._text += line
+
+    def flush(self) -> None:
+        """Makes the lines durable; remote folders get the whole file."""
+        if self._file is None:
+            self._folder.write(FILE, self._text.encode())
+
+    def close(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.close()
+
+
+def _dumped(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def read_lines(run: RunDir) -> list[dict[str, Any]]:
+    """The journal so far; a line that a killed process left half-written is dropped."""
+    if not run.folder.exists(FILE):
+        return []
+    lines = []
+    for line in run.folder.read(FILE).decode().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,286 @@
+"""The one training loop: five hooks (models, experience, weight, loss, after_step) and no `if kind ==`.
+
+In: a recipe, this process's World, prepared blocks, the run's folder. Out: a sealed `final/` and the figures of the run.
+Runs in: train workers, one call on every rank; or a single plain process.
+
+    window of blocks -> micro-batches of this rank -> sum of losses / global weight -> reduced gradients -> one update
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ftcore.backends.base import World
+from ftcore.checkpoint import WEIGHTS, CheckpointWriter, Position, read_position
+from ftcore.data.collate import Batch, collate
+from ftcore.data.order import Order, deal, step_seed
+from ftcore.data.tokenizer import load_tokenizer
+from ftcore.data.types import Block
+from ftcore.errors import Interrupted, TrainingError
+from ftcore.journal import Journal
+from ftcore.models import DTYPES, CausalModel, autocast_dtype, autocasting, choose_layout, load_base
+from ftcore.probes import record
+from ftcore.recipe import Recipe, recipe_digest
+from ftcore.rundir import RunDir, checkpoint_key
+
+log = logging.getLogger(__name__)
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Blocks(Protocol):
+    """What the loop reads of prepared data (see data.prepared.Prepared)."""
+
+    digest: str
+
+    def num_blocks(self, split: str) -> int: ...
+    def block_lengths(self, split: str) -> np.ndarray: ...
+    def block(self, split: str, index: int) -> Block: ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to. `chosen_step` is the checkpoint that `final/` was made of."""
+
+    steps: int
+    chosen_step: int
+    metrics: dict[str, Any]
+    world_size: int
+    already_finished: bool = False
+
+
+def train(
+    recipe: Recipe, world: World, prepared: Blocks, run: RunDir, on_progress: Progress | None = None, should_stop: Callable[[], bool] | None = None
+) -> Trained:
+    """Trains to the end, from the newest sound checkpoint if there is one.
+
+    `on_progress` gets every journal line on rank 0. `should_stop` is asked after each step on every rank; when any says yes a checkpoint is
+    made and Interrupted raised. Raises TrainingError when the loss is not finite, StorageError when a checkpoint cannot be written.
+    """
+    if run.is_finished():
+        return replace(read_result(run), already_finished=True)
+    training = Training(recipe, world, prepared, run, on_progress, should_stop)
+    try:
+        training.restore()
+        training.run_steps()
+        return training.finish()
+    finally:
+        training.close()
+
+
+def read_result(run: RunDir) -> Trained:
+    return Trained(**json.loads(run.folder.read("final/result.json")))
+
+
+class Training:
+    """One rank's part in a run, from the first step or a restored one to the sealed result."""
+
+    def __init__(
+        self, recipe: Recipe, world: World, prepared: Blocks, run: RunDir, on_progress: Progress | None, should_stop: Callable[[], bool] | None
+    ) -> None:
+        self.recipe, self.world, self.prepared, self.run = recipe, world, prepared, run
+        self.on_progress, self.should_stop = on_progress, should_stop or (lambda: False)
+        optim, model = recipe.optim, recipe.model
+        self.order = Order(prepared.num_blocks("train"), optim.batch_size, optim.seed)
+        self.num_steps = self.order.num_steps(optim.epochs, optim.max_steps)
+        self.sizes = {split: np.asarray(prepared.block_lengths(split)) for split in ("train", "validation")}
+        self.tokenizer = load_tokenizer(model)
+        self.autocast = autocast_dtype(model.dtype)
+        base = load_base(model, recipe.method, device=world.device)
+        self.layout = choose_layout(base, model.attention, packs=recipe.data.pack and recipe.stage.packs)
+        _seed_all(optim.seed)
+        self.model: nn.Module = recipe.method.apply(base)
+        if run.folder.exists("parent"):
+            with run.opened("parent") as folder:
+                recipe.method.load(self.model, folder)
+        self.stepper = recipe.backend.open(self.model, optim, self.num_steps, world, self.autocast)
+        self.models = recipe.stage.models(CausalModel(self.model, self.layout), recipe.method, self.model)
+        self.writer = CheckpointWriter(run, recipe.output.keep)
+        self.journal: Journal | None = None
+        self.at = Position(recipe=recipe_digest(recipe), world_size=world.size, prepared=prepared.digest)
+
+    def restore(self) -> None:
+        """Goes on from the newest sealed and verified checkpoint; rank 0 finds it, so that all ranks take the same."""
+        found = (self.run.newest_checkpoint(log.warning) or 0) if self.world.is_main else 0
+        step = int(self.stepper.reduce([float(found)])[0])
+        if step:
+            with self.run.opened(checkpoint_key(step)) as folder:
+                self.recipe.method.load(self.model, folder / WEIGHTS)
+                self.stepper.load(folder)
+                self.at = replace(read_position(folder), world_size=self.world.size)
+            if self.at.prepared != self.prepared.digest:
+                raise TrainingError(
+                    "the data changed since this run's checkpoint", where=self.run.url, got=self.prepared.digest[:12], wanted=self.at.prepared[:12],
+                    remedy="give the run another name, or put the data back",
+                )  # fmt: skip
+        if self.world.is_main:
+            self.journal = Journal(self.run, step)
+            log.info("starting at step %d of %d", step, self.num_steps)
+
+    def run_steps(self) -> None:
+        output, patience = self.recipe.output, self.recipe.eval.patience
+        while self.at.step < self.num_steps:
+            stop = self._step()
+            step, last = self.at.step, self.at.step == self.num_steps
+            validated = self._is_validation_step(step) and self._validate()
+            stale = patience is not None and self.at.stale >= patience
+            if last or stop or stale or step % output.checkpoint_every == 0 or (validated and self.at.best_step == step):
+                self.writer.save(self.at, self.recipe.method, self.model, self.stepper, is_main=self.world.is_main)
+                if self.journal:
+                    self.journal.flush()
+            if stop and not last:
+                self.writer.wait()
+                raise Interrupted(f"stopped at step {step} of {self.num_steps}", where=self.run.url, remedy="run the same command again to go on")
+            if stale:
+                log.info("no better validation loss for %d validations: stopping at step %d", self.at.stale, step)
+                break
+        self.writer.wait()
+
+    def _step(self) -> bool:
+        """One optimizer step. Returns whether any rank was asked to stop."""
+        started, step, world = time.perf_counter(), self.at.step, self.world
+        _seed_all(step_seed(self.recipe.optim.seed, step, world.rank))
+        self.model.train()
+        batches = self.recipe.stage.experience(self.models, self._window(step))
+        weights = [self.recipe.stage.weight(batch) for batch in batches]
+        [weight] = self.stepper.reduce([math.fsum(weights)])
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(batches):
+            total += self.stepper.micro_step(lambda batch=batch: self._loss(batch, sums), scale=1 / max(weight, 1.0), last=index + 1 == len(batches))
+        tokens = sum(batch.num_tokens for batch in batches if batch.num_trained)
+        names = sorted(sums)
+        loss, tokens, stop, *rest = self.stepper.reduce([float(total), float(tokens), float(self.should_stop()), *(sums[n] for n in names)])
+        self._check_finite(loss, step)
+        info = self.stepper.update(step)
+        self.recipe.method.after_step(self.model, step)
+        seconds = time.perf_counter() - started
+        at = self.at
+        self.at = replace(
+            at, step=step + 1, tokens=at.tokens + int(tokens), trained_tokens=at.trained_tokens + int(weight), seconds=at.seconds + seconds
+        )
+        record = {"step": step + 1, "epoch": (step + 1) / self.order.steps_per_epoch, "loss": loss / max(weight, 1.0)}
+        record |= {name: value / max(weight, 1.0) for name, value in zip(names, rest, strict=True)}
+        record |= {"grad_norm": info.grad_norm, "lr": info.lr, "tokens": self.at.tokens, "trained_tokens": self.at.trained_tokens}
+        record |= {"tokens_per_s": tokens / seconds, "seconds": self.at.seconds, "time": time.time(), "num_steps": self.num_steps}
+        if self.at.step % self.recipe.output.log_every == 0 or self.at.step == self.num_steps:
+            self._write(record | ({"skipped": True} if info.skipped else {}))
+        return stop > 0
+
+    def _loss(self, batch: Batch, sums: dict[str, float]) -> torch.Tensor:
+        loss = self.recipe.stage.loss(self.models, batch)
+        for name, value in loss.sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        return loss.total
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
+        blocks = ", ".join(str(int(b)) for b in self.order.window(step)[:16])
+        raise TrainingError(
+            f"the loss of step {step + 1} is not finite", where=f"training blocks {blocks}", got=loss, wanted="a number",
+            remedy="lower optim.lr, lengthen optim.warmup, or set optim.clip_norm; weights before this step are in the last checkpoint",
+        )  # fmt: skip
+
+    def _window(self, step: int) -> list[Batch]:
+        """This rank's batches; as many as the busiest rank's, silent ones at the end."""
+        window = self.order.window(step)
+        dealt = deal(window, self.sizes["train"][window], self.world.size, self.recipe.backend.micro_batch)
+        mine = [self._batch("train", indices) for indices in dealt[self.world.rank]]
+        short = max(map(len, dealt)) - len(mine)
+        if short:
+            mine += [self._batch("train", [int(window[0])]).silent()] * short
+        return mine
+
+    def _batch(self, split: str, indices: list[int]) -> Batch:
+        blocks = [self.prepared.block(split, index) for index in indices]
+        pad = self.tokenizer.pad_token_id
+        return collate(blocks, padded=self.layout == "padded", pad_id=0 if pad is None else pad).to(self.world.device)
+
+    def _is_validation_step(self, step: int) -> bool:
+        if not len(self.sizes["validation"]):
+            return False
+        every = self.recipe.eval.every_steps or self.order.steps_per_epoch
+        return step % every == 0 or step == self.num_steps
+
+    @torch.no_grad()
+    def _validate(self) -> bool:
+        """Mean loss per trained token over the validation split, dealt to the ranks; keeps the score for early stopping."""
+        self.model.eval()
+        count = min(len(self.sizes["validation"]), self.recipe.eval.max_blocks or len(self.sizes["validation"]))
+        dealt = deal(np.arange(count), self.sizes["validation"][:count], self.world.size, self.recipe.backend.micro_batch)
+        total, weight = 0.0, 0.0
+        mine = [(indices, 1) for indices in dealt[self.world.rank]]
+        mine += [([0], 0)] * (max(map(len, dealt)) - len(mine))  # as many forward passes on every rank: sharded weights gather in them
+        with autocasting(self.world.device, self.autocast):
+            for indices, counts in mine:
+                batch = self._batch("validation", indices)
+                loss = self.recipe.stage.loss(self.models, batch).total
+                total += float(loss) * counts
+                weight += self.recipe.stage.weight(batch) * counts
+        total, weight = self.stepper.reduce([total, weight])
+        loss = total / max(weight, 1.0)
+        better = self.at.best_loss is None or loss < self.at.best_loss
+        self.at = (
+            replace(self.at, best_step=self.at.step, best_loss=loss, stale=0) if better else replace(self.at, stale=self.at.stale + 1)
+        )
+        self._write({"step": self.at.step, "validation_loss": loss, "perplexity": math.exp(min(loss, 50)), "time": time.time()})
+        return True
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.journal:
+            self.journal.write(record)
+            if self.on_progress:
+                self.on_progress(record)
+
+    def finish(self) -> Trained:
+        """Makes `final/` of the best (or last) step: weights, probes, result; sealed and read back."""
+        chosen = self.at.best_step if self.recipe.eval.choose == "best" and self.at.best_loss is not None else self.at.step
+        if chosen != self.at.step:
+            with self.run.opened(checkpoint_key(chosen)) as folder:
+                self.recipe.method.load(self.model, folder / WEIGHTS)
+        weights = self.stepper.whole()
+        metrics = {
+            "steps": self.at.step, "tokens": self.at.tokens, "trained_tokens": self.at.trained_tokens, "train_seconds": self.at.seconds,
+            "validation_loss": self.at.best_loss if chosen == self.at.best_step else None, "layout": self.layout,
+        }  # fmt: skip
+        trained = Trained(self.at.step, chosen, metrics, self.world.size)
+        if self.world.is_main:
+            with self.run.sealing("final", {"recipe": self.at.recipe, "step": chosen}) as folder:
+                self._save_final(weights, folder)
+                (folder / "result.json").write_text(json.dumps(asdict(trained)))
+        self.stepper.reduce([0.0])  # nobody leaves before the result is sealed
+        return trained
+
+    def _save_final(self, weights: dict[str, torch.Tensor], folder: Any) -> None:
+        method, dtype = self.recipe.method, self.recipe.model.dtype
+        if method.is_adapter:
+            method.save(self.model, weights, folder)
+            self.model.eval()
+            with autocasting(self.world.device, self.autocast):
+                record(self.model, self.tokenizer, lambda: method.without(self.model), precision=dtype).save(folder)
+        else:
+            method.save(self.model, {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}, folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def close(self) -> None:
+        if self.journal:
+            self.journal.close()
+        self.stepper.close()
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+

@@ -1,0 +1,73 @@
+"""Combinations that cannot work, found before anything is started: what no single key can know.
+
+In: a recipe whose keys are each valid. Out: (path, sentence) for each impossible pair; notes on what works but is probably not meant.
+Runs in: everywhere a recipe is read; no torch, so only what can be known without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ftcore.recipe import Recipe
+
+
+def impossible(recipe: Recipe) -> list[tuple[str, str]]:
+    """Every impossible combination as (path to show, what and what to do)."""
+    return [*_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
+
+
+def _precision(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.model.dtype == "fp16" and recipe.resources.gpus_per_worker == 0:
+        yield "model.dtype", "fp16 trains on GPUs only and resources.gpus_per_worker is 0; take bf16 or fp32, or ask for a GPU"
+
+
+def _adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    method, stage = recipe.method, recipe.stage
+    if not method.is_adapter:
+        if recipe.output.adapter is not None:
+            yield (
+                "output.adapter", f"method `{method.kind}` makes a whole model, and the store holds adapters; "
+                "remove this key (the model is in the run's final/ folder) or take an adapter method",
+            )
+        if recipe.model.adapter is not None:
+            yield "model.adapter", f"method `{method.kind}` cannot continue from an adapter; merge it first (`ftcore merge`) and train that"
+        if stage.needs_reference:
+            yield "stage.kind", f"stage `{stage.kind}` compares with the untouched base, which method `{method.kind}` overwrites; take lora"
+    if recipe.output.sign_key is not None and recipe.output.adapter is None:
+        yield "output.sign_key", "nothing is published, so nothing would be signed; set output.adapter or remove this key"
+
+
+def _schedule(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    optim, data = recipe.optim, recipe.data
+    if optim.max_steps is not None and optim.warmup >= 1 and optim.warmup > optim.max_steps:
+        yield "optim.warmup", f"the warm-up ({optim.warmup:g} steps) is longer than the run (optim.max_steps is {optim.max_steps})"
+    validates = data.validation > 0 or any(source.split == "validation" for source in data.sources)
+    if recipe.eval.patience is not None and not validates:
+        yield "eval.patience", "early stopping needs validation rows; set data.validation above 0 or a source with split: validation"
+    if all(source.split in ("validation", "test") for source in data.sources):
+        yield "data.sources", "no source has rows to train on: every one is split: validation or test"
+
+
+def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    gpus, workers = recipe.resources.gpus_per_worker, recipe.resources.workers
+    if gpus > 1 and gpus != int(gpus):
+        yield "resources.gpus_per_worker", f"Ray hands out whole GPUs above one; got {gpus:g}; wanted {int(gpus)} or {int(gpus) + 1}"
+    if 0 < gpus < 1 and workers > 1:
+        yield "resources.gpus_per_worker", f"{workers} workers cannot share a GPU in one process group (NCCL refuses); give each a whole one"
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """What works but is probably not meant; `ftcore validate` prints them."""
+    found = []
+    share = recipe.resources.workers * recipe.backend.micro_batch
+    if recipe.optim.batch_size % share:
+        found.append(
+            f"optim.batch_size {recipe.optim.batch_size} is not a multiple of workers x micro_batch ({share}): some workers idle in part of each step"
+        )
+    if recipe.output.adapter is None and recipe.method.is_adapter:
+        found.append("output.adapter is unset: the trained adapter stays in the run folder and is not published")
+    if recipe.data.validation == 0 and all(source.split != "validation" for source in recipe.data.sources):
+        found.append("there are no validation rows: over-fitting would not be seen")
+    return found
