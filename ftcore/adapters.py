@@ -16,15 +16,15 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ftcore.adapter_files import CARD, NOT_CONTENT, README, check_adapter, content_digest, content_files
 from ftcore.card import Card, utc_now
 from ftcore.errors import ConfigError, IntegrityError, StorageError
 from ftcore.export.modelcard import render_card
-from ftcore.pointer import MAX_HISTORY, Pointer, Target
-from ftcore.storage import Folder, file_digest
+from ftcore.pointer import MAX_HISTORY, Pointer
+from ftcore.storage import Folder, canonical_json
 
 PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 SHORT = re.compile(r"[0-9a-f]{6,64}")
@@ -68,6 +68,38 @@ def split_ref(text: str) -> tuple[str, str, str]:
     return tenant, name, version
 
 
+def _bad_ref(text: str) -> ConfigError:
+    return ConfigError(
+        "this is not an adapter name",
+        got=ascii(text[:200]),
+        wanted="tenant/name or tenant/name@version (lower-case letters, digits, '.', '_', '-')",
+    )
+
+
+def _revoked_key(ref: AdapterRef) -> str:
+    return f"{ref.tenant}/{ref.name}/revoked/{ref.digest}.json"
+
+
+def _altered(where: str | Path, got: str, wanted: str) -> IntegrityError:
+    remedy = "it was altered or damaged; publish or fetch it again"
+    return IntegrityError(
+        "this file is not the one that was published", where=where, got=f"sha256 {got[:16]}", wanted=f"sha256 {wanted[:16]}", remedy=remedy
+    )
+
+
+def _require_content(folder: Path, card: Card) -> None:
+    """A fetched folder holds exactly what its card names, byte for byte."""
+    files = content_files(folder)
+    for name, fact in card.files.items():
+        if name not in files:
+            raise IntegrityError("a file of this version is gone", where=folder / name, remedy=f"remove {folder} and fetch again")
+        if files[name].sha256 != fact.sha256:
+            raise _altered(folder / name, files[name].sha256, fact.sha256)
+    if strangers := sorted(set(files) - set(card.files)):
+        raise IntegrityError("this folder holds something its card does not name", where=folder, got=strangers[0], remedy="remove it")
+    check_adapter(folder)
+
+
 class AdapterStore:
     """A store on a local folder or any fsspec path. Client strings reach it only through `split_ref`, so they never become other paths."""
 
@@ -87,7 +119,9 @@ class AdapterStore:
         files = content_files(folder)
         check_adapter(folder)
         if files != card.files or content_digest(files) != card.digest:
-            raise IntegrityError("this folder is not the one its card describes", where=folder, got=content_digest(files)[:12], wanted=card.digest[:12])
+            raise IntegrityError(
+                "this folder is not the one its card describes", where=folder, got=content_digest(files)[:12], wanted=card.digest[:12]
+            )
         ref = AdapterRef(card.tenant, card.name, card.digest)
         self._refuse_revoked(ref)
         if self.is_sealed(ref):
@@ -108,7 +142,9 @@ class AdapterStore:
             raise IntegrityError("there is no such sealed version", where=f"{self}/{ref.key}", remedy="list them: ftcore adapters list")
         card = Card.from_json(self.folder.read(f"{ref.key}/{CARD}"), f"{self}/{ref.key}/{CARD}")
         if (card.tenant, card.name, card.digest) != (ref.tenant, ref.name, ref.digest):
-            raise IntegrityError("this card belongs to another version", where=f"{self}/{ref.key}", got=f"{card.tenant}/{card.name}@{card.digest[:12]}")
+            raise IntegrityError(
+                "this card belongs to another version", where=f"{self}/{ref.key}", got=f"{card.tenant}/{card.name}@{card.digest[:12]}"
+            )
         return card
 
     def fetch(self, ref: AdapterRef, into: str | Path) -> Path:
@@ -176,7 +212,9 @@ class AdapterStore:
         ref = AdapterRef(tenant, name, digest)
         self._refuse_revoked(ref)
         if not self.is_sealed(ref):
-            raise IntegrityError("this version was never sealed or was removed", where=f"{self}/{ref.key}", remedy="list them: ftcore adapters list")
+            raise IntegrityError(
+                "this version was never sealed or was removed", where=f"{self}/{ref.key}", remedy="list them: ftcore adapters list"
+            )
         return ref
 
     def pointer(self, tenant: str, name: str) -> Pointer:
@@ -209,7 +247,9 @@ class AdapterStore:
     def tag(self, ref: AdapterRef, alias: str) -> None:
         """Gives a version a second name: `tenant/name@alias`. Not one that could be read as a digest."""
         if not PART.fullmatch(alias) or SHORT.fullmatch(alias) or alias in ("current", "previous"):
-            raise ConfigError("this cannot be an alias", got=alias[:80], wanted="letters, digits, '.', '_', '-', and not a digest", remedy="try `stable`")
+            raise ConfigError(
+                "this cannot be an alias", got=alias[:80], wanted="letters, digits, '.', '_', '-', and not a digest", remedy="try `stable`"
+            )
         self.card(ref)
         self._change(ref.tenant, ref.name, lambda pointer: pointer.model_copy(update={"aliases": {**pointer.aliases, alias: ref.digest}}))
 
@@ -217,7 +257,7 @@ class AdapterStore:
 
     def revoke(self, ref: AdapterRef, reason: str) -> None:
         """Marks a digest as never to be served or published again. What the name points at is left: roll it back."""
-        self.folder.create(_revoked_key(ref), canonical_note(reason))
+        self.folder.create(_revoked_key(ref), canonical_json({"reason": reason, "time": utc_now()}))
 
     def revocation(self, ref: AdapterRef) -> str | None:
         """Why a version was revoked; None when it was not."""
@@ -260,7 +300,12 @@ class AdapterStore:
     def _refuse_revoked(self, ref: AdapterRef) -> None:
         reason = self.revocation(ref)
         if reason is not None:
-            raise IntegrityError("this version was revoked", where=ref, got=reason, remedy=f"ftcore adapters rollback {ref.tenant}/{ref.name}, or publish anew")
+            raise IntegrityError(
+                "this version was revoked",
+                where=ref,
+                got=reason,
+                remedy=f"ftcore adapters rollback {ref.tenant}/{ref.name}, or publish anew",
+            )
 
     def _refuse_strangers(self, ref: AdapterRef, card: Card) -> None:
         """Files in a version that its card does not name, and links, mean that somebody else wrote there."""
@@ -269,7 +314,12 @@ class AdapterStore:
         if self.folder.is_local:
             strangers += [path.name for path in (self.folder.path / ref.key).iterdir() if path.is_symlink() or path.is_dir()]
         if strangers:
-            raise IntegrityError("this version holds something its card does not name", where=f"{self}/{ref.key}", got=ascii(strangers[0][:200]), remedy="remove it")
+            raise IntegrityError(
+                "this version holds something its card does not name",
+                where=f"{self}/{ref.key}",
+                got=ascii(strangers[0][:200]),
+                remedy="remove it",
+            )
 
     def _read_back(self, ref: AdapterRef, card: Card) -> None:
         for name, fact in card.files.items():
@@ -279,7 +329,12 @@ class AdapterStore:
     def _match_short(self, tenant: str, name: str, short: str) -> str:
         found = [ref.digest for ref in self._versions(tenant, name) if ref.digest.startswith(short) and self.is_sealed(ref)]
         if len(found) > 1:
-            raise ConfigError("this short digest fits several versions", got=short, wanted=" | ".join(digest[:16] for digest in found), remedy="type more of it")
+            raise ConfigError(
+                "this short digest fits several versions",
+                got=short,
+                wanted=" | ".join(digest[:16] for digest in found),
+                remedy="type more of it",
+            )
         return found[0] if found else ""
 
     def _unknown(self, text: str, tenant: str, name: str) -> ConfigError:
@@ -288,7 +343,13 @@ class AdapterStore:
             wanted, remedy = f"one of {len(versions)} versions", f"ftcore adapters promote {versions[-1]}"
         else:
             wanted, remedy = ", ".join(str(ref) for ref in versions[:5]), "list them: ftcore adapters list"
-        return ConfigError("the store knows no such adapter" if not versions else "this name points at no version", where=self, got=text, wanted=wanted, remedy=remedy)
+        return ConfigError(
+            "the store knows no such adapter" if not versions else "this name points at no version",
+            where=self,
+            got=text,
+            wanted=wanted,
+            remedy=remedy,
+        )
 
     def _versions(self, tenant: str, name: str) -> Sequence[AdapterRef]:
         found = self.folder.names(f"{tenant}/{name}/versions")
@@ -297,8 +358,8 @@ class AdapterStore:
     def _parts(self, key: str) -> Sequence[str]:
         return [name for name in self.folder.names(key) if PART.fullmatch(name)]
 
-    def _sealed_at(self, ref: AdapterRef) -> tuple[str, float]:
-        return self.card(ref).created, self.folder.modified(f"{ref.key}/{CARD}")
+    def _sealed_at(self, ref: AdapterRef) -> float:
+        return self.folder.modified(f"{ref.key}/{CARD}")
 
     def _touched_at(self, ref: AdapterRef) -> float:
         return max((self.folder.modified(f"{ref.key}/{name}") for name in self.folder.files(ref.key)), default=time.time())

@@ -108,11 +108,12 @@ class PlainStepper:
         lr = self.optim.lr_at(step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         norm = math.sqrt(sum(float(bucket.flat.norm()) ** 2 for bucket in self.buckets))
         if self.optim.clip_norm and math.isfinite(norm) and norm > self.optim.clip_norm:
             for bucket in self.buckets:
-                bucket.flat.mul_(self.optim.clip_norm / norm)
+                bucket.flat.mul_(self.optim.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_, to the last digit
         before = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         self.scaler.step(self.optimizer)
         self.scaler.update()

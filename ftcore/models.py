@@ -6,6 +6,7 @@ In: the recipe's `model`. Out: a transformers model; a CausalModel over it. Runs
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from ftcore.data.collate import IGNORED, Batch
 from ftcore.errors import ModelError
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from ftcore.recipe import Model
 
 log = logging.getLogger(__name__)
+disable_progress_bar()  # a bar for each shard from each worker says nothing and breaks the progress line
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft asks by the old name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 Layout = Literal["varlen", "padded"]

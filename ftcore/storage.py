@@ -152,6 +152,17 @@ class Folder:
             raise
         return True
 
+    def digest(self, key: str) -> str:
+        """SHA-256 of an object, streamed."""
+        with self._explained("read", key):
+            if self.is_local:
+                return file_digest(self.path / key)
+            with self._fs.open(self._key(key), "rb") as file:
+                whole = hashlib.sha256()
+                while part := file.read(8 * 1024**2):
+                    whole.update(part)
+                return whole.hexdigest()
+
     def modified(self, key: str) -> float:
         """When the object was last written, Unix seconds."""
         with self._explained("look at", key):

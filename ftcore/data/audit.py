@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ftcore.data.audit_table import render
 from ftcore.data.types import ROLES, Origin, Rejected
 from ftcore.errors import DataError
 
@@ -200,6 +201,9 @@ class Audit:
             if wanted and self.kept and not self.split(name).rows:
                 found.append((f"the {name} source has no row left", "check that source"))
         return found
+
+    def table(self) -> str:
+        return render(self)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -123,7 +123,7 @@ class Turns:
             plain = self._after_word(messages[:i], words[i - 1] if i else "", strips[i - 1][1] if i else True, False)
             leads[i] = len(gaps[i]) - _header(gaps[i], before, plain)
             own = self._after_word(messages[: i + 1], words[i], strips[i][1], False) or ""
-            trails[i], stops[i] = self._stop(gaps[i + 1], len(os.path.commonprefix([own, gaps[i + 1]])))
+            trails[i], stops[i] = self._stop(gaps[i + 1], len(own) if gaps[i + 1].startswith(own) else 0)
         return Shape(tuple(gaps), tuple(strips), tuple(leads), tuple(trails), tuple(stops))
 
     def _after_word(self, messages: list[dict[str, Any]], word: str, stripped: bool, generation_prompt: bool) -> str | None:
