@@ -3,7 +3,8 @@
 In: a recipe (or nothing), RAY_ADDRESS, the environment of a submitted job. Out: a Connection. Runs in: the driver.
 
 Rules: inside a job, the job's cluster; else RAY_ADDRESS; else a Ray of our own on this machine with as many logical CPUs as it has cores
-(FTCORE_LOCAL_CPUS overrules). A cluster that merely happens to run on this machine is never joined by surprise: `RAY_ADDRESS=auto` asks for it.
+(FTCORE_LOCAL_CPUS overrules). A cluster that merely happens to run on this machine is not joined by surprise: `RAY_ADDRESS=auto` asks
+for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError
@@ -49,7 +50,9 @@ class Connection:
 
     def __str__(self) -> str:
         what = {
-            "job": "this job's Ray cluster", "cluster": "the running Ray cluster", "local": "a Ray of our own on this machine",
+            "job": "this job's Ray cluster",
+            "cluster": "the running Ray cluster",
+            "local": "a Ray of our own on this machine",
             "joined": "the Ray this process is already in",
         }[self.kind]
         gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
@@ -101,19 +104,27 @@ def local_num_cpus() -> int:
 def _start_local(local_cpus: float, dashboard: bool) -> str:
     for name, value in SINGLE_MACHINE_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    context = ray.init(
-        address="local", num_cpus=max(local_num_cpus(), int(local_cpus)), include_dashboard=dashboard, log_to_driver=_wants_ray_logs(),
-        logging_level=logging.ERROR, configure_logging=True, _temp_dir=str(_temporary_folder()),
+    context: Any = ray.init(
+        address="local",
+        num_cpus=max(local_num_cpus(), int(local_cpus)),
+        include_dashboard=dashboard,
+        log_to_driver=_wants_ray_logs(),
+        logging_level=logging.ERROR,
+        configure_logging=True,
+        _temp_dir=str(_temporary_folder()),
     )
     return str(context.address_info["session_dir"])
 
 
 def _join(address: str) -> str:
     try:
-        context = ray.init(address=address, log_to_driver=_wants_ray_logs(), logging_level=logging.ERROR, configure_logging=True)
+        context: Any = ray.init(address=address, log_to_driver=_wants_ray_logs(), logging_level=logging.ERROR, configure_logging=True)
     except (ConnectionError, RayError, OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            "no Ray cluster answers", where=f"RAY_ADDRESS={address}", got=_first_line(error), wanted="a running `ray start --head`",
+            "no Ray cluster answers",
+            where=f"RAY_ADDRESS={address}",
+            got=_first_line(error),
+            wanted="a running `ray start --head`",
             remedy="start it, correct RAY_ADDRESS, give its token (RAY_AUTH_TOKEN or ~/.ray/auth_token), or unset RAY_ADDRESS to run here",
         ) from error
     return str(context.address_info["session_dir"])
@@ -128,7 +139,8 @@ def _describe(kind: Kind, logs: str = "the logs of the Ray session") -> Connecti
 
 def _temporary_folder() -> Path:
     """Ray's sessions of this user: not Ray's own default, which all users of a machine share; short, because sockets live under it."""
-    root = Path(os.environ.get("FTCORE_RAY_TMP") or Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()) / f"ftray-{os.getuid()}")
+    parent = Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir())
+    root = Path(os.environ.get("FTCORE_RAY_TMP") or parent / f"ftray-{os.getuid()}")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise ClusterError("Ray's temporary folder belongs to another user", where=root, remedy="set FTCORE_RAY_TMP to a folder of yours")

@@ -1,26 +1,32 @@
-"""Relay: carries small messages from the workers of a run to its driver without ever making a step wait.
+"""Relay: carries small messages from the workers of a run to its driver, and the wish to stop back, without making a step wait.
 
-In: dictionaries pushed by workers, not awaited. Out: the same, drained by the driver. Runs in: one actor without a CPU, on the driver's node.
+In: dictionaries pushed by workers, not awaited. Out: the same, drained by the driver. Runs in: one actor without a CPU, on the driver's
+node.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-MAX_WAITING = 10_000
+Message = Mapping[str, Any]
+MAX_WAITING = 100_000
 """Messages kept while nobody drains; the oldest go first."""
+STOP_POLL_S = 0.5
 
 
 class Mailbox:
-    """The actor's state: what was pushed and not yet drained."""
+    """The actor's state: what was pushed and not yet drained, and whether the driver wants the run to stop."""
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] = []
+        self._stop = False
 
     def push(self, message: dict[str, Any]) -> None:
         self._waiting.append(message)
@@ -30,9 +36,15 @@ class Mailbox:
         waiting, self._waiting = self._waiting, []
         return waiting
 
+    def ask_to_stop(self) -> None:
+        self._stop = True
+
+    def should_stop(self) -> bool:
+        return self._stop
+
 
 class Relay:
-    """The driver's end. Send it to workers as it is; there, `sender()` gives the function to call."""
+    """Opened by the driver; goes to workers as it is."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
@@ -42,30 +54,54 @@ class Relay:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return cls(ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote())
 
+    def push(self, message: Message) -> None:
+        """Sends and does not wait."""
+        self._mailbox.push.remote(dict(message))
+
     def drain(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """What arrived since the last call, in order. An actor that is still starting has nothing to say yet."""
         try:
             return list(ray.get(self._mailbox.drain.remote(), timeout=timeout_s))
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             return []
 
-    def push(self, message: Mapping[str, Any]) -> None:
-        """Sends and does not wait."""
-        self._mailbox.push.remote(dict(message))
+    def ask_to_stop(self) -> None:
+        self._mailbox.ask_to_stop.remote()
+
+    def watch_for_stop(self) -> Callable[[], bool]:
+        """In a worker: a function that says, at once, whether the driver asked to stop; a thread does the asking."""
+        asked = threading.Event()
+
+        def poll() -> None:
+            while not asked.is_set():
+                try:
+                    if ray.get(self._mailbox.should_stop.remote()):
+                        asked.set()
+                except RayError:
+                    return  # the driver is gone or going, and Ray takes this worker with it
+                time.sleep(STOP_POLL_S)
+
+        threading.Thread(target=poll, name="stop-watch", daemon=True).start()
+        return asked.is_set
 
     def close(self) -> None:
         ray.kill(self._mailbox)
 
 
-class Throttle:
-    """Lets at most one message through every `interval_s`, so that steps of a millisecond do not flood the driver."""
+class Outbox:
+    """Gathers a worker's journal lines and says them together, so that steps of a millisecond do not flood the driver."""
 
-    def __init__(self, interval_s: float) -> None:
-        self.interval_s, self._last = interval_s, float("-inf")
+    def __init__(self, say: Callable[[Message], None], interval_s: float = 0.2) -> None:
+        self._say, self._interval_s = say, interval_s
+        self._lines: list[Message] = []
+        self._last = float("-inf")
 
-    def ready(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < self.interval_s:
-            return False
-        self._last = now
-        return True
+    def add(self, line: Message) -> None:
+        self._lines.append(line)
+        if time.monotonic() - self._last >= self._interval_s:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._lines:
+            self._say({"event": "lines", "lines": self._lines})
+        self._lines, self._last = [], time.monotonic()

@@ -6,6 +6,7 @@ In: a recipe's resources, the alive nodes. Out: the numbers of a Ray ScalingConf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -51,17 +52,23 @@ def check_fits(asked: Resources, nodes: list[Node]) -> None:
         return
     strict = " (STRICT_SPREAD: one worker a node)" if asked.placement == "STRICT_SPREAD" else ""
     raise ClusterError(
-        "the cluster is too small for this run", where="resources", got=_have(nodes), wanted=_wants(asked) + strict, remedy=_remedy(asked, sum(room)),
+        "the cluster is too small for this run",
+        where="resources",
+        got=_have(nodes),
+        wanted=_wants(asked) + strict,
+        remedy=_remedy(asked, sum(room)),
     )
 
 
-def scaling_numbers(asked: Resources) -> dict[str, object]:
+def scaling_numbers(asked: Resources) -> dict[str, Any]:
     """Keyword arguments of ray.train.ScalingConfig. The controller takes no CPU, so the workers may have all of them."""
     per_worker: dict[str, float] = {"CPU": asked.cpus_per_worker}
     if asked.gpus_per_worker:
         per_worker["GPU"] = asked.gpus_per_worker
     return {
-        "num_workers": asked.workers, "use_gpu": asked.gpus_per_worker > 0, "resources_per_worker": per_worker,
+        "num_workers": asked.workers,
+        "use_gpu": asked.gpus_per_worker > 0,
+        "resources_per_worker": per_worker,
         "placement_strategy": asked.placement,
     }
 

@@ -3,19 +3,23 @@
 In: a recipe's resources. Out: Ray runtime_env dictionaries. Runs in: the driver; imports no ray.
 
 What `ray job submit --working-dir .` leaves at home is written in one place, the `.rayignore` beside pyproject.toml: Ray reads it (and
-.gitignore) for every upload, from the shell as well as from Python. `upload_files` answers what would travel.
+.gitignore) for every upload, from the shell as well as from Python.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 from ftcore.recipe import Resources
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, nowhere else."""
 
-FOLLOWING = ("FTCORE_PLUGINS", "FTCORE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+FOLLOWING = (
+    "FTCORE_PLUGINS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION",
+)  # fmt: skip
 """Variables a worker needs to see as the driver does. No credentials: those come by each machine's own chain, never in a job's metadata."""
 
 MALLOC = {
@@ -40,3 +44,13 @@ def worker_variables(resources: Resources) -> dict[str, str]:
     if not resources.gpus_per_worker:
         variables |= {name: os.environ.get(name, value) for name, value in MALLOC.items()}
     return variables
+
+
+def keep_memory() -> None:
+    """The same for a process that runs already: asks glibc to keep freed memory. Nothing happens where the C library is another one."""
+    if sys.platform != "linux" or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, name in ((-3, "MALLOC_MMAP_THRESHOLD_"), (-1, "MALLOC_TRIM_THRESHOLD_"), (-2, "MALLOC_TOP_PAD_")):  # M_* of malloc.h
+            mallopt(option, min(int(MALLOC[name]), (1 << 31) - 1))

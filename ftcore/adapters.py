@@ -59,7 +59,7 @@ class AdapterRef:
 
 
 def split_ref(text: str) -> tuple[str, str, str]:
-    """`tenant/name[@version]` -> tenant, name, version ("" when absent; a short digest or an alias). Raises ConfigError for anything else."""
+    """`tenant/name[@version]` -> tenant, name, version ("" when absent; a digest or an alias). Raises ConfigError otherwise."""
     path, _, version = text.partition("@")
     tenant, _, name = path.partition("/")
     sound = PART.fullmatch(tenant) and PART.fullmatch(name) and ("@" not in text or PART.fullmatch(version) or SHORT.fullmatch(version))

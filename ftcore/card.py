@@ -20,8 +20,8 @@ from ftcore.errors import IntegrityError
 from ftcore.section import Section
 from ftcore.storage import canonical_json, digest_of
 
-Digest = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\Z")]
-Name = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Text = Annotated[str, StringConstraints(max_length=4096)]
 MAX_BYTES = 4 * 1024**2
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "ray", "bitsandbytes", "deepspeed")
@@ -97,12 +97,13 @@ class Card(Section):
     tokenizer: Digest
     template: Text
     """Digest of the chat template; empty where none was used."""
-    data: DataFacts
-    recipe: RecipeFacts
+    data: DataFacts | None = None
+    """None for an imported adapter: nobody knows."""
+    recipe: RecipeFacts | None = None
     method: MethodFacts
-    stage: Text
-    seed: int
-    world_size: int = Field(ge=1)
+    stage: Text = ""
+    seed: int | None = None
+    world_size: int | None = Field(None, ge=1)
     metrics: dict[str, float | int | str | None] = Field(default_factory=dict)
     probes: dict[str, ProbeFacts]
     packages: dict[str, Text]
@@ -126,7 +127,7 @@ class Card(Section):
         if len(raw) > MAX_BYTES:
             raise IntegrityError("this card is too large", where=where, got=f"{len(raw)} bytes", wanted=f"at most {MAX_BYTES}")
         try:
-            card = Card.model_validate_json(raw, strict=True)
+            card = Card.model_validate_json(raw)
         except (ValidationError, RecursionError) as error:
             raise IntegrityError(
                 "this card cannot be read", where=where, got=printable(str(error))[:600], remedy="publish the version again"

@@ -34,9 +34,13 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("pipelines.demo:main", "", "the embedded default, end to end: simulate, train, publish, compare"),
-    "validate": Command("ftcore.recipe_commands:validate", "RECIPE [PATH=VALUE ...]", "check a recipe; print what differs from the defaults"),
+    "validate": Command(
+        "ftcore.recipe_commands:validate", "RECIPE [PATH=VALUE ...]", "check a recipe; print what differs from the defaults"
+    ),
     "preview": Command("ftcore.data.preview:main", "RECIPE [PATH=VALUE ...]", "show rows token by token, coloured by trained or not"),
-    "prepare": Command("pipelines.prepare:main", "RECIPE [PATH=VALUE ...]", "rows to packed blocks, with the audit, before any worker starts"),
+    "prepare": Command(
+        "pipelines.prepare:main", "RECIPE [PATH=VALUE ...]", "rows to packed blocks, with the audit, before any worker starts"
+    ),
     "sft": Command("pipelines.sft:main", "RECIPE [PATH=VALUE ...]", "train on Ray, verify and publish the adapter"),
     "pretrain": Command("pipelines.sft:main", "RECIPE [PATH=VALUE ...]", "the same, for a recipe with stage: pretrain"),
     "adapters": Command("ftcore.adapter_commands:main", "list|show|verify|promote|...", "look after the adapter store"),
@@ -44,7 +48,7 @@ COMMANDS: dict[str, Command] = {
     "schema": Command("ftcore.recipe_commands:schema", "", "JSON Schema of recipes, for editors"),
     "import-config": Command("ftcore.recipe_commands:import_config", "FILE", "an axolotl, LLaMA-Factory or torchtune config as a recipe"),
     "completion": Command("ftcore.recipe_commands:completion", "bash|zsh", "print a shell completion script"),
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +70,17 @@ def help_text() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: ftcore [--debug] COMMAND ...", "", "Fine-tuning on Ray, from rows to a sealed, proven adapter.", "", "commands:", *lines, "",
-         "`ftcore COMMAND --help` says more. A recipe is a YAML file; PATH=VALUE overrides a key, like optim.lr=1e-4."]
-    )  # fmt: skip
+        [
+            "usage: ftcore [--debug] COMMAND ...",
+            "",
+            "Fine-tuning on Ray, from rows to a sealed, proven adapter.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`ftcore COMMAND --help` says more. A recipe is a YAML file; PATH=VALUE overrides a key, like optim.lr=1e-4.",
+        ]
+    )
 
 
 def dispatch(name: str, arguments: list[str]) -> int:
@@ -94,7 +106,9 @@ def _imported(module_name: str, command: str) -> object:
         if missing in ("ftcore", *ROOMS):
             raise ConfigError(f"`ftcore {command}` is not part of this installation", got=f"no module {error.name}") from error
         raise ConfigError(
-            f"`ftcore {command}` needs a package that is not installed", got=f"no module {missing}", remedy="pip install 'ftcore[train]' (or `make demo`)",
+            f"`ftcore {command}` needs a package that is not installed",
+            got=f"no module {missing}",
+            remedy="pip install 'ftcore[train]' (or `make demo`)",
         ) from error
 
 
@@ -111,7 +125,9 @@ def check_rooms() -> None:
         found = Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations or []), ""))
         if found.resolve() != home / room:
             raise ConfigError(
-                f"another package named `{room}` hides ours", where=found, wanted=home / room,
+                f"another package named `{room}` hides ours",
+                where=found,
+                wanted=home / room,
                 remedy="run from another folder, take it off PYTHONPATH, or install ftcore in an environment of its own",
             )
 
@@ -134,7 +150,10 @@ def guarded(run: Main, arguments: list[str], *, debug: bool = False) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"unexpected error: {type(error).__name__}: {error}\n  log:    {_logged()}\n  remedy: run it again with `ftcore --debug ...`", file=sys.stderr)
+        print(
+            f"unexpected error: {type(error).__name__}: {error}\n  log:    {_logged()}\n  remedy: run it again with `ftcore --debug ...`",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -1,7 +1,8 @@
 """What other programs call our keys: axolotl, LLaMA-Factory, torchtune, Hugging Face TrainingArguments, PEFT's LoraConfig.
 
-In: a key as a person knows it. Out: the recipe's path for it, or a sentence where it has none. Used for "did you mean" only: these
-names are never second names in a recipe (`ftcore import-config` translates whole files).
+In: a key as a person knows it. Out: the recipe's path for it, or a sentence where it has none. Runs in: everywhere a recipe is read.
+
+Used for "did you mean" only: these are never second names in a recipe (`ftcore import-config` translates whole files).
 """
 
 from __future__ import annotations

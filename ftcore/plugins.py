@@ -33,7 +33,10 @@ def import_plugins(names: object, allowed: Sequence[str] | None = None, where: s
     for name in names:
         if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in allow_list):
             raise ConfigError(
-                "this process does not allow that plugin", where=where, got=name, wanted=", ".join(allow_list) or "no plugin: the allow-list is empty",
+                "this process does not allow that plugin",
+                where=where,
+                got=name,
+                wanted=", ".join(allow_list) or "no plugin: the allow-list is empty",
                 remedy=f"if you trust its code, start with {VARIABLE}={','.join([*allow_list, name])}",
             )
         try:
@@ -42,5 +45,8 @@ def import_plugins(names: object, allowed: Sequence[str] | None = None, where: s
             raise
         except Exception as error:
             raise ConfigError(
-                "a plugin could not be imported", where=f"{where}: {name}", got=f"{type(error).__name__}: {error}", remedy="fix or remove the plugin",
+                "a plugin could not be imported",
+                where=f"{where}: {name}",
+                got=f"{type(error).__name__}: {error}",
+                remedy="fix or remove the plugin",
             ) from error

@@ -205,8 +205,12 @@ def last_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
 def plain_forward(model: nn.Module) -> Iterator[None]:
     """The model as plain PEFT and transformers run it, whatever the training loop made of it: no dropout, SDPA attention, LoRA in fp32.
 
-    The loop replaces the attention by one that wants segment lengths, and stops PEFT from widening inputs (autocast does it there).
+    The loop replaces the attention by one that wants segment lengths, and stops PEFT from widening inputs (autocast does it there, and is
+    off here; it stays on over whole modules trained in fp32, which a base in bf16 cannot run beside otherwise).
     """
+    autocast: AbstractContextManager[None] = torch.autocast(_device_kind(model), enabled=False)
+    if any("modules_to_save" in name for name, _ in model.named_parameters()):
+        autocast = nullcontext()
     was_training = model.training
     casting = {module: flag for module in model.modules() if (flag := vars(module).get("cast_input_dtype_enabled")) is not None}
     transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -217,7 +221,8 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
             module.cast_input_dtype_enabled = True  # type: ignore[assignment]
         if transformer is not None and attention == varlen.NAME:
             transformer.set_attn_implementation("sdpa")
-        yield
+        with autocast:
+            yield
     finally:
         if transformer is not None and attention == varlen.NAME:
             transformer.set_attn_implementation(attention)

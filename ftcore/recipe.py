@@ -182,7 +182,7 @@ class Recipe(Section):
     data: Data
     method: chosen(Method, METHODS)  # type: ignore[valid-type]
     stage: chosen(Stage, STAGES)  # type: ignore[valid-type]
-    backend: chosen(Backend, BACKENDS) = Field(default_factory=lambda: BACKENDS["plain"](kind="plain"))  # type: ignore[valid-type]
+    backend: chosen(Backend, BACKENDS, "plain") = Field(default_factory=lambda: BACKENDS["plain"](kind="plain"))  # type: ignore[valid-type]
     optim: Optim = Optim()
     resources: Resources = Resources()
     eval: Eval = Eval()

@@ -28,7 +28,8 @@ def _adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not method.is_adapter:
         if recipe.output.adapter is not None:
             yield (
-                "output.adapter", f"method `{method.kind}` makes a whole model, and the store holds adapters; "
+                "output.adapter",
+                f"method `{method.kind}` makes a whole model, and the store holds adapters; "
                 "remove this key (the model is in the run's final/ folder) or take an adapter method",
             )
         if recipe.model.adapter is not None:
@@ -55,7 +56,10 @@ def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if gpus > 1 and gpus != int(gpus):
         yield "resources.gpus_per_worker", f"Ray hands out whole GPUs above one; got {gpus:g}; wanted {int(gpus)} or {int(gpus) + 1}"
     if 0 < gpus < 1 and workers > 1:
-        yield "resources.gpus_per_worker", f"{workers} workers cannot share a GPU in one process group (NCCL refuses); give each a whole one"
+        yield (
+            "resources.gpus_per_worker",
+            f"{workers} workers cannot share a GPU in one process group (NCCL refuses); give each a whole one",
+        )
 
 
 def notes(recipe: Recipe) -> list[str]:
@@ -64,7 +68,8 @@ def notes(recipe: Recipe) -> list[str]:
     share = recipe.resources.workers * recipe.backend.micro_batch
     if recipe.optim.batch_size % share:
         found.append(
-            f"optim.batch_size {recipe.optim.batch_size} is not a multiple of workers x micro_batch ({share}): some workers idle in part of each step"
+            f"optim.batch_size {recipe.optim.batch_size} is not a multiple of workers x micro_batch ({share}): "
+            "some workers idle in part of each step"
         )
     if recipe.output.adapter is None and recipe.method.is_adapter:
         found.append("output.adapter is unset: the trained adapter stays in the run folder and is not published")

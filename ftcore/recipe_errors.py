@@ -102,6 +102,9 @@ def suggest_key(path: Path_, tree: Tree, recipe: type[Section]) -> str:
     """`did you mean ...?` for a key that does not exist: its siblings, then every leaf of the recipe, then other programs' names."""
     key, parent = str(path[-1]), path[:-1]
     siblings = list(section_at(parent, tree, recipe).model_fields) if section_at(parent, tree, recipe) else []
+    swapped = [name for name in siblings if sorted(name) == sorted(key)]
+    if swapped:
+        return f"did you mean {dotted((*parent, swapped[0]))}?"
     foreign = RECIPE_PATHS.get(key)
     if foreign and foreign != dotted(path):
         return f"did you mean {foreign}?" if "." in foreign and " " not in foreign else foreign
@@ -143,7 +146,7 @@ def _section_of(owner: type[BaseModel], key: str, written: Any) -> type[BaseMode
     for mark in field.metadata:
         registry = getattr(mark, "registry", None)
         if registry is not None:
-            kind = written.get("kind") if isinstance(written, dict) else written
+            kind = written.get("kind", mark.default) if isinstance(written, dict) else written or mark.default
             chosen: type[BaseModel] | None = registry[kind] if isinstance(kind, str) and kind in registry else None
             return chosen
     found = [cls for cls in _classes(field.annotation) if issubclass(cls, BaseModel)]
@@ -171,7 +174,9 @@ def _range(path: Path_, tree: Tree, recipe: type[Section]) -> str:
     """Both bounds of a field in words: `from 0 to 1`, `greater than 0`."""
     owner = section_at(path[:-1], tree, recipe)
     field = owner.model_fields.get(str(path[-1])) if owner else None
-    bounds = {name: getattr(mark, name) for mark in (field.metadata if field else ()) for name in ("gt", "ge", "lt", "le") if hasattr(mark, name)}
+    bounds = {
+        name: getattr(mark, name) for mark in (field.metadata if field else ()) for name in ("gt", "ge", "lt", "le") if hasattr(mark, name)
+    }
     low = f"from {bounds['ge']}" if "ge" in bounds else f"greater than {bounds['gt']}" if "gt" in bounds else ""
     high = f"to {bounds['le']}" if "le" in bounds else f"less than {bounds['lt']}" if "lt" in bounds else ""
     if low and high:

@@ -57,9 +57,7 @@ class Tree:
     def value(self, path: Path_) -> Any:
         node: Any = self.values
         for key in path:
-            if isinstance(node, dict) and key in node:
-                node = node[key]
-            elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+            if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int) and key < len(node)):
                 node = node[key]
             else:
                 return None
@@ -74,7 +72,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "aliases (`*name`) are not read in recipes; write the value out", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (`*name`) are not read in recipes; write the value out", event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -105,7 +105,9 @@ def read_tree(path: str | Path) -> Tree:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError("this is too large to be a recipe", where=path, got=f"{path.stat().st_size} bytes", wanted=f"at most {MAX_BYTES}")
+            raise ConfigError(
+                "this is too large to be a recipe", where=path, got=f"{path.stat().st_size} bytes", wanted=f"at most {MAX_BYTES}"
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         near = near_files(path)
@@ -137,7 +139,9 @@ def parse_tree(text: str, name: str = "recipe") -> Tree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise ConfigError("this is not readable YAML", where=where, got=error.problem or str(error), remedy=_yaml_remedy(str(error.problem))) from error
+        raise ConfigError(
+            "this is not readable YAML", where=where, got=error.problem or str(error), remedy=_yaml_remedy(str(error.problem))
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError("this is not readable YAML", where=name, got=str(error) or type(error).__name__) from error
     finally:
@@ -209,7 +213,7 @@ def parse_value(text: str) -> Any:
 
 
 def override(tree: Tree, text: str) -> None:
-    """Applies one `path=value`: dotted path, list items by index. What cannot be applied becomes a problem; unknown keys are found later."""
+    """Applies one `path=value`: dotted path, list items by index. What cannot be applied becomes a problem."""
     dotted_path, equals, value = text.partition("=")
     place = f"override `{text}`"
     keys = dotted_path.strip().split(".")

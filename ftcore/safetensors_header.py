@@ -29,6 +29,10 @@ class TensorFact:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
 
 def check_safetensors(path: Path) -> dict[str, TensorFact]:
     """Reads the header and holds it against the file's size.

@@ -45,27 +45,33 @@ class Choice(Section):
 class _ChoiceSchema:
     """Draws a choice in JSON Schema as one branch per registered kind."""
 
-    def __init__(self, registry: Registry[Any]) -> None:
-        self.registry = registry
+    def __init__(self, registry: Registry[Any], default: str | None) -> None:
+        self.registry, self.default = registry, default
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        branches = []
+        branches: list[dict[str, Any]] = []
+        short = []
         for kind, cls in self.registry.items():
-            branch = cls.model_json_schema()
+            branch = handler.resolve_ref_schema(handler(cls.__pydantic_core_schema__))
             branch["properties"]["kind"] = {"const": kind, "description": (cls.__doc__ or "").split("\n")[0]}
-            branch["required"] = ["kind", *[key for key in branch.get("required", []) if key != "kind"]]
+            needed = [key for key in branch.get("required", []) if key != "kind"]
+            branch["required"] = needed if kind == self.default else ["kind", *needed]
             branches.append(branch)
-        return {"oneOf": branches}
+            if not needed:
+                short.append(kind)
+        return {"oneOf": [*branches, {"enum": short, "description": "A kind with its defaults."}]}
 
 
-def chosen(base: type[Choice], registry: Registry[Any]) -> Any:
-    """The annotation for a recipe key that holds a choice: `method: chosen(Method, METHODS)`."""
+def chosen(base: type[Choice], registry: Registry[Any], default: str | None = None) -> Any:
+    """The annotation for a recipe key that holds a choice: `method: chosen(Method, METHODS)`. `default`: the kind when none is written."""
 
     def pick(value: object) -> object:
         if isinstance(value, base):
             return value
         if isinstance(value, str):
             value = {"kind": value}
+        if default is not None and isinstance(value, dict):
+            value = {"kind": default, **value}
         if not isinstance(value, dict) or "kind" not in value:
             raise PydanticCustomError("choice", "needs a `kind`: one of {kinds}", {"kinds": " | ".join(registry)})
         try:
@@ -81,7 +87,7 @@ def chosen(base: type[Choice], registry: Registry[Any]) -> Any:
             raise ValidationError.from_exception_data(registry.axis, [line]) from None
         return cls.model_validate(value)
 
-    return Annotated[SerializeAsAny[base], BeforeValidator(pick), _ChoiceSchema(registry)]  # type: ignore[valid-type]
+    return Annotated[SerializeAsAny[base], BeforeValidator(pick), _ChoiceSchema(registry, default)]  # type: ignore[valid-type]
 
 
 def leaf_paths(cls: type[BaseModel], prefix: str = "") -> list[str]:

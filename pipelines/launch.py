@@ -1,9 +1,11 @@
 """Launch: runs one function on every worker of a run, on Ray Train or in this process, and brings back its value or the true cause.
 
-In: `work(world, say)`, the recipe's resources. Out: rank 0's return value; what workers said, handed to `hear`. Runs in: the driver (launch), workers (work).
+In: `work(post)`, the recipe's resources. Out: rank 0's return value; what workers said, handed to `hear`. Runs in: the driver (launch),
+workers (work).
 
 A dead worker restarts all of them (FailureConfig); `work` finds its own way back from what is sealed. Errors that would only happen again
-(a wrong recipe, damaged files, a full disk, a loss that is not finite) are not retried. Ctrl-C and SIGTERM stop the workers.
+(a wrong recipe, damaged files, a full disk, a loss that is not finite) are not retried. Ctrl-C and SIGTERM ask `work` to stop; asked
+twice, it is left at once.
 """
 
 from __future__ import annotations
@@ -11,40 +13,49 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import ray
-import ray.train
-from ray.exceptions import RayActorError
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray.train.torch
+from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback  # Ray's wrapper; it offers no public way to the cause
 
 from cluster.connect import Connection
-from cluster.relay import Relay
+from cluster.relay import Message, Relay
 from cluster.resources import alive_nodes, check_fits, scaling_numbers
 from cluster.runtime_env import worker_variables
 from ftcore.backends.base import World
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, Interrupted, ModelError, StorageError, TrainingError
 from ftcore.recipe import Resources
 
-Message = Mapping[str, Any]
-Say = Callable[[Message], None]
 T = TypeVar("T")
+Hear = Callable[[Message], None]
 
 WOULD_HAPPEN_AGAIN = (ConfigError, DataError, ModelError, IntegrityError, TrainingError, Interrupted)
+NOT_WORTH_A_RETRY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES)
 POLL_S = 0.2
-GLOO_TIMEOUT_S = 1800
+GROUP_TIMEOUT_S = 1800
+RunConfig: Any = ray.train.RunConfig  # the signature that mypy reads is Ray Train v1's
+UserCallback: Any = ray.train.UserCallback
 
 
-def launch(
-    work: Callable[[World, Say], T], resources: Resources, connection: Connection, *, name: str, hear: Callable[[Message], None]
-) -> T:
+@dataclass(frozen=True)
+class Post:
+    """A worker's place in the run: who it is among the others, how it speaks to the driver, and whether the driver wants it to stop."""
+
+    world: World
+    say: Callable[[Message], None]
+    should_stop: Callable[[], bool]
+
+
+def launch(work: Callable[[Post], T], resources: Resources, connection: Connection, *, name: str, hear: Hear) -> T:
     """Runs `work` on `resources.workers` Ray Train workers; returns what rank 0 returned.
 
     `hear` is called in this process with every message a worker said, and with `{"event": "failure", ...}` when one failed.
@@ -52,48 +63,52 @@ def launch(
     """
     check_fits(resources, alive_nodes())
     relay = Relay.open()
-    ear = _Ear(relay, hear)
-    with tempfile.TemporaryDirectory(prefix="ftcore-train-") as scratch:  # Ray Train's own notes; our state lives in the run folder
-        trainer = TorchTrainer(
+    watch = _Watch(relay, hear)
+    # Ray Train's own notes go to a scratch folder: our state is in the run folder
+    with tempfile.TemporaryDirectory(prefix="ftcore-train-", ignore_cleanup_errors=True) as scratch:
+        trainer: Any = ray.train.torch.TorchTrainer(
             _on_worker,
-            train_loop_config={"work": work, "relay": relay, "cwd": os.getcwd()},
+            train_loop_config={"work": work, "relay": relay, "cwd": str(Path.cwd())},
             scaling_config=ray.train.ScalingConfig(**scaling_numbers(resources)),
-            torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo", timeout_s=GLOO_TIMEOUT_S),
-            run_config=ray.train.RunConfig(
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo", timeout_s=GROUP_TIMEOUT_S),
+            run_config=RunConfig(
                 name=name, storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
                 callbacks=[_Failures(relay)], worker_runtime_env={"env_vars": worker_variables(resources)},
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
-        )
+        )  # fmt: skip
         try:
-            with ear, _stoppable():
-                return trainer.fit().return_value
+            return watch.over(lambda: trainer.fit().return_value)
         except (ray.train.TrainingFailedError, RayActorError) as error:
-            raise _explained(error, ear, connection) from error
+            raise _explained(error, watch, connection) from error
         finally:
             relay.close()
 
 
-def launch_here(work: Callable[[World, Say], T], *, hear: Callable[[Message], None]) -> T:
+def launch_here(work: Callable[[Post], T], *, hear: Hear) -> T:
     """Runs `work` in this process as the only worker, without Ray."""
-    with _stoppable():
-        return work(World(device="cpu", node="here"), hear)
+    asked = threading.Event()
+    with on_stop_signal(asked.set):
+        return work(Post(World(node="here"), hear, asked.is_set))
 
 
 def _on_worker(order: dict[str, Any]) -> Any:
     """What every Ray Train worker runs: finds its place among the others, then works."""
-    if os.path.isdir(order["cwd"]):  # noqa: PTH112
-        os.chdir(order["cwd"])
-    context = ray.train.get_context()
-    relay: Relay = order["relay"]
-    device = str(ray.train.torch.get_device())
-    node = ray.util.get_node_ip_address()
+    if Path(order["cwd"]).is_dir():
+        os.chdir(order["cwd"])  # so that the recipe's relative paths mean what they mean to the driver
+    context, relay = ray.train.get_context(), order["relay"]
+    device, node = str(ray.train.torch.get_device()), ray.util.get_node_ip_address()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device, node)
-    relay.push({"event": "worker", "rank": world.rank, "size": world.size, "node": node, "pid": os.getpid()})
-    return order["work"](world, relay.push)
+    relay.push({"event": "worker", "rank": world.rank, "size": world.size, "node": world.node, "pid": os.getpid()})
+    should_stop = relay.watch_for_stop() if world.is_main else _never
+    return order["work"](Post(world, relay.push, should_stop))
 
 
-class _Failures(ray.train.UserCallback):
+def _never() -> bool:
+    return False
+
+
+class _Failures(UserCallback):
     """Runs in Ray Train's controller. Tells the driver who failed and why, and ends the run at once when a retry is pointless."""
 
     def __init__(self, relay: Relay) -> None:
@@ -102,117 +117,121 @@ class _Failures(ray.train.UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         rank, cause = root_cause(worker_exceptions)
         final = would_happen_again(cause)
-        self.relay.push({"event": "failure", "rank": rank, "cause": _headline(cause), "final": final})
+        self.relay.push({"event": "failure", "rank": rank, "cause": headline(cause), "final": final})
         if final:
             raise cause  # the controller does not retry an error of a callback, and carries it to the driver
 
 
 def would_happen_again(cause: BaseException) -> bool:
     """Whether restarting the workers could only repeat this."""
-    return isinstance(cause, WOULD_HAPPEN_AGAIN) or (isinstance(cause, StorageError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES))
+    return isinstance(cause, WOULD_HAPPEN_AGAIN) or (isinstance(cause, StorageError) and cause.errno in NOT_WORTH_A_RETRY)
 
 
 def root_cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
-    """The failure that explains the others: our own errors first, then a death, then whatever else (peers of a dead worker lose their connection)."""
+    """(rank, error) that explains the others: ours first, then a death; peers of a dead worker only lose their connection."""
 
-    def rank_of_interest(pair: tuple[int, BaseException]) -> tuple[int, int]:
-        cause = pair[1]
-        order = 0 if isinstance(cause, FtcoreError) else 1 if isinstance(cause, RayActorError) else 3 if "onnection" in str(cause) else 2
-        return order, pair[0]
+    def order(pair: tuple[int, BaseException]) -> tuple[int, int]:
+        rank, cause = pair
+        lost = "onnection" in str(cause)
+        return (0 if isinstance(cause, FtcoreError) else 1 if isinstance(cause, RayActorError) else 3 if lost else 2), rank
 
-    return min(((rank, _unwrapped(error)) for rank, error in failures.items()), key=rank_of_interest)
+    return min(((rank, _unwrapped(error)) for rank, error in failures.items()), key=order)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    while True:
-        inner = error._base_exc if isinstance(error, UserExceptionWithTraceback) else getattr(error, "health_check_failure", None)
-        if not isinstance(inner, BaseException):
-            return error
-        error = inner
+    inner = error._base_exc if isinstance(error, UserExceptionWithTraceback) else getattr(error, "health_check_failure", None)
+    return _unwrapped(inner) if isinstance(inner, BaseException) else error
 
 
-def _headline(cause: BaseException) -> str:
+def headline(cause: BaseException) -> str:
+    """One line about an error."""
     if isinstance(cause, RayActorError):
-        return "its process died"
+        return "its process died (killed, out of memory, or its node is gone)"
     text = cause.what if isinstance(cause, FtcoreError) else str(cause)
     return f"{type(cause).__name__}: {next(iter(text.strip().splitlines()), '')}"
 
 
-def _explained(error: Exception, ear: _Ear, connection: Connection) -> Exception:
-    """The error a person should see for a run that Ray Train gave up."""
+def _explained(error: Exception, watch: _Watch, connection: Connection) -> Exception:
+    """The error a person should see for a run that Ray Train gave up: the cause, not the machinery around it."""
+    rank, cause = -1, error
     if isinstance(error, ray.train.ControllerError):
-        cause: BaseException = error.controller_failure
-        rank = -1
+        cause = error.controller_failure
     elif isinstance(error, ray.train.WorkerGroupError):
-        rank, cause = root_cause(error.worker_failures)
-    else:
-        rank, cause = -1, error
+        rank, cause = root_cause(error.worker_failures)  # type: ignore[assignment]
     if isinstance(cause, FtcoreError):
         return cause
-    where = f"worker {rank}, {ear.workers[rank]}" if rank in ear.workers else "Ray Train's controller" if rank < 0 else f"worker {rank}"
+    allowed = f"at most {watch.num_failures - 1} (resources.max_failures)" if rank >= 0 and watch.num_failures > 1 else ""
+    times = f" for the {watch.num_failures}. time" if watch.num_failures > 1 else ""
     return TrainingError(
-        "a training worker failed and no retry is left" if rank >= 0 else "Ray Train failed", where=where, got=_headline(cause),
-        wanted="" if ear.num_failures <= 1 else f"no more failures than resources.max_failures ({ear.num_failures} happened)",
-        remedy=f"what is sealed stays usable: the same command continues there; the workers' logs are in {connection.logs}",
-    )
+        f"a training worker failed{times}" if rank >= 0 else "Ray Train failed",
+        where=f"worker {rank}, {watch.workers.get(rank, 'place unknown')}" if rank >= 0 else "Ray Train",
+        got=headline(cause), wanted=allowed,
+        remedy=f"the workers' logs are in {connection.logs}; what is sealed stays usable: the same command goes on from there",
+    )  # fmt: skip
 
 
-class _Ear:
-    """A thread that hears what workers say while the main thread waits for them."""
+class _Watch:
+    """Waits for a run in the main thread: hears what its workers say and passes on the wish to stop."""
 
-    def __init__(self, relay: Relay, hear: Callable[[Message], None]) -> None:
+    def __init__(self, relay: Relay, hear: Hear) -> None:
         self.relay, self.hear = relay, hear
         self.workers: dict[int, str] = {}
         self.num_failures = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="relay", daemon=True)
 
-    def __enter__(self) -> _Ear:
-        self._thread.start()
-        return self
+    def over(self, run: Callable[[], T]) -> T:
+        """`run` in a thread of its own: Ray Train takes Ctrl-C for itself in the main thread, and would kill without a checkpoint."""
+        value: list[T] = []
+        error: list[BaseException] = []
 
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        if sys.exc_info()[0] in (None, ray.train.ControllerError, ray.train.WorkerGroupError):
-            self._drain()
+        def guarded() -> None:
+            try:
+                value.append(run())
+            except BaseException as raised:  # carried to the waiting thread
+                error.append(raised)
 
-    def _listen(self) -> None:
-        while not self._over.wait(POLL_S):
-            self._drain()
+        thread = threading.Thread(target=guarded, name="ray-train", daemon=True)
+        with on_stop_signal(self._stop):
+            thread.start()
+            while thread.is_alive():
+                thread.join(POLL_S)
+                self._drain()
+        if error:
+            raise error[0]
+        return value[0]
+
+    def _stop(self) -> None:
+        self.relay.ask_to_stop()
+        self.hear({"event": "stopping"})
 
     def _drain(self) -> None:
         try:
             messages = self.relay.drain()
-        except ray.exceptions.RayError:
-            return  # the cluster is going away; the main thread knows why
+        except RayError:
+            return  # the cluster is going away; the run's own error says why
         for message in messages:
-            if message.get("event") == "worker":
+            if message["event"] == "worker":
                 self.workers[message["rank"]] = f"pid {message['pid']} on {message['node']}"
-            elif message.get("event") == "failure":
-                self.num_failures += 1
+            self.num_failures += message["event"] == "failure"
             self.hear(message)
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Turns Ctrl-C and SIGTERM into Interrupted once the workers are stopped. Ray Train's own handler for SIGINT stops them."""
+def on_stop_signal(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C or SIGTERM calls `stop` once; the second time it is a KeyboardInterrupt. Outside the main thread signals are left alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    stopped = threading.Event()
+    asked = threading.Event()
 
-    def terminate(number: int, frame: object) -> None:
-        stopped.set()
-        signal.raise_signal(signal.SIGINT)
+    def handler(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        stop()
 
-    signal.signal(signal.SIGTERM, terminate)
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as error:
-        name = "SIGTERM" if stopped.is_set() else "Ctrl-C"
-        raise Interrupted("the run was stopped", got=name) from error
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, before in old.items():
+            signal.signal(number, before)

@@ -93,6 +93,10 @@ class Audit:
     def drop(self, reason: str, place: Origin | str, count: int = 1) -> None:
         self.dropped.setdefault(reason, Tally()).add(str(place), count)
 
+    def redact(self, kinds: Iterable[str], origin: Origin) -> None:
+        for kind in kinds:
+            self.redacted.setdefault(kind, Tally()).add(str(origin))
+
     def note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
@@ -159,7 +163,8 @@ class Audit:
             found.append(f"{self.answers - self.stopped} of {self.answers} trained answers do not end in a trained stop token")
         median = self.quantile(0.5)
         if median and self.longest >= EXTREME_TAIL * median and self.num_examples >= EXTREME_TAIL:
-            found.append(f"the longest example has {self.longest} tokens, {self.longest // median} times the median: look at it, or lower max_length")
+            times = self.longest // median
+            found.append(f"the longest example has {self.longest} tokens, {times} times the median: look at it, or lower max_length")
         for kind, tally in self.leaked.items():
             found.append(f"{tally.count} {kind}: {_places(tally)}")
         if self.redacted and data.redact == "report":
@@ -178,28 +183,32 @@ class Audit:
             )
 
     def _problems(self, data: Data) -> list[tuple[str, str]]:
+        """(what is wrong, what to do about it)."""
         found: list[tuple[str, str]] = []
-        share = self.num_rejected / self.read if self.read else 0.0
+        train = self.splits.get("train", SplitFacts())
+        rejected = self.num_rejected / self.read if self.read else 0.0
+        cut = self.truncated.count / self.num_examples if self.num_examples else 0.0
         if not self.read:
             found.append(("there is no row in any source", "check data.sources"))
-        elif share > data.max_rejected:
+        if rejected > data.max_rejected:
             reasons = "; ".join(f"{reason} {tally.count}x ({_places(tally)})" for reason, tally in _by_count(self.rejected))
-            limit = f"{share:.2%} of rows rejected, allowed are {data.max_rejected:.2%} (data.max_rejected): {reasons}"
+            limit = f"{rejected:.2%} of rows rejected, allowed are {data.max_rejected:.2%} (data.max_rejected): {reasons}"
             found.append((limit, "repair the rows or raise data.max_rejected"))
         if self.read and not self.kept:
-            found.append(("no row is left to train on", "see the table for where rows went"))
-        elif self.kept and not self.split("train").trained:
-            found.append(("not one trained token in the train split", "check data.train_on, message weights, max_length and data.validation"))
+            found.append(("no row is left", "see the table for where the rows went"))
+        elif self.kept and not train.trained:
+            what = "no row is left to train on" if not train.rows else "not one trained token in the train split"
+            found.append((what, "check data.train_on, message weights, data.max_length and the shares of data.validation and data.test"))
         if self.answers and not self.stopped:
             found.append(("no answer ends in a trained stop token", "choose a model.chat_template whose stop token this tokenizer has"))
-        cut = self.truncated.count / self.num_examples if self.num_examples else 0.0
         if cut > data.max_truncated:
-            limit = f"{cut:.2%} of examples lose labels to max_length {data.max_length}, allowed are {data.max_truncated:.2%} (data.max_truncated)"
-            found.append((f"{limit}: {_places(self.truncated)}", "raise data.max_length, set data.overlong: split or drop, or raise data.max_truncated"))
+            limit = f"{cut:.2%} of examples lose labels to data.max_length {data.max_length}"
+            limit += f", allowed are {data.max_truncated:.2%} (data.max_truncated): {_places(self.truncated)}"
+            found.append((limit, "raise data.max_length, set data.overlong to split or drop, or raise data.max_truncated"))
         for name in ("validation", "test"):
-            wanted = any(source.split == name for source in data.sources)
-            if wanted and self.kept and not self.split(name).rows:
-                found.append((f"the {name} source has no row left", "check that source"))
+            asked = [source.path for source in data.sources if source.split == name]
+            if asked and self.kept and not self.splits.get(name, SplitFacts()).rows:
+                found.append((f"no row is left for {name}", f"check {', '.join(asked)}"))
         return found
 
     def table(self) -> str:

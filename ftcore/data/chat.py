@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Chat:
         self._control = _control_tokens(tokenizer)
         self._turns: dict[str, Turns] = {}
         self._forged = re.compile(r"(?!)")
+        self.notes: list[str] = []
         self._probe()
 
     @classmethod
@@ -51,12 +53,17 @@ class Chat:
         Raises ModelError for a tokenizer that cannot give offsets, has no stop token, or whose template cannot be split into turns.
         """
         if not tokenizer.is_fast:
-            raise ModelError("this tokenizer has no offsets, so the mask cannot be placed", got=type(tokenizer).__name__, wanted="a fast tokenizer (tokenizer.json)",
-                             remedy="convert it: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)")  # fmt: skip
+            raise ModelError(
+                "this tokenizer has no offsets, so the mask cannot be placed",
+                got=type(tokenizer).__name__,
+                wanted="a fast tokenizer (tokenizer.json)",
+                remedy="convert it: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)",
+            )
         text, origin = _choose(tokenizer, template, family)
         return cls(tokenizer, text, origin, data.train_on)
 
     def render(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), generation_prompt: bool = False) -> str:
+        """The template's text. Raises DataError with the template's own words where it refuses the messages."""
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tools=list(tools) or None, chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
@@ -70,8 +77,11 @@ class Chat:
         messages = conversation.messages
         for turn in messages:
             if self._forged.search(turn.content):
-                raise DataError("a turn holds the template's own control tokens", got=repr(self._forged.findall(turn.content)[0]),
-                                remedy="remove them: they would end or forge a turn")  # fmt: skip
+                raise DataError(
+                    "a turn holds the template's own control tokens",
+                    got=repr(self._forged.findall(turn.content)[0]),
+                    remedy="remove them: they would end or forge a turn",
+                )
         text, spans = self._turns_for(conversation.tools).find([_plain(message) for message in messages])
         ids, starts, ends = self._tokens(text)
         mask = np.zeros(len(ids), np.uint8)
@@ -115,13 +125,16 @@ class Chat:
         return Example(np.array(ids, np.int32), mask, np.full(len(ids), _TEXT, np.uint8), text.origin)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Ids of the messages and the generation prompt: what a model is given to answer."""
-        text = self.render([_plain(message) for message in messages], tools, generation_prompt=True)
+        """Ids of the messages and the generation prompt: what a model is given to answer, the same tokens as before a trained answer."""
+        plain = [_plain(message) for message in messages]
+        text = self._turns_for(tuple(tools)).prompt(plain)
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def describe(self) -> str:
         stops = ", ".join(repr(token) for token in self.tokenizer.convert_ids_to_tokens(list(self.stop_ids)))
-        return f"chat template: {self.origin} ({self.template_digest[:12]}); stop tokens: {stops}; trained on: {self.train_on}"
+        return f"chat template: {self.origin} ({self.template_digest[:12]}); stop tokens: {stops}; trained on: {self.train_on}" + "".join(
+            f"; {note}" for note in self.notes
+        )
 
     def _turns_for(self, tools: tuple[dict[str, Any], ...]) -> Turns:
         key = json.dumps(tools, sort_keys=True) if tools else ""
@@ -139,24 +152,35 @@ class Chat:
     def _probe(self) -> None:
         """Two exchanges through the template: it must split into turns, and an answer must end in a stop token."""
         turns = self._turns_for(())
-        probe = [{"role": role, "content": f"probe {i}"} for i, role in enumerate(_PROBE)]
         try:
-            _, spans = turns.find(probe)
+            _, spans = turns.find(_dicts(_PROBE))
         except DataError as error:
-            raise ModelError("this chat template cannot be used for training", where=self.origin, got=f"{error.what}: {error.got}",
-                             remedy="name another with model.chat_template (chatml, alpaca, ... or a .jinja file)") from error  # fmt: skip
+            raise ModelError(
+                "this chat template cannot be used for training",
+                where=self.origin,
+                got=f"{error.what}: {error.got}",
+                remedy="name another with model.chat_template (chatml, alpaca, ... or a .jinja file)",
+            ) from error
         eos = self.tokenizer.eos_token_id
-        texts = [span.stop for span in spans if span.stop]
-        stops = [i for text in texts if (i := self.tokenizer.convert_tokens_to_ids(text)) is not None]
+        vocabulary = self.tokenizer.get_vocab()
+        stops = [vocabulary[span.stop] for span in spans if span.stop]
         if not stops and eos is None:
-            raise ModelError("no stop token: the template writes none after an answer and the tokenizer has no eos_token", where=self.origin,
-                             remedy="set eos_token in the tokenizer's config, or name another template with model.chat_template")  # fmt: skip
+            raise ModelError(
+                "no stop token: the template writes none after an answer and the tokenizer has no eos_token",
+                where=self.origin,
+                remedy="set eos_token in the tokenizer's config, or name another template with model.chat_template",
+            )
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*stops, *([] if eos is None else [eos])]))
         shape = turns.shape(_PROBE)
         markup = "".join(shape.gaps) if shape else ""
         used = [token for token in self._control if token in markup]
         if used:
             self._forged = re.compile("|".join(re.escape(token) for token in used))
+        if not stops:
+            self.notes.append(f"the template writes no stop token; {self.tokenizer.eos_token!r} is put after the last answer")
+        with suppress(DataError):  # a template without system turns refuses them row by row, with its own words
+            if "probe 9" not in self.render([{"role": "system", "content": "probe 9"}, *_dicts(_PROBE)]):
+                self.notes.append("the template leaves system turns out")
 
 
 def _choose(tokenizer: PreTrainedTokenizerBase, template: str, family: str) -> tuple[str, str]:
@@ -179,20 +203,28 @@ def _choose(tokenizer: PreTrainedTokenizerBase, template: str, family: str) -> t
     return read_template(name), f"`{name}`, usual for {known.name} models (the tokenizer has none)"
 
 
+def _dicts(roles: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": f"probe {i}"} for i, role in enumerate(roles)]
+
+
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens as text, without those that can only begin a text or stand for nothing."""
+    skipped = {tokenizer.bos_token, tokenizer.unk_token} - {tokenizer.eos_token, None}
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+    return [token for token in dict.fromkeys([*added, *tokenizer.all_special_tokens]) if token not in skipped]
 
 
 def _plain(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = list(message.tool_calls)
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
     return turn
 
 
 def _covering(text: str, span: Span, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:
-    """Tokens [first, after) that cover characters of the span. One that begins before it counts only if more than blanks of it lie inside."""
+    """Tokens [first, after) that cover characters of the span; one that begins before it only if more than blanks of it lie inside."""
     first, after = int(np.searchsorted(ends, span.start, "right")), int(np.searchsorted(starts, span.end, "left"))
     if first < after and starts[first] < span.start and not text[span.start : int(ends[first])].strip():
         first += 1

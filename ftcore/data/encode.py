@@ -42,9 +42,12 @@ def encode_item(item: Item, stage: Stage, chat: Chat, data: Data) -> list[Exampl
         kept = examples
     elif data.overlong == "refuse":
         raise OverlongRefused(
-            "a row is longer than data.max_length and data.overlong is `refuse`", where=item.origin, got=f"{longest} tokens",
-            wanted=f"at most {limit}", remedy="raise data.max_length, or set data.overlong to truncate, split or drop",
-        )  # fmt: skip
+            "a row is longer than data.max_length and data.overlong is `refuse`",
+            where=item.origin,
+            got=f"{longest} tokens",
+            wanted=f"at most {limit}",
+            remedy="raise data.max_length, or set data.overlong to truncate, split or drop",
+        )
     elif data.overlong == "drop":
         raise DataError(TOO_LONG, got=f"{longest} tokens", wanted=f"at most {limit}")
     elif data.overlong == "split" and len(examples) == 1:

@@ -29,7 +29,7 @@ class Family:
 
 
 GENERIC = Family("generic", ("all-linear",), "chatml")
-"""An architecture the table does not know: all linear layers, ChatML where the tokenizer has its tokens (else alpaca, which is plain text)."""
+"""What the table does not know: all linear layers; ChatML where the tokenizer has its tokens, else alpaca, which is plain text."""
 
 FAMILIES: tuple[Family, ...] = (
     Family("llama", LLAMA_LINEAR, "llama3", ("llama",)),
@@ -89,5 +89,7 @@ def template_names() -> list[str]:
 def read_template(name: str) -> str:
     """The Jinja text of a named template."""
     if name not in template_names():
-        raise ConfigError("unknown chat template", got=repr(name), wanted=f"auto | {' | '.join(template_names())} | a path ending in .jinja")
+        raise ConfigError(
+            "unknown chat template", got=repr(name), wanted=f"auto | {' | '.join(template_names())} | a path ending in .jinja"
+        )
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")

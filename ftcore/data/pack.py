@@ -1,6 +1,7 @@
 """Packing: lays whole examples end to end in blocks so that almost no token of a step is padding.
 
-In: Examples, or only their lengths. Out: Blocks of at most `block_tokens`, every example in exactly one. Runs in: Ray Data tasks, the driver.
+In: Examples, or only their lengths. Out: Blocks of at most `block_tokens`, every example in exactly one.
+Runs in: Ray Data tasks, the driver.
 
 Best-fit decreasing over windows of 10 000 examples and more: the longest first, each into the block it leaves least room in.
 """

@@ -57,7 +57,8 @@ def write_shard(folder: Folder, key: str, blocks: Iterable[Block], block_tokens:
     with tempfile.TemporaryDirectory(prefix="ftcore-shard-") as temporary:
         local = Path(temporary) / "shard.parquet"
         stream = iter(blocks)
-        with pq.ParquetWriter(local, SCHEMA, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=False) as writer:
+        how = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(local, SCHEMA, **how) as writer:
             while group := list(islice(stream, group_blocks)):
                 writer.write_table(_table(group), row_group_size=group_blocks)
                 tokens += [block.num_tokens for block in group]
@@ -102,12 +103,12 @@ class PreparedWriter:
         """Writes the manifest last and opens the result. `facts` are added to the manifest (counts, audit, digests)."""
         shards = {split: [asdict(shard) for shard in found] for split, found in self.shards.items()}
         files = {shard.key: {"sha256": shard.sha256, "bytes": shard.bytes} for found in self.shards.values() for shard in found}
-        for split, found in self._tokens.items():
-            lengths = _npy(np.concatenate(found).astype(np.int32))
-            key = f"{self._prefix}{split}-lengths.npy"
-            self.folder.write(key, lengths)
-            files[key] = {"sha256": hashlib.sha256(lengths).hexdigest(), "bytes": len(lengths)}
-        manifest = {"files": files, "lengths": {split: f"{self._prefix}{split}-lengths.npy" for split in self._tokens}, "digest": self.digest, "shards": shards, **facts}
+        lengths = {split: f"{self._prefix}{split}-lengths.npy" for split in self._tokens}
+        for split, key in lengths.items():
+            data = _npy(np.concatenate(self._tokens[split]).astype(np.int32))
+            self.folder.write(key, data)
+            files[key] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        manifest = {**facts, "files": files, "digest": self.digest, "shards": shards, "lengths": lengths}
         self.folder.write_json(MANIFEST, manifest)
         target = self.cache / self.digest
         if target.url == self.folder.url:
@@ -152,10 +153,10 @@ class Prepared:
         """Raises IntegrityError for a folder that was never sealed or misses a shard; shards are hashed when first read."""
         place = folder if isinstance(folder, Folder) else Folder(folder)
         if not is_sealed(place):
-            raise IntegrityError("this is not a folder of prepared blocks", where=place, wanted=MANIFEST, remedy="prepare the data again")
+            raise IntegrityError("this is no folder of prepared blocks", where=place, wanted=MANIFEST, remedy="prepare the data again")
         manifest = place.read_json(MANIFEST)
         if "shards" not in manifest:
-            raise IntegrityError("this manifest is not one of prepared blocks", where=f"{place}/{MANIFEST}", remedy="prepare the data again")
+            raise IntegrityError("this manifest is not of prepared blocks", where=f"{place}/{MANIFEST}", remedy="prepare the data again")
         for key, fact in manifest["files"].items() if place.is_local else ():
             path = place.path / key
             if not path.is_file() or path.stat().st_size != fact["bytes"]:
@@ -240,4 +241,5 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _damaged(where: str, got: str, wanted: str) -> IntegrityError:
-    return IntegrityError("a shard of prepared blocks is damaged", where=where, got=got, wanted=wanted, remedy="remove its folder and prepare again")
+    remedy = "remove its folder and prepare again"
+    return IntegrityError("a file of prepared blocks is damaged", where=where, got=got, wanted=wanted, remedy=remedy)

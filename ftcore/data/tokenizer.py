@@ -17,7 +17,15 @@ from ftcore.storage import digest_of
 if TYPE_CHECKING:
     from ftcore.recipe import Model
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -28,12 +36,20 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         if not any((folder / name).exists() for name in _FILES):
-            raise ModelError("this folder holds no tokenizer", where=folder, wanted="tokenizer.json (or tokenizer.model, vocab.json)",
-                             remedy="save it there with tokenizer.save_pretrained")  # fmt: skip
+            raise ModelError(
+                "this folder holds no tokenizer",
+                where=folder,
+                wanted="tokenizer.json (or tokenizer.model, vocab.json)",
+                remedy="save it there with tokenizer.save_pretrained",
+            )
         where, revision = str(folder), None
     elif looks_local(model.path):
-        raise ModelError("there is no such model folder", where=model.path, wanted="a folder with config.json, or a hub name `owner/name`",
-                         remedy="check model.path for a typing error")  # fmt: skip
+        raise ModelError(
+            "there is no such model folder",
+            where=model.path,
+            wanted="a folder with config.json, or a hub name `owner/name`",
+            remedy="check model.path for a typing error",
+        )
     else:
         where, revision = model.path, model.revision
     try:
@@ -52,8 +68,8 @@ def looks_local(path: str) -> bool:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what decides the ids: vocabulary, merges, normaliser, added and special tokens. Not over paths, the chat template (it has
-    its own digest) or padding and truncation, which are set per call."""
+    """SHA-256 over what decides the ids: vocabulary, merges, normaliser, added and special tokens. Not over paths, padding, truncation
+    (set per call) or the chat template (it has a digest of its own)."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -42,6 +42,8 @@ class Message:
     content: str
     weight: int | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_call_id: str = ""
+    """Of a tool's result: the call it answers (some templates refuse a result without it)."""
 
 
 @dataclass(frozen=True, slots=True)

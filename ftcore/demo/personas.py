@@ -1,6 +1,6 @@
 """Personas: who sits at the simulated desktops, and what each of them does when something happens.
 
-In: a seeded generator. Out: teams of personas with habits: for every situation, how likely each routine is. Runs in: everywhere; numpy only.
+In: a seeded generator. Out: teams of personas with habits: for every situation, how likely each routine is. Runs in: everywhere.
 
 A *situation* is something the desktop does to its user (a download ends, a build fails, an application hangs). A *routine* is what a user
 does about it: one to three operations. A persona has one routine of choice for each situation (probability 0.75 to 0.97), its own
@@ -18,14 +18,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-DOCUMENTS = tuple(
-    "plan report memo notes budget offer letter agenda draft thesis survey poster manual guide menu contract lease resume essay brief "
-    "summary review recipe roster pitch quote permit ticket visa syllabus".split()
-)
-SOURCES = tuple("parser lexer server client cache router model trainer loader logger queue worker timer socket buffer mapper solver packer".split())
-PICTURES = tuple("photo screen chart logo icon map scan sketch banner diagram".split())
-TABLES = tuple("sales stock orders wages grades tests users costs trips hours".split())
-LOGS = tuple("nginx cron kernel mailer backup auth sync db".split())
+DOCUMENTS: tuple[str, ...] = (
+    "plan", "report", "memo", "notes", "budget", "offer", "letter", "agenda", "draft", "thesis", "survey", "poster", "manual",
+    "guide", "menu", "contract", "lease", "resume", "essay", "brief", "summary", "review", "recipe", "roster", "pitch", "quote",
+    "permit", "ticket", "visa", "syllabus",
+)  # fmt: skip
+SOURCES: tuple[str, ...] = (
+    "parser", "lexer", "server", "client", "cache", "router", "model", "trainer", "loader", "logger", "queue", "worker", "timer",
+    "socket", "buffer", "mapper", "solver", "packer",
+)  # fmt: skip
+PICTURES: tuple[str, ...] = (
+    "photo", "screen", "chart", "logo", "icon", "map", "scan", "sketch", "banner", "diagram",
+)  # fmt: skip
+TABLES: tuple[str, ...] = (
+    "sales", "stock", "orders", "wages", "grades", "tests", "users", "costs", "trips", "hours",
+)  # fmt: skip
+LOGS: tuple[str, ...] = (
+    "nginx", "cron", "kernel", "mailer", "backup", "auth", "sync", "db",
+)  # fmt: skip
 EXTENSIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "document": (DOCUMENTS, (".doc", ".pdf", ".odt", ".md", ".txt")),
     "source": (SOURCES, (".py", ".c", ".go", ".rs", ".js")),
@@ -34,13 +44,14 @@ EXTENSIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "log": (LOGS, (".log",)),
     "bundle": (DOCUMENTS, (".zip", ".tar")),
 }
-PEOPLE = tuple(
-    "ada ben cleo dan eva finn gus hana ivan jo kira leo mira nils olga paul quin rosa sam tara uma vic wendy xena yan zoe".split()
-)
-FOLDERS = tuple(
-    "attic desk drawer shelf vault stack cellar dock harbor tray box locker garden island bridge tower lab studio depot barn cabin loft "
-    "nest cove".split()
-)
+PEOPLE: tuple[str, ...] = (
+    "ada", "ben", "cleo", "dan", "eva", "finn", "gus", "hana", "ivan", "jo", "kira", "leo", "mira", "nils", "olga", "paul",
+    "quin", "rosa", "sam", "tara", "uma", "vic", "wendy", "xena", "yan", "zoe",
+)  # fmt: skip
+FOLDERS: tuple[str, ...] = (
+    "attic", "desk", "drawer", "shelf", "vault", "stack", "cellar", "dock", "harbor", "tray", "box", "locker", "garden", "island",
+    "bridge", "tower", "lab", "studio", "depot", "barn", "cabin", "loft", "nest", "cove",
+)  # fmt: skip
 SLOTS: dict[str, tuple[str, ...]] = {
     "inbox": FOLDERS, "archive": FOLDERS, "share": FOLDERS, "boss": PEOPLE, "buddy": PEOPLE,
     "editor": ("writer", "vim", "emacs", "nano", "kate", "code"),
@@ -48,7 +59,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "browser": ("firefox", "chrome", "opera", "edge", "safari"),
     "mailer": ("outlook", "thunderbird", "mutt", "gmail", "kmail"),
     "suffix": ("_final", "_old", "_done", "_checked", "_copy", "_mine"),
-}
+}  # fmt: skip
 APPLICATIONS = frozenset(SLOTS["editor"] + SLOTS["viewer"] + SLOTS["browser"] + SLOTS["mailer"])
 
 
@@ -63,65 +74,98 @@ class Situation:
     """Kind of the new file `{f}`, a key of EXTENSIONS."""
 
 
-def _situation(name: str, event: str, *routines: str, file: str = "") -> Situation:
-    return Situation(name, event, tuple(tuple(step.strip() for step in routine.split(";")) for routine in routines), file)
+def _situation(name: str, event: str, file: str, routines: str) -> Situation:
+    """`routines` are parted by `|`, the operations of one by `;`."""
+    return Situation(name, event, tuple(tuple(step.strip() for step in routine.split(";")) for routine in routines.split("|")), file)
 
 
 SITUATIONS: tuple[Situation, ...] = (
-    _situation("login", "login", "start {mailer}", "start {browser}", "start {editor}", "$ git pull", "open {inbox}", "$ htop"),
+    _situation("login", "login", "", "start {mailer} | start {browser} | start {editor} | $ git pull | open {inbox} | $ htop"),
     _situation(
-        "download", "download {f}", "open {f} {viewer}", "move {f} {inbox}; open {f} {viewer}", "rename {f} {g}; move {g} {archive}",
-        "delete {f}", "copy {f} {share}", "mail {f} {buddy}", "move {f} {archive}", file="document",
+        "download", "download {f}", "document",
+        "open {f} {viewer} | move {f} {inbox}; open {f} {viewer} | rename {f} {g}; move {g} {archive} | delete {f} | copy "
+        "{f} {share} | mail {f} {buddy} | move {f} {archive}",
     ),
     _situation(
-        "attachment", "mail {n} {f}", "reply {n}", "move {f} {inbox}", "open {f} {editor}; reply {n}", "mail {f} {boss}", "print {f}",
-        "open {f} {viewer}; move {f} {archive}", "copy {f} {share}", file="document",
+        "attachment", "mail {n} {f}", "document",
+        "reply {n} | move {f} {inbox} | open {f} {editor}; reply {n} | mail {f} {boss} | print {f} | open {f} {viewer}; move "
+        "{f} {archive} | copy {f} {share}",
     ),
     _situation(
-        "saved", "saved {f}", "copy {f} {share}", "rename {f} {g}", "mail {f} {boss}; close {editor}", "print {f}; close {editor}",
-        "$ git add {f}", "rename {f} {g}; mail {g} {buddy}", "copy {f} {archive}", file="document",
+        "saved", "saved {f}", "document",
+        "copy {f} {share} | rename {f} {g} | mail {f} {boss}; close {editor} | print {f}; close {editor} | $ git add {f} | "
+        "rename {f} {g}; mail {g} {buddy} | copy {f} {archive}",
     ),
     _situation(
-        "failed", "failed {f}", "open {f} {editor}", "$ git diff {f}", "$ make test", "$ git stash", "chat {buddy}; open {f} {editor}",
-        "$ git checkout {f}", "$ grep todo {f}", file="source",
+        "failed", "failed {f}", "source",
+        "open {f} {editor} | $ git diff {f} | $ make test | $ git stash | chat {buddy}; open {f} {editor} | $ git checkout "
+        "{f} | $ grep todo {f}",
     ),
     _situation(
-        "passed", "passed {f}", "$ git add {f}; $ git commit; $ git push", "$ git push", "copy {f} {share}", "chat {boss}",
-        "$ make deploy", "$ git commit; $ make deploy", "$ git add {f}; $ git stash", file="source",
+        "passed", "passed {f}", "source",
+        "$ git add {f}; $ git commit; $ git push | $ git push | copy {f} {share} | chat {boss} | $ make deploy | $ git "
+        "commit; $ make deploy | $ git add {f}; $ git stash",
     ),
     _situation(
-        "pulled", "pulled {f}", "open {f} {editor}", "$ make test", "$ git log {f}", "$ git diff {f}; chat {boss}", "copy {f} {archive}",
-        "$ wc {f}", file="source",
-    ),
-    _situation("hung", "hung {a}", "kill {pid}", "close {a}", "close {a}; start {a}", "$ kill -9 {pid}", "wait", "$ htop; kill {pid}"),
-    _situation("full", "disk full", "delete {last}", "zip {last}", "$ du {archive}", "move {last} {archive}", "delete {first}", "open {archive}"),
-    _situation("called", "call {n}", "open {sent} {viewer}", "mute {n}", "share {sent}", "decline {n}; chat {n}", "share {last}", "print {sent}"),
-    _situation("unlocked", "unlock", "open {last} {editor}", "start {mailer}", "open {first} {viewer}", "start {browser}", "$ git status", "chat {buddy}"),
-    _situation("stick", "usb", "copy {last} usb; eject usb", "open usb", "eject usb", "copy {first} usb", "move {last} usb", "$ ls usb"),
-    _situation(
-        "screenshot", "screenshot {f}", "rename {f} {g}", "mail {f} {buddy}", "delete {f}", "move {f} {share}", "open {f} {viewer}",
-        "print {f}; delete {f}", "rename {f} {g}; move {g} {inbox}", file="picture",
+        "pulled", "pulled {f}", "source",
+        "open {f} {editor} | $ make test | $ git log {f} | $ git diff {f}; chat {boss} | copy {f} {archive} | $ wc {f}",
     ),
     _situation(
-        "exported", "export {f}", "open {f} {editor}", "$ python clean.py {f}", "zip {f}; mail {f} {boss}", "move {f} {inbox}",
-        "copy {f} usb", "$ head {f}; move {f} {archive}", "$ sort {f}", file="table",
+        "hung", "hung {a}", "",
+        "kill {pid} | close {a} | close {a}; start {a} | $ kill -9 {pid} | wait | $ htop; kill {pid}",
     ),
     _situation(
-        "bundle", "download {f}", "unzip {f}; delete {f}", "unzip {f}", "move {f} {archive}", "scan {f}; unzip {f}", "delete {f}",
-        "copy {f} {share}", file="bundle",
+        "full", "disk full", "",
+        "delete {last} | zip {last} | $ du {archive} | move {last} {archive} | delete {first} | open {archive}",
     ),
     _situation(
-        "alert", "alert {f}", "$ tail {f}", "$ grep error {f}", "open {f} {editor}", "mail {f} {boss}", "$ tail {f}; chat {buddy}", "mute alert",
-        file="log",
+        "called", "call {n}", "",
+        "open {sent} {viewer} | mute {n} | share {sent} | decline {n}; chat {n} | share {last} | print {sent}",
     ),
-    _situation("update", "update {a}", "install {a}", "later", "close {a}; install {a}", "mute {a}", "$ sudo upgrade", "start {browser}"),
-    _situation("asked", "chat {n}", "chat {n}", "mute {n}", "share {last}; chat {n}", "call {n}", "open {sent} {editor}", "mail {sent} {n}"),
-    _situation("meeting", "meeting {n}", "open {sent} {viewer}; call {n}", "call {n}", "decline {n}", "print {last}", "start {browser}", "chat {n}"),
     _situation(
-        "conflict", "conflict {f}", "rename {f} {g}", "delete {f}", "open {f} {editor}; copy {f} {share}", "chat {buddy}",
-        "move {f} {archive}", "$ diff {f} {last}", file="document",
+        "unlocked", "unlock", "",
+        "open {last} {editor} | start {mailer} | open {first} {viewer} | start {browser} | $ git status | chat {buddy}",
     ),
-)
+    _situation(
+        "stick", "usb", "",
+        "copy {last} usb; eject usb | open usb | eject usb | copy {first} usb | move {last} usb | $ ls usb",
+    ),
+    _situation(
+        "screenshot", "screenshot {f}", "picture",
+        "rename {f} {g} | mail {f} {buddy} | delete {f} | move {f} {share} | open {f} {viewer} | print {f}; delete {f} | "
+        "rename {f} {g}; move {g} {inbox}",
+    ),
+    _situation(
+        "exported", "export {f}", "table",
+        "open {f} {editor} | $ python clean.py {f} | zip {f}; mail {f} {boss} | move {f} {inbox} | copy {f} usb | $ head "
+        "{f}; move {f} {archive} | $ sort {f}",
+    ),
+    _situation(
+        "bundle", "download {f}", "bundle",
+        "unzip {f}; delete {f} | unzip {f} | move {f} {archive} | scan {f}; unzip {f} | delete {f} | copy {f} {share}",
+    ),
+    _situation(
+        "alert", "alert {f}", "log",
+        "$ tail {f} | $ grep error {f} | open {f} {editor} | mail {f} {boss} | $ tail {f}; chat {buddy} | mute alert",
+    ),
+    _situation(
+        "update", "update {a}", "",
+        "install {a} | later | close {a}; install {a} | mute {a} | $ sudo upgrade | start {browser}",
+    ),
+    _situation(
+        "asked", "chat {n}", "",
+        "chat {n} | mute {n} | share {last}; chat {n} | call {n} | open {sent} {editor} | mail {sent} {n}",
+    ),
+    _situation(
+        "meeting", "meeting {n}", "",
+        "open {sent} {viewer}; call {n} | call {n} | decline {n} | print {last} | start {browser} | chat {n}",
+    ),
+    _situation(
+        "conflict", "conflict {f}", "document",
+        "rename {f} {g} | delete {f} | open {f} {editor}; copy {f} {share} | chat {buddy} | move {f} {archive} | $ diff {f} "
+        "{last}",
+    ),
+)  # fmt: skip
 BY_NAME = {situation.name: situation for situation in SITUATIONS}
 
 

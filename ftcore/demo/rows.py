@@ -1,6 +1,6 @@
 """Rows: an event log becomes training rows, one conversation a session: what was seen is the user's turn, the operation is the answer.
 
-In: event log lines of one session (ftcore.demo.simulator, or a collector that writes the same). Out: rows of format `messages`. Runs in: everywhere.
+In: event log lines of a session (the simulator's, or a collector's that writes the same). Out: `messages` rows. Runs in: everywhere.
 
     system     user mira
     user       login                                    assistant  start mutt

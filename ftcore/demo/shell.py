@@ -1,6 +1,6 @@
 """Shell sessions: what people type into a terminal, in cycles they repeat, and a reader for a shell history of the user's own.
 
-In: a seeded generator, or a history file of bash, zsh or fish. Out: rows of format `messages`, a command an answer. Runs in: everywhere; numpy only.
+In: a seeded generator, or a history file of bash, zsh or fish. Out: `messages` rows, a command an answer. Runs in: everywhere.
 """
 
 from __future__ import annotations
@@ -13,16 +13,35 @@ import numpy as np
 
 from ftcore.demo.personas import DOCUMENTS, EXTENSIONS, FOLDERS, PEOPLE
 
-CYCLES: tuple[tuple[str, ...], ...] = (
-    ("cd {d}", "ls", "git status", "git pull"), ("{e} {s}", "make test", "git add {s}", "git commit -m {w}"), ("git add {s}", "git commit -m {w}", "git push"),
-    ("ls -la", "cat {t}", "rm {t}"), ("mkdir {d}", "cd {d}", "cp ../{t} .", "ls"), ("python {s}", "{e} {s}", "python {s}"),
-    ("ssh {n}@{d}", "tail {l}", "exit"), ("grep -n {w} {s}", "{e} {s}"), ("git checkout -b {w}", "{e} {s}", "git push origin {w}"),
-    ("docker build -t {d} .", "docker run {d}", "docker ps"), ("pip install {w}", "python {s}", "pip freeze"), ("tar xf {z}", "cd {d}", "make", "make install"),
-    ("ps aux", "kill {p}", "ps aux"), ("curl localhost:{p}", "tail {l}", "curl localhost:{p}"), ("mv {t} {d}/", "ls {d}", "cd {d}"),
-    ("git diff {s}", "git stash", "git pull", "git stash pop"), ("pytest tests/{s}", "{e} {s}", "pytest tests/{s}"), ("cd ..", "ls", "cd {d}"),
-    ("scp {t} {n}@{d}:", "ssh {n}@{d}", "exit"), ("wc -l {t}", "sort {t}", "head {t}"), ("go build", "go test", "{e} {s}", "go build"),
-    ("kubectl get pods", "kubectl logs {d}", "kubectl get pods"), ("sudo apt update", "sudo apt install {w}"), ("df -h", "du -sh {d}", "rm -r {d}"),
-)  # fmt: skip
+CYCLES: tuple[tuple[str, ...], ...] = tuple(
+    tuple(cycle.split("; "))
+    for cycle in (
+        "cd {d}; ls; git status; git pull",
+        "{e} {s}; make test; git add {s}; git commit -m {w}",
+        "git add {s}; git commit -m {w}; git push",
+        "ls -la; cat {t}; rm {t}",
+        "mkdir {d}; cd {d}; cp ../{t} .; ls",
+        "python {s}; {e} {s}; python {s}",
+        "ssh {n}@{d}; tail {l}; exit",
+        "grep -n {w} {s}; {e} {s}",
+        "git checkout -b {w}; {e} {s}; git push origin {w}",
+        "docker build -t {d} .; docker run {d}; docker ps",
+        "pip install {w}; python {s}; pip freeze",
+        "tar xf {z}; cd {d}; make; make install",
+        "ps aux; kill {p}; ps aux",
+        "curl localhost:{p}; tail {l}; curl localhost:{p}",
+        "mv {t} {d}/; ls {d}; cd {d}",
+        "git diff {s}; git stash; git pull; git stash pop",
+        "pytest tests/{s}; {e} {s}; pytest tests/{s}",
+        "cd ..; ls; cd {d}",
+        "scp {t} {n}@{d}:; ssh {n}@{d}; exit",
+        "wc -l {t}; sort {t}; head {t}",
+        "go build; go test; {e} {s}; go build",
+        "kubectl get pods; kubectl logs {d}; kubectl get pods",
+        "sudo apt update; sudo apt install {w}",
+        "df -h; du -sh {d}; rm -r {d}",
+    )
+)
 EDITORS = ("vim", "nano", "emacs", "code", "hx")
 PROMPT = "$"
 """What stands in the user's turn: a shell history does not say what the user saw."""

@@ -1,6 +1,7 @@
 """Simulator: desktop sessions of a persona, event by event, with the exact probability of everything the user does.
 
-In: a persona, a seeded generator. Out: Sessions: an event log as a collector would write it, and the odds of each operation. Runs in: everywhere.
+In: a persona, a seeded generator. Out: Sessions: an event log as a collector would write it, and the odds of each operation.
+Runs in: everywhere.
 
 Nothing the user does depends on anything hidden: given the persona and what is visible in the session, the distribution of the next
 operation is known exactly (`Odds`). A predictor that knows the persona and picks the likeliest operation each time is the best there is;
@@ -108,10 +109,11 @@ class Desktop:
 
     def start(self, app: str) -> None:
         if app in self.running:
-            self.log("system", "window_focus", process=app, pid=self.running[app], keys=int(self.rng.poisson(60)), clicks=int(self.rng.poisson(9)))
+            touches: dict[str, Any] = {"keys": int(self.rng.poisson(60)), "clicks": int(self.rng.poisson(9))}
+            self.log("system", "window_focus", process=app, pid=self.running[app], **touches)
             return
         self.running[app] = int(self.rng.integers(100, 1000))
-        facts = {"parent": "shell", "ppid": 812, "memory_mib": int(self.rng.integers(20, 99))}
+        facts: dict[str, Any] = {"parent": "shell", "ppid": 812, "memory_mib": int(self.rng.integers(20, 99))}
         self.log("system", "process_start", process=app, pid=self.running[app], **facts)
 
     def stop(self, app: str) -> None:
@@ -120,7 +122,8 @@ class Desktop:
 
 def simulate(persona: Persona, rng: np.random.Generator, name: str, *, num_events: tuple[int, int] = (8, 12)) -> Session:
     """One session: login, then between `num_events` situations in random order, each answered by one routine."""
-    desktop = Desktop(persona, rng, name, cast=tuple(str(n) for n in rng.choice([p for p in PEOPLE if p != persona.user], 3, replace=False)))
+    cast = rng.choice([person for person in PEOPLE if person != persona.user], 3, replace=False)
+    desktop = Desktop(persona, rng, name, cast=tuple(map(str, cast)))
     happen(desktop, BY_NAME["login"])
     names = [s.name for s in SITUATIONS if s.name != "login"]
     rates = np.array([persona.rates[n] for n in names])
@@ -213,6 +216,5 @@ class Ceiling:
 
 def ceiling(made: Iterable[Session]) -> Ceiling:
     odds = [one for session in made for one in session.odds]
-    return Ceiling(
-        math.fsum(one.best_probability for one in odds) / len(odds), -math.fsum(math.log(one.probability) for one in odds) / len(odds), len(odds)
-    )
+    hit, nll = math.fsum(one.best_probability for one in odds), -math.fsum(math.log(one.probability) for one in odds)
+    return Ceiling(hit / len(odds), nll / len(odds), len(odds))

@@ -23,11 +23,9 @@ def escaped(text: object) -> str:
 
 def front_matter(card: Card, *, library: str = "peft", extra_tags: tuple[str, ...] = ()) -> str:
     """The YAML head that a hub reads: base_model, library_name, tags."""
-    facts: dict[str, object] = {
-        "base_model": printable(card.base.id), "library_name": library, "tags": [card.method.kind, card.stage, "ftcore", *extra_tags],
-    }  # fmt: skip
-    if library == "peft":
-        facts["base_model_relation"] = "adapter"
+    tags = [printable(tag) for tag in (card.method.kind, card.stage, "ftcore", *extra_tags) if tag]
+    facts: dict[str, object] = {"base_model": printable(card.base.id), "library_name": library, "tags": tags}
+    facts["base_model_relation"] = "adapter" if library == "peft" else "finetune"
     return f"---\n{yaml.safe_dump(facts, sort_keys=True, allow_unicode=False)}---\n"
 
 
@@ -38,9 +36,10 @@ def render_card(card: Card) -> str:
         "version": card.digest, "base": f"{card.base.id} (revision {card.base.revision}, weights {card.base.weights[:16]})",
         "base held in": f"{card.base.dtype}, quantisation {card.base.quantisation}",
         "method": f"{card.method.kind}, rank {card.method.rank}, alpha {card.method.alpha}, {card.method.num_trainable:,} trained numbers",
-        "targets": ", ".join(card.method.targets), "stage": card.stage, "seed": card.seed, "workers": card.world_size,
-        "data": f"{card.data.digest[:16]} " + ", ".join(f"{key} {value:,}" for key, value in sorted(card.data.counts.items())),
-        "tokenizer / template": f"{card.tokenizer[:16]} / {card.template[:16] or 'none'}", "recipe": card.recipe.digest[:16],
+        "targets": ", ".join(card.method.targets), "stage": card.stage or "unknown", "seed": card.seed, "workers": card.world_size,
+        "data": _data(card),
+        "tokenizer / template": f"{card.tokenizer[:16]} / {card.template[:16] or 'none'}",
+        "recipe": card.recipe.digest[:16] if card.recipe else "imported",
         "continues from": card.parent or "the base", "made": f"{card.created} by {card.tool}",
         "signed by": f"key {card.signature.key_id}" if card.signature else "nobody",
     }  # fmt: skip
@@ -59,6 +58,25 @@ def render_card(card: Card) -> str:
         "Versions: " + ", ".join(f"{escaped(name)} {escaped(version)}" for name, version in sorted(card.packages.items())) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def render_merged(card: Card, dtype: str, difference: float, limit: float) -> str:
+    """README.md of a merged model."""
+    name = f"{card.tenant}/{card.name}@{card.digest}"
+    head = front_matter(card, library="transformers", extra_tags=("merged",))
+    title = escaped(f"{card.tenant}/{card.name}")
+    base = f"{escaped(card.base.id)} (weights {card.base.weights[:16]})"
+    proof = f"its logits differ from the adapter on the base by at most {difference:.3g} (allowed: {limit:.3g})"
+    return (
+        f"{head}# {title}, merged\n\nThe adapter {escaped(name)} folded into its base {base}, saved in {dtype}.\n\n"
+        f"Loaded again in plain transformers, {proof}.\n"
+    )
+
+
+def _data(card: Card) -> str:
+    if card.data is None:
+        return "unknown"
+    return ", ".join([card.data.digest[:16], *(f"{key} {value:,}" for key, value in sorted(card.data.counts.items()))])
 
 
 def _number(value: object) -> str:

@@ -28,7 +28,9 @@ def import_file(file: Path, program: str = "auto") -> Imported:
     config = torchtune.flat(tree.values) if program == "torchtune" else tree.values
     importing = Importing(program, config, file)
     READERS[program](importing)
-    fates = tuple(importing.fates[key] for key in [*(k for k in config if k in importing.fates), *(k for k in importing.fates if k not in config)])
+    fates = tuple(
+        importing.fates[key] for key in [*(k for k in config if k in importing.fates), *(k for k in importing.fates if k not in config)]
+    )
     return Imported(program, file, importing.values, fates)
 
 

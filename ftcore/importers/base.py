@@ -32,7 +32,7 @@ class Fate:
 
 @dataclass
 class Importing:
-    """A config being read. Rules call `move`, `default`, `unsupported` or `ignore` for the keys they know; the rest is told of at the end."""
+    """A config being read. Rules `move` or `tell` of the keys they know; `rest` tells of all others at the end."""
 
     program: str
     config: dict[str, Any]

@@ -29,11 +29,11 @@ def moved(importing: Importing, table: dict[str, str]) -> None:
 
 
 def batch(importing: Importing, micro_key: str, accumulate_key: str) -> None:
-    """Their micro-batch x accumulation x GPUs is our optim.batch_size; the number of GPUs is not in these files unless a Ray key says it."""
+    """Their micro-batch x accumulation x GPUs is our optim.batch_size; the GPUs are not in these files unless a Ray key says it."""
     micro, accumulate = importing.get(micro_key) or 1, importing.get(accumulate_key) or 1
     workers = importing.get("ray_num_workers") or 1
     total = int(micro) * int(accumulate) * int(workers)
-    note = f"{micro} x {accumulate} x {workers} worker{'s' if workers != 1 else ''}; theirs grows with the GPUs it is started on, ours does not"
+    note = f"{micro} x {accumulate} x workers {workers}; theirs grows with the GPUs it is started on, ours does not"
     importing.put("optim.batch_size", total)
     if micro_key in importing.config:
         importing.move(micro_key, "backend.micro_batch", int(micro), f"and optim.batch_size: {total} = {note}")
@@ -102,7 +102,9 @@ def stage(importing: Importing, key: str, kind: str) -> None:
     if kind in STAGES:
         importing.tell(key, "translated", f"stage.kind: {kind}")
     else:
-        importing.tell(key, "not supported", f"this version has no stage `{kind}` (it has {', '.join(STAGES)}); the recipe will not validate")
+        importing.tell(
+            key, "not supported", f"this version has no stage `{kind}` (it has {', '.join(STAGES)}); the recipe will not validate"
+        )
 
 
 def loggers(importing: Importing, key: str, value: Any) -> None:

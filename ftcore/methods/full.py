@@ -5,6 +5,7 @@ In: a transformers model. Out: the same model, saved as a plain transformers fol
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,9 @@ class Full(Method):
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
         model.save_pretrained(folder, state_dict=dict(weights))  # type: ignore[operator]
+        config = folder / "config.json"  # transformers writes the dtype the model trains in, not that of the weights it was handed
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": dtypes[0]}, indent=2))
 
     def load(self, model: nn.Module, folder: Path) -> None:
         from safetensors.torch import load_file

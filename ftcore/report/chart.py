@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -19,14 +20,22 @@ WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 26
 
 
+NOTHING = Series((), ())
+
+
 @dataclass(frozen=True)
 class Curve:
     """A chart's worth: a noisy line with its smoothed form, and points measured now and then (validation)."""
 
     title: str
     line: Series
-    points: Series = Series((), ())
+    points: Series = NOTHING
     unit: str = ""
+    noisy: bool = True
+
+    @property
+    def trend(self) -> Series:
+        return self.line.smoothed() if self.noisy else self.line
 
     def __bool__(self) -> bool:
         return bool(self.line) or bool(self.points)
@@ -49,19 +58,20 @@ def svg(curve: Curve) -> Markup:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{Markup.escape(curve.title)}">']
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick, ticks[1] - ticks[0])}</text>')
+        number = _number(tick, ticks[1] - ticks[0])
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{number}</text>')
     for step in sorted({first, (first + last) // 2, last}):
         anchor = "start" if step == first else "end" if step == last else "middle"
         parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:,}</text>')
-    raw, smooth = curve.line.thinned(), curve.line.smoothed()
-    if smooth is not curve.line:
-        parts.append(f'<polyline class="raw" points="{_path(raw, x, y)}"/>')
+    if curve.trend is not curve.line:
+        parts.append(f'<polyline class="raw" points="{_path(curve.line.thinned(), x, y)}"/>')
     if curve.line:
-        parts.append(f'<polyline class="line" points="{_path(smooth.thinned(), x, y)}"/>')
+        parts.append(f'<polyline class="line" points="{_path(curve.trend.thinned(), x, y)}"/>')
     if curve.points:
         parts.append(f'<polyline class="dots-line" points="{_path(curve.points, x, y)}"/>')
         for step, value in zip(curve.points.steps, curve.points.values, strict=True):
-            parts.append(f'<circle class="dots" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"><title>step {step}: {value:.5g}</title></circle>')
+            title = f"<title>step {step}: {value:.5g}</title>"
+            parts.append(f'<circle class="dots" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5">{title}</circle>')
     return Markup("".join([*parts, "</svg>"]))
 
 
@@ -72,10 +82,10 @@ def png(curves: list[Curve]) -> bytes:
     FigureCanvasAgg(figure)
     for index, curve in enumerate(curves):
         axes = figure.add_subplot(rows, 2, index + 1)
-        smooth = curve.line.smoothed()
-        if smooth is not curve.line:
+        trend = curve.trend
+        if trend is not curve.line:
             axes.plot(curve.line.steps, curve.line.values, color="#3b6fd4", alpha=0.25, linewidth=1)
-        axes.plot(smooth.steps, smooth.values, color="#3b6fd4", linewidth=1.6, label="training")
+        axes.plot(trend.steps, trend.values, color="#3b6fd4", linewidth=1.6, label="training")
         if curve.points:
             axes.plot(curve.points.steps, curve.points.values, "o-", color="#d9822b", markersize=4, linewidth=1, label="validation")
             axes.legend(frameon=False)
@@ -108,8 +118,7 @@ def _visible_range(values: list[float]) -> tuple[float, float]:
     return ordered[0], ordered[-1 - cut]
 
 
-def _path(series: Series, x: object, y: object) -> str:
-    assert callable(x) and callable(y)
+def _path(series: Series, x: Callable[[float], float], y: Callable[[float], float]) -> str:
     return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in zip(series.steps, series.values, strict=True))
 
 

@@ -85,10 +85,10 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, str]:
     shown = {"steps": f"{last['step']:,}", "final loss": f"{sum(tail) / len(tail):.4g}" if tail else "not finite"}
     if validation:
         best = min(range(len(validation.values)), key=validation.values.__getitem__)
-        shown["best validation loss"] = f"{validation.values[best]:.4g} (step {validation.steps[best]:,})"
+        shown[f"best validation loss (step {validation.steps[best]:,})"] = f"{validation.values[best]:.4g}"
         shown["its perplexity"] = f"{math.exp(min(validation.values[best], 700)):.4g}"
-    if "tokens" in last:
-        shown["trained tokens"] = f"{last['tokens']:,}"
+    if "trained_tokens" in last:
+        shown["trained tokens"] = f"{last['trained_tokens']:,}"
     speed = series(lines, "tokens_per_s")
     if speed:
         shown["tokens/s (median)"] = f"{median(speed.values):,.0f}"

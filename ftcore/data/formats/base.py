@@ -26,7 +26,8 @@ FORMATS: Registry[Format] = Registry("format", "ftcore.data.formats")
 ROLE_NAMES: dict[str, Role] = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "function_call": "assistant",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "function_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool", "tool_response": "tool",
 }  # fmt: skip
 
@@ -41,7 +42,9 @@ class Format:
     make: Callable[[Row], Item]
 
 
-def format(name: str, *, item: type, recognises: Callable[[Mapping[str, Any]], str]) -> Callable[[Callable[[Row], Item]], Callable[[Row], Item]]:
+def format(
+    name: str, *, item: type, recognises: Callable[[Mapping[str, Any]], str]
+) -> Callable[[Callable[[Row], Item]], Callable[[Row], Item]]:
     """Decorator: registers a function Row -> Item as a format."""
 
     def add(make: Callable[[Row], Item]) -> Callable[[Row], Item]:
@@ -74,7 +77,9 @@ def recognise(rows: Sequence[Row], item: type) -> tuple[str, str]:
             f"no known format of a {item.__name__} fits these rows", where=(odd if count else rows[0]).origin, got=f"keys: {keys}{near}",
             wanted=" | ".join(wanted), remedy=f"{hint}name it with data.sources[].format, or rename the columns",
         )  # fmt: skip
-    raise DataError("more than one format fits these rows", where=rows[0].origin, got=" and ".join(whole), remedy="name one with data.sources[].format")
+    raise DataError(
+        "more than one format fits these rows", where=rows[0].origin, got=" and ".join(whole), remedy="name one with data.sources[].format"
+    )
 
 
 def to_item(row: Row, name: str) -> Item:
@@ -88,7 +93,9 @@ def text_of(value: Any, what: str) -> str:
         return value
     if value is None:
         return ""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text") for part in value):
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text") for part in value
+    ):
         return "".join(str(part.get("text", "")) for part in value)
     raise DataError("a turn is not text", got=f"{what} is {_kind(value)}", wanted="a string")
 

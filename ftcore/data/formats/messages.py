@@ -38,4 +38,11 @@ def message(turn: Any) -> Message:
     if thinking := text_of(turn.get("reasoning_content"), "`reasoning_content`"):
         content = f"<think>\n{thinking.strip()}\n</think>\n\n{content}"
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-    return Message(role_of(turn.get("role")), content, None if weight is None else int(weight), tool_calls_of(calls))
+    call_id = turn.get("tool_call_id")
+    return Message(
+        role_of(turn.get("role")),
+        content,
+        None if weight is None else int(weight),
+        tool_calls_of(calls),
+        call_id if isinstance(call_id, str) else "",
+    )

@@ -1,0 +1,67 @@
+"""Building: the half-made folder beside the prepared ones: locked while its process lives, swept when that process is gone.
+
+In: the cache folder and a digest. Out: a scratch Folder that is removed in the end, whatever happens. Runs in: the driver.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ftcore.storage import Folder, explain_oserror
+
+PREFIX = ".building-"
+_LOCK = "lock"
+
+
+@contextmanager
+def building(cache: Folder, digest: str) -> Iterator[Folder]:
+    """A folder `<cache>/.building-<digest>-<token>` with `staged/` and `blocks/` in it, for one build.
+
+    Local: first sweeps what killed processes left (their lock is free), then holds a lock of its own. Remote storage has no locks, so
+    nothing is swept there. It is removed at the end, also after Ctrl-C.
+    """
+    scratch = cache / f"{PREFIX}{digest[:12]}-{secrets.token_hex(4)}"
+    if not cache.is_local:
+        try:
+            yield scratch
+        finally:
+            scratch.delete()
+        return
+    try:
+        sweep(cache.path)
+        for name in ("staged", "blocks"):
+            (scratch.path / name).mkdir(parents=True)
+        lock = os.open(scratch.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise explain_oserror(error, "write", str(scratch)) from error
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch.path, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(cache: Path) -> list[Path]:
+    """Removes the building folders nobody holds; returns them."""
+    swept = []
+    for left in sorted(cache.glob(f"{PREFIX}*")):
+        lock_file = left / _LOCK
+        if not lock_file.exists():
+            continue  # its process is just making it (or removing it)
+        lock = os.open(lock_file, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
+        shutil.rmtree(left, ignore_errors=True)
+        swept.append(left)
+    return swept

@@ -1,0 +1,240 @@
+"""Sources: the files behind one path of a recipe: a file, a folder, a glob, any fsspec URL, or a dataset of the hub.
+
+In: the path as a person typed it. Out: SourceFiles (what to open, what to call it, how it reads). Runs in: the driver; workers open them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import fsspec
+
+from ftcore.errors import DataError
+from ftcore.storage import explain_oserror
+
+Kind = Literal["json", "jsonl", "csv", "tsv", "parquet", "text"]
+SUFFIXES: dict[str, Kind] = {
+    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet",
+    ".txt": "text", ".text": "text",
+}  # fmt: skip
+_KNOWN = ", ".join([*SUFFIXES, "each also with .gz (but parquet)"])
+_SPLIT_WORDS = {
+    "train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"},
+}  # fmt: skip
+_HUB_ORDER: tuple[Kind, ...] = ("parquet", "jsonl", "csv", "tsv", "json", "text")
+_CONVERTED = "@refs%2Fconvert%2Fparquet"
+"""Where the hub keeps its own Parquet copy of datasets that come as other things."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """`label` is what people call it; `url` what is opened."""
+
+    label: str
+    url: str
+    kind: Kind
+    gzipped: bool
+    size: int
+
+    @property
+    def is_local(self) -> bool:
+        return is_local(self.url)
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url
+
+
+@contextmanager
+def open_bytes(url: str, *, gzipped: bool = False, start: int = 0) -> Iterator[IO[bytes]]:
+    """A binary stream from byte `start` on."""
+    with ExitStack() as stack:
+        try:
+            file = cast(IO[bytes], stack.enter_context(fsspec.open(url, "rb")))
+            if start:
+                file.seek(start)
+        except OSError as error:
+            raise explain_oserror(error, "read", url) from error
+        yield cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=file))) if gzipped else file
+
+
+def kind_of(name: str) -> tuple[Kind | None, bool]:
+    """(kind, gzipped) by the file's name."""
+    path = name.lower()
+    gzipped = path.endswith(".gz")
+    suffix = Path(path.removesuffix(".gz")).suffix
+    return SUFFIXES.get(suffix), gzipped
+
+
+def list_files(path: str) -> list[SourceFile]:
+    """Every file a source's path names, sorted. Raises DataError when there is none, one is empty, or a folder mixes formats."""
+    if path.startswith("hf:"):
+        files = _hub_files(path)
+    elif is_local(path) or path.startswith("file://"):
+        files = _local_files(path.removeprefix("file://"))
+    else:
+        files = _remote_files(path)
+    for file in files:
+        if file.size == 0:
+            raise DataError("this file is empty", where=file.label, got="0 bytes", wanted="rows", remedy="remove it or fill it")
+    return files
+
+
+def _local_files(path: str) -> list[SourceFile]:
+    place = Path(path).expanduser()
+    if any(mark in path for mark in "*?[") and not place.exists():
+        anchor = Path(place.anchor) if place.is_absolute() else Path()
+        pattern = str(place.relative_to(place.anchor)) if place.is_absolute() else str(place)
+        found = sorted(match for match in anchor.glob(pattern) if match.is_file())
+        return _picked([(str(match), str(match), match.stat().st_size) for match in found], path, is_glob=True)
+    if place.is_dir():
+        found = sorted(file for file in place.rglob("*") if file.is_file() and not _hidden(file.relative_to(place)))
+        return _picked([(str(file), str(file), file.stat().st_size) for file in found], path, is_glob=False)
+    if not place.is_file():
+        raise DataError(
+            "there is nothing at this path",
+            where=path,
+            wanted="a file, a folder, a glob, a URL or hf:NAME",
+            remedy="check data.sources for a typing error (relative paths start where the command runs)",
+        )
+    return [_file(path, str(place), place.stat().st_size)]
+
+
+def _remote_files(path: str) -> list[SourceFile]:
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+        is_glob = any(mark in path for mark in "*?[")
+        if is_glob:
+            found = fs.glob(root, detail=True)
+        elif fs.isfile(root):
+            return [_file(path, path, int(fs.size(root) or 0))]
+        else:
+            found = fs.find(root, detail=True)
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError):
+            raise explain_oserror(error, "list", path) from error
+        raise DataError(
+            "this kind of URL cannot be opened", where=path, got=str(error), remedy="install the fsspec package it needs"
+        ) from error
+    facts = [(fs.unstrip_protocol(name), fs.unstrip_protocol(name), int(fact.get("size") or 0)) for name, fact in sorted(found.items())]
+    return _picked([fact for fact in facts if not _hidden(Path(fact[0].rsplit("/", 1)[-1]))], path, is_glob=is_glob)
+
+
+def _picked(found: list[tuple[str, str, int]], path: str, *, is_glob: bool) -> list[SourceFile]:
+    """Files of a folder or glob. A folder may hold other things beside, but data of one kind only."""
+    known = [(fact, kind) for fact in found if (kind := kind_of(fact[0])[0]) is not None]
+    if not known or (is_glob and len(known) < len(found)):
+        odd = ", ".join(Path(fact[0]).name for fact in found if kind_of(fact[0])[0] is None)[:300]
+        raise DataError(
+            "no readable files here" if not known else "the glob matches files of an unknown kind",
+            where=path,
+            got=odd or "nothing",
+            wanted=_KNOWN,
+            remedy="rename the files, or point at the right ones",
+        )
+    kinds = Counter(kind for _, kind in known)
+    if len(kinds) > 1 and not is_glob:
+        listing = "; ".join(
+            f"{count} {kind} ({', '.join(Path(fact[0]).name for fact, other in known if other == kind)[:120]})"
+            for kind, count in kinds.most_common()
+        )
+        raise DataError(
+            "this folder mixes formats",
+            where=path,
+            got=listing,
+            wanted="files of one kind",
+            remedy=f"pick with a glob, for example {path.rstrip('/')}/*{Path(known[0][0][0]).suffix}, one source each",
+        )
+    return [_file(*fact) for fact, _ in known]
+
+
+def _file(label: str, url: str, size: int) -> SourceFile:
+    kind, gzipped = kind_of(url)
+    if kind is None:
+        raise DataError(
+            "cannot tell how this file reads", where=label, got=Path(label).suffix or "no suffix", wanted=_KNOWN, remedy="rename it"
+        )
+    if kind == "parquet" and gzipped:
+        raise DataError("a gzipped Parquet file cannot be read in parts", where=label, remedy="unpack it (Parquet is compressed already)")
+    return SourceFile(label, url, kind, gzipped, size)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _hub_files(path: str) -> list[SourceFile]:
+    """`hf:NAME[:SPLIT]`; NAME may go on with a folder of the dataset (a configuration). Without SPLIT: train, or all where none is named.
+
+    Reads the dataset's own files over the hub's file API, so HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold and no code of it is run.
+    """
+    name, _, split = path.removeprefix("hf:").partition(":")
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*", name):
+        raise DataError("this is no dataset name", where=path, wanted="hf:NAME or hf:OWNER/NAME, with :SPLIT if you like")
+    found = _hub_listing(path, name) or _hub_listing(path, name + _CONVERTED)
+    kinds = {kind for label, _ in found if (kind := kind_of(label)[0])}
+    if not kinds:
+        remedy = "check the name; a dataset that needs its own loading code has to be converted first"
+        raise DataError("this dataset holds no readable files", where=path, wanted=_KNOWN, remedy=remedy)
+    best = next(kind for kind in _HUB_ORDER if kind in kinds)
+    files = sorted(fact for fact in found if kind_of(fact[0])[0] == best)
+    named = {label: _split_names(label) for label, _ in files}
+    if split:
+        chosen = [fact for fact in files if split in named[fact[0]]] or [fact for fact in files if _split_class(split) & named[fact[0]]]
+    else:
+        chosen = [fact for fact in files if "train" in named[fact[0]]] or files
+    if split == "train" and not any(named.values()):
+        chosen = files
+    splits, folders = sorted({"/".join(sorted(named[label])) for label, _ in files}), sorted({_folder(label) for label, _ in chosen})
+    if not chosen:
+        raise DataError("this dataset has no such split", where=path, got=split, wanted=" | ".join(filter(None, splits)) or "none is named")
+    if len(folders) > 1:
+        remedy = f"name one, for example hf:{name}/{folders[0]}{':' + split if split else ''}"
+        raise DataError("this dataset has several configurations", where=path, got=", ".join(folders)[:300], wanted="one", remedy=remedy)
+    return [_file(f"{path} ({label.rsplit('/', 1)[-1]})", f"hf://{label}", size) for label, size in chosen]
+
+
+def _split_names(label: str) -> set[str]:
+    """What split a file may be of: its name (`train_sft-00000-of-00003.parquet` -> train_sft) or folder, and the class of each."""
+    parts = label.split("/")[2:]
+    stem = re.sub(r"[-.]\d{4,}(-of-\d+.*)?$", "", parts[-1].split(".")[0])
+    exact = {stem, *parts[:-1]}
+    classes = {split for name in exact for split in _split_class(name)}
+    return classes | {name for name in exact if _split_class(name)}
+
+
+def _split_class(name: str) -> set[str]:
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return {split for split, names in _SPLIT_WORDS.items() if words & names}
+
+
+def _folder(label: str) -> str:
+    """The folder below the dataset that stands for a configuration: not `data`, not a split's."""
+    parts = label.split("/")[2:-1]
+    return "/".join(
+        part for part in parts[1 if label.split("/")[1].endswith(_CONVERTED) else 0 :] if part != "data" and not _split_class(part)
+    )
+
+
+def _hub_listing(path: str, name: str) -> list[tuple[str, int]]:
+    try:
+        fs: Any = fsspec.filesystem("hf")
+        found = fs.find(f"datasets/{name}", detail=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise DataError("cannot list this dataset on the hub", where=path, got=f"{type(error).__name__}: {error}"[:300],
+                        remedy="check the name, your network and HF_ENDPOINT, or use a local copy") from error  # fmt: skip
+    skipped = ("dataset_infos.json", "dataset_info.json", "*README*", "*LICENSE*")
+    return [
+        (label, int(fact.get("size") or 0)) for label, fact in found.items()
+        if kind_of(label)[0] and not any(fnmatch.fnmatch(label.rsplit("/", 1)[-1], pattern) for pattern in skipped)
+    ]  # fmt: skip

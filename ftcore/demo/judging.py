@@ -1,0 +1,104 @@
+"""Judging: the demo's predictors over one base, its adapters loaded side by side, and the sentences under the table.
+
+In: a base, adapter folders, conversations. Out: predictors for `ftcore.evals`; a Table; a verdict. Runs in: the driver.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from ftcore.data.chat import Chat
+from ftcore.data.tokenizer import load_tokenizer
+from ftcore.data.types import Conversation
+from ftcore.evals.ngram import BackoffNgram, user_of
+from ftcore.evals.predictors import LanguageModel, Predictor
+from ftcore.evals.tasks.next_operation import Table
+from ftcore.models import CausalModel, choose_layout, load_base, model_type
+from ftcore.recipe import Data, Model, Source
+
+BASE, OWN, OTHER, NGRAM = "base", "own adapter", "other tenant's adapter", "per-user n-gram"
+NUM_EXAMPLES = 3
+SHOTS = f"base, {NUM_EXAMPLES} examples"
+LEAD = 0.10
+"""Exact match the own adapter must be ahead of the base and of the other adapter."""
+CLOSED = 0.60
+"""Share of the way from base to ceiling it must go."""
+
+
+class Bench:
+    """One full-precision base in memory and any number of adapters on it, switched by name."""
+
+    def __init__(self, model: Model, adapters: dict[str, Path]) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        base = load_base(model, dtype="fp32")
+        layout = choose_layout(base, model.attention, packs=False)
+        data = Data(sources=(Source(path="unused"),))
+        self.chat = Chat.open(load_tokenizer(model), data=data, template=model.chat_template, family=model_type(model))
+        self.peft: PeftModel | None = None
+        for name, folder in adapters.items():
+            if self.peft is None:
+                self.peft = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            else:
+                self.peft.load_adapter(str(folder), adapter_name=name)
+        self.model = CausalModel(self.peft or base, layout)
+
+    @contextmanager
+    def _with(self, adapter: str | None) -> Iterator[None]:
+        if self.peft is None:
+            yield
+        elif adapter is None:
+            with self.peft.disable_adapter():
+                yield
+        else:
+            self.peft.set_adapter(adapter)
+            yield
+
+    def predictor(self, name: str, adapter: str | None = None, *, examples: Sequence[Conversation] = ()) -> LanguageModel:
+        return LanguageModel(name, self.model, self.chat, examples=examples, active=lambda: self._with(adapter))
+
+
+def lineup(bench: Bench, train: Sequence[Conversation], own: str, other: str | None) -> list[Predictor]:
+    """Everybody who is judged, best guess last: base, base with examples, n-gram, the other tenant's adapter, the own one."""
+    predictors: list[Predictor] = [
+        bench.predictor(BASE),
+        bench.predictor(SHOTS, examples=first_of_each(train, NUM_EXAMPLES)),
+        BackoffNgram(NGRAM).fit(train),
+    ]
+    if other is not None:
+        predictors.append(bench.predictor(OTHER, other))
+    return [*predictors, bench.predictor(OWN, own)]
+
+
+def first_of_each(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
+    """The first `count` sessions of every user."""
+    by_user: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        by_user.setdefault(user_of(conversation), []).append(conversation)
+    return [conversation for mine in by_user.values() for conversation in mine[:count]]
+
+
+def verdict(table: Table, ceiling: str | None) -> tuple[bool, list[str]]:
+    """(all goals met, one sentence a goal)."""
+    own = table[OWN].exact_match
+    names = [line.name for line in table.lines]
+    goals = []
+    for rival in [name for name in (BASE, OTHER) if name in names]:
+        theirs = table[rival].exact_match
+        lead = own.value - theirs.value
+        apart = own.above(theirs)
+        text = f"{100 * lead:+.1f} points over {rival}, 95 % intervals {'apart' if apart else 'touch'} (goal: +{100 * LEAD:.0f}, apart)"
+        goals.append((lead >= LEAD and apart, text))
+    lead = own.value - table[NGRAM].exact_match.value
+    goals.append((lead > 0, f"{100 * lead:+.1f} points over the {NGRAM} (goal: ahead)"))
+    if ceiling:
+        closed = table.closed(OWN, BASE, ceiling)
+        text = f"{100 * closed:.0f} % of the way from base to ceiling (goal: {100 * CLOSED:.0f} %)"
+        goals.append((not math.isnan(closed) and closed >= CLOSED, text))
+    return all(met for met, _ in goals), [f"  {'met   ' if met else 'MISSED'}  {text}" for met, text in goals]

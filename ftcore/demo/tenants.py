@@ -1,0 +1,86 @@
+"""Tenants: the demo's two teams, their logs and rows on disk, and the ceiling that the simulator knows.
+
+In: a seed. Out: event logs and `messages` rows, training and held-out; the Ceiling predictor. Runs in: the driver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ftcore.data.formats.messages import messages
+from ftcore.data.types import Conversation, Origin, Row
+from ftcore.demo.personas import Team, draw_team, drifted
+from ftcore.demo.rows import conversation, read_log, write_log, write_rows
+from ftcore.demo.simulator import Session, sessions
+from ftcore.evals.ngram import answers
+from ftcore.evals.predictors import Forecast
+
+CEILING = "ceiling (knows the habits)"
+
+
+@dataclass(frozen=True)
+class TenantDay:
+    """One team's sessions of one period: `log` and `rows` on disk to train on; sessions never written there to judge by."""
+
+    team: Team
+    log: Path
+    rows: Path
+    held_out: tuple[Session, ...]
+
+    def train(self) -> list[Conversation]:
+        return [to_conversation(conversation(events), self.rows, number) for number, events in enumerate(read_log(self.log), 1)]
+
+    def test(self) -> list[Conversation]:
+        return [conversation_of(session) for session in self.held_out]
+
+
+def demo_teams(seed: int) -> tuple[Team, Team]:
+    """Two teams that nobody in the base's population is; to every situation the second answers otherwise than the first."""
+    rng = np.random.default_rng([seed, 1])
+    acme = draw_team(rng, "acme")
+    return acme, draw_team(rng, "globex", avoid=acme)
+
+
+def new_habits(team: Team, seed: int) -> Team:
+    """The same team some time later."""
+    return drifted(team, np.random.default_rng([seed, 2]))
+
+
+def write_day(team: Team, folder: Path, *, day: str, num_train: int, num_test: int, seed: int) -> TenantDay:
+    """Simulates the team, writes the collector's log and the rows made of it; the held-out sessions come from other seeds."""
+    tag = sum(map(ord, team.name + day))
+    made = sessions(team, num_train, seed * 1_000_003 + tag * 2, day=day)
+    log = write_log(([event.to_json() for event in session.events] for session in made), folder / f"{team.name}-{day}.events.jsonl")
+    rows = write_rows((conversation(events) for events in read_log(log)), folder / f"{team.name}-{day}.rows.jsonl")
+    return TenantDay(team, log, rows, tuple(sessions(team, num_test, seed * 1_000_003 + tag * 2 + 1, day=f"{day}-held-out")))
+
+
+def conversation_of(session: Session) -> Conversation:
+    return to_conversation(conversation(event.to_json() for event in session.events), Path(session.events[0].session), 1)
+
+
+def to_conversation(row: dict[str, object], file: Path, number: int) -> Conversation:
+    item = messages(Row(row, Origin(str(file), number)))
+    assert isinstance(item, Conversation)
+    return item
+
+
+class Ceiling:
+    """The best predictor there can be: it knows the simulator's probabilities. Its hits are expected ones, so they carry no luck."""
+
+    def __init__(self, held_out: Sequence[Session], name: str = CEILING) -> None:
+        self.name, self.held_out = name, held_out
+
+    def forecast(self, conversations: Sequence[Conversation]) -> list[Forecast]:
+        made = []
+        for session, seen in zip(self.held_out, conversations, strict=True):
+            assert [odds.operation for odds in session.odds] == [answer for _, answer in answers(seen)]
+            hits = np.array([odds.best_probability for odds in session.odds])
+            nlls = np.array([-math.log(odds.probability) for odds in session.odds])
+            made.append(Forecast(hits, nlls, np.zeros(len(hits), np.int64)))
+        return made

@@ -1,0 +1,223 @@
+"""Publish: from a finished run (or a foreign PEFT folder) to a sealed version, proven on a fresh base before it counts.
+
+In: `final/` of a run, its recipe and prepared data. Out: an AdapterRef; or an IntegrityError and nothing in the store. Runs in: the driver.
+
+The written adapter is bound to a fresh base through plain PEFT, every tensor read back, and its probe logits compared with those that the
+trained model gave; then probes are recorded in fp32 too, the card is made, signed when asked, and written last.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ftcore.adapter_files import CONTENT, TOKENIZER, WEIGHTS, content_digest, content_files, read_config
+from ftcore.adapters import AdapterRef, AdapterStore, split_ref
+from ftcore.bind import bind_adapter
+from ftcore.card import BaseFacts, Card, DataFacts, MethodFacts, ProbeFacts, package_versions, recipe_facts, utc_now
+from ftcore.data.chat import Chat
+from ftcore.data.prepared import Prepared
+from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
+from ftcore.errors import ConfigError, IntegrityError
+from ftcore.models import load_base, model_type
+from ftcore.probes import Probes, check, record
+from ftcore.recipe import Model, Recipe
+from ftcore.rundir import RunDir
+from ftcore.safetensors_header import check_safetensors
+from ftcore.signing import sign_card
+from ftcore.weights import base_folder, check_base, weights_digest
+
+Log = Callable[[str], None]
+
+
+def publish_run(run: RunDir, recipe: Recipe, prepared: Prepared, *, log: Log = print) -> AdapterRef:
+    """Verifies and publishes a finished run's `final/` as `output.adapter`, and promotes it if the recipe says so."""
+    store = AdapterStore(recipe.output.store)
+    parent = run.folder.read_json("parent/manifest.json").get("ref") if run.folder.exists("parent/manifest.json") else None
+    with run.opened("final") as final:
+        result = run.folder.read_json("final/result.json")
+        size, metrics = int(result["world_size"]), result["metrics"]
+        ref = publish_final(recipe, final, prepared.manifest, metrics=metrics, world_size=size, store=store, parent=parent, log=log)
+    if recipe.output.promote:
+        store.promote(ref)
+        log(f"{ref.tenant}/{ref.name} now means {ref}")
+    return ref
+
+
+def publish_final(
+    recipe: Recipe,
+    final: Path,
+    manifest: Mapping[str, Any],
+    *,
+    metrics: Mapping[str, Any],
+    world_size: int,
+    store: AdapterStore,
+    parent: AdapterRef | str | None = None,
+    log: Log = print,
+) -> AdapterRef:
+    """Verifies the adapter in `final` against the logits its trained model gave, and seals it in the store.
+
+    `manifest`: the prepared data's. Raises IntegrityError when what was written is not what was trained; then nothing is published.
+    """
+    if recipe.output.adapter is None or not recipe.method.is_adapter:
+        raise ConfigError(
+            "this run makes no adapter to publish", got=f"method {recipe.method.kind}, output.adapter {recipe.output.adapter}",
+            remedy="unset output.adapter; a whole model stays in the run's final/ folder",
+        )  # fmt: skip
+    tokenizer = load_tokenizer(recipe.model)
+    with tempfile.TemporaryDirectory(prefix="ftcore-publish-") as scratch:
+        folder = stage_content(final, Path(scratch) / "adapter")
+        probes = prove(recipe, folder, tokenizer, Probes.load(final), log)
+        probes.save(folder)
+        tenant, name, _ = split_ref(recipe.output.adapter)
+        template = _template_digest(recipe, tokenizer, manifest)
+        card = make_card(
+            folder, tenant, name, base_facts(recipe), tokenizer_digest(tokenizer), template, probes,
+            method=recipe.method.kind, data=data_facts(manifest), recipe=recipe_facts(recipe.model_dump(mode="json")),
+            stage=recipe.stage.kind, seed=recipe.optim.seed, world_size=world_size, metrics=plain_metrics(metrics),
+            parent=parent.full if isinstance(parent, AdapterRef) else parent,
+        )  # fmt: skip
+        if recipe.output.sign_key:
+            card = sign_card(card, recipe.output.sign_key)
+        ref = store.publish(folder, card)
+    log(f"published {ref} in {store}")
+    return ref
+
+
+def import_adapter(
+    source: Path, name: str, model: Model, store: AdapterStore, *, sign_key: str | None = None, log: Log = print
+) -> AdapterRef:  # fmt: skip
+    """Publishes an adapter that plain PEFT made elsewhere: bound exactly to `model`, its probes recorded now in fp32."""
+    tenant, short, version = split_ref(name)
+    if version:
+        raise ConfigError("an import makes its own version", got=name, wanted="tenant/name")
+    tokenizer = load_tokenizer(model)
+    with tempfile.TemporaryDirectory(prefix="ftcore-import-") as scratch:
+        folder = stage_content(source, Path(scratch) / "adapter")
+        base = load_base(model, dtype="fp32", device=_device())
+        tuned = bind_adapter(base, folder)
+        probes = record(tuned, tokenizer, tuned.disable_adapter, "fp32")
+        probes.save(folder)
+        facts = BaseFacts(id=model.path, revision=model.revision, weights=_weights(model), dtype="fp32", model_type=model_type(model))
+        kind = str(read_config(folder)["peft_type"]).lower()
+        card = make_card(folder, tenant, short, facts, tokenizer_digest(tokenizer), "", probes, method=kind, stage="imported")
+        ref = store.publish(folder, sign_card(card, sign_key) if sign_key else card)
+    log(f"imported {ref}: its probes were recorded now, so they prove what was imported, not how it was trained")
+    return ref
+
+
+def prove(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, trained: Probes, log: Log) -> Probes:
+    """Binds the written adapter to a fresh base and compares with what the trained model gave; returns the probes with fp32 added.
+
+    First in the precision it was trained in; where that precision's own noise (another kind of device) exceeds the budget, in fp32.
+    """
+    precision = trained.nearest_name(recipe.model.dtype)
+    report = None
+    if precision not in ("fp32", "fp64"):
+        tuned = bind_adapter(load_base(recipe.model, recipe.method, device=_device()), folder)
+        report = check(tuned, tokenizer, trained, precision, tuned.disable_adapter)
+        if not report.inconclusive:
+            report.require(folder)
+        log(f"proof in {precision}: {report.reason}")
+        del tuned
+        gc.collect()
+    exact = "fp64" if precision == "fp64" else "fp32"
+    tuned = bind_adapter(load_base(recipe.model, dtype=exact, device=_device()), folder)
+    if report is None or report.inconclusive:
+        report = check(tuned, tokenizer, trained, exact, tuned.disable_adapter)
+        report.require(folder)
+        log(f"proof in {exact}: {report.reason}")
+    return trained if exact in trained.by_precision else trained.merged(record(tuned, tokenizer, tuned.disable_adapter, exact))
+
+
+def make_card(
+    folder: Path, tenant: str, name: str, base: BaseFacts, tokenizer: str, template: str, probes: Probes, *, method: str, **facts: Any
+) -> Card:  # fmt: skip
+    """The card of a staged folder; `facts` are the Card's further fields."""
+    files = content_files(folder)
+    return Card(
+        tenant=tenant, name=name, digest=content_digest(files), files=files, base=base, tokenizer=tokenizer, template=template,
+        method=method_facts(folder, method), packages=package_versions(), created=utc_now(),
+        probes={key: ProbeFacts.model_validate(fact) for key, fact in probes.facts().items()}, **facts,
+    )  # fmt: skip
+
+
+def stage_content(source: Path, target: Path) -> Path:
+    """Copies adapter and probes alone (final/ holds notes of the run too). Raises IntegrityError unless the weights are safetensors."""
+    if not (source / WEIGHTS).is_file():
+        if (source / "adapter_model.bin").is_file():
+            what, remedy = (
+                "this adapter's weights are a pickle, which can run code when it is loaded",
+                "convert it to safetensors in a sandbox",
+            )
+        else:
+            what, remedy = "this folder holds no adapter weights", "give a PEFT folder"
+        raise IntegrityError(what, where=source, wanted=WEIGHTS, remedy=remedy)
+    target.mkdir(parents=True)
+    for name in CONTENT:
+        if (source / name).is_symlink():
+            raise IntegrityError("a symbolic link in an adapter folder", where=source / name, remedy="copy the file itself")
+        if (source / name).is_file() and name not in TOKENIZER:
+            shutil.copyfile(source / name, target / name)
+    return target
+
+
+def method_facts(folder: Path, kind: str) -> MethodFacts:
+    config = read_config(folder)
+    targets = config.get("target_modules") or ()
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    size = sum(fact.num_elements for fact in check_safetensors(folder / WEIGHTS).values())
+    return MethodFacts(kind=kind, rank=config.get("r"), alpha=config.get("lora_alpha"), targets=names, num_trainable=size)
+
+
+def base_facts(recipe: Recipe) -> BaseFacts:
+    options = recipe.method.load_options()
+    return BaseFacts(
+        id=recipe.model.path, revision=recipe.model.revision, weights=_weights(recipe.model), dtype=recipe.model.dtype,
+        quantisation=str(options.get("quantization_config", "none"))[:4000] if options else "none", model_type=model_type(recipe.model),
+    )  # fmt: skip
+
+
+def data_facts(manifest: Mapping[str, Any]) -> DataFacts:
+    """Digest and flat counts of the prepared data."""
+    counts: dict[str, int | float] = {}
+    for key, value in manifest.get("counts", {}).items():
+        inner = value if isinstance(value, dict) else {"": value}
+        counts |= {f"{key}.{part}".rstrip("."): number for part, number in inner.items() if type(number) in (int, float)}
+    return DataFacts(digest=manifest["digest"], counts=counts)
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float | int | str | None]:
+    """Flat and writable as JSON: what is not finite becomes None."""
+    found: dict[str, float | int | str | None] = {}
+    for key, value in metrics.items():
+        if value is None or isinstance(value, int | str):
+            found[key] = value
+        elif isinstance(value, float):
+            found[key] = value if math.isfinite(value) else None
+    return found
+
+
+def _template_digest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, manifest: Mapping[str, Any]) -> str:
+    known = manifest.get("digests", {}).get("template")
+    if isinstance(known, str):
+        return known
+    return Chat.open(tokenizer, data=recipe.data, template=recipe.model.chat_template, family=model_type(recipe.model)).template_digest
+
+
+def _weights(model: Model) -> str:
+    folder = base_folder(model.path, model.revision)
+    check_base(folder)
+    return weights_digest(folder)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

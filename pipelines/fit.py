@@ -1,0 +1,137 @@
+"""Fit: one recipe, from rows to a published adapter: prepare, check, connect, train, publish, report.
+
+In: a Recipe. Out: an Outcome; the run folder, the adapter. Runs in: the driver (a script, a Ray job, the demo, a search).
+
+Safe to repeat: the same recipe goes on from what is sealed, a finished run is only published and reported where that is missing, and a
+recipe that changed under the same name is refused unless the change cannot make the run's record a lie.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cluster.connect import connect, inside_job
+from cluster.relay import Message, Outbox
+from cluster.runtime_env import keep_memory
+from ftcore.adapters import AdapterRef
+from ftcore.data.prepared import Prepared
+from ftcore.errors import Interrupted
+from ftcore.loggers import Loggers, check_loggers
+from ftcore.loop import Trained, read_result, train
+from ftcore.progress import ProgressLine
+from ftcore.recipe import Recipe, dump_recipe, parse_recipe
+from ftcore.report import write_report
+from ftcore.rundir import RunDir
+from pipelines.launch import Post, launch, launch_here
+from pipelines.prepare import prepare
+from pipelines.runs import at_home, begin, parent_into, publish_once, same_command
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `fit` made. `ref` is None when the recipe publishes nothing."""
+
+    run: RunDir
+    ref: AdapterRef | None
+    trained: Trained
+    report: str
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.trained.metrics
+
+
+def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
+    """Trains and publishes. Raises FtcoreErrors: what is wrong with recipe, data or cluster before any worker starts where possible."""
+    recipe = at_home(recipe, log)
+    run = RunDir(recipe.output.runs, recipe.name)
+    check_loggers(recipe.output.loggers, run)
+    prepared = prepare(recipe, log=log)
+    begin(run, recipe, prepared)
+    if run.is_finished():
+        trained = read_result(run)
+        log(f"run {recipe.name}: already finished at step {trained.steps} ({run.url}); nothing to train")
+    else:
+        parent_into(run, recipe, log)
+        trained = _trained(run, recipe, prepared, log)
+    ref = publish_once(run, recipe, prepared, log)
+    return Outcome(run, ref, trained, write_report(run))
+
+
+def needs_ray(recipe: Recipe) -> bool:
+    """One CPU worker with no cluster in sight trains in this process: Ray would only add its start-up."""
+    asked = recipe.resources
+    return asked.workers > 1 or asked.gpus_per_worker > 0 or inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def _trained(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> Trained:
+    work = partial(_work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
+    ear = _Ear(run, recipe, log)
+    try:
+        if not needs_ray(recipe):
+            log("training in this process (one worker, no Ray cluster)")
+            keep_memory()
+            return launch_here(work, hear=ear.hear)
+        connection = connect(log=log)
+        try:
+            return launch(work, recipe.resources, connection, name=recipe.name, hear=ear.hear)
+        finally:
+            connection.close()
+    except (Interrupted, KeyboardInterrupt) as error:
+        sealed = run.checkpoint_steps()
+        raise Interrupted(
+            error.what if isinstance(error, Interrupted) else "stopped at once, without a checkpoint", where=run.url,
+            got=f"sealed and usable: step {sealed[-1]}" if sealed else "no checkpoint was sealed yet",
+            remedy=f"go on with: {same_command()}",
+        ) from error  # fmt: skip
+    finally:
+        ear.close()
+
+
+def _work(recipe_yaml: str, plugins: tuple[str, ...], prepared_url: str, run: RunDir, post: Post) -> Trained:
+    """What each worker does. The recipe travels as text and is validated again, so that every process fills the same tables."""
+    recipe = parse_recipe(recipe_yaml, plugins=plugins)
+    outbox = Outbox(post.say)
+    try:
+        return train(recipe, post.world, Prepared.open(prepared_url), run, outbox.add, post.should_stop)
+    finally:
+        outbox.flush()
+
+
+class _Ear:
+    """What the driver does with what workers say: the progress line, the loggers, a sentence when something happens."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, log: Log) -> None:
+        self.allowed = recipe.resources.max_failures
+        self.line = ProgressLine(log)
+        self.loggers = Loggers(recipe.output.loggers, run, recipe.model_dump(mode="json"))
+        self.num_failures = 0
+        self.steps_seen = 0
+
+    def hear(self, message: Message) -> None:
+        if message["event"] == "lines":
+            for line in message["lines"]:
+                if line["step"] > 1 and not self.steps_seen:
+                    self.line.say(f"going on after step {line['step'] - 1}")
+                self.steps_seen = line["step"]
+                self.line.show(line)
+                self.loggers.log(line)
+        elif message["event"] == "failure":
+            self.num_failures += 1
+            self.steps_seen = 0
+            self.line.restart()
+            allowed = "no limit" if self.allowed < 0 else f"{self.allowed} allowed"
+            then = "" if message["final"] else f"; restarting from the newest sealed checkpoint (failure {self.num_failures}, {allowed})"
+            self.line.say(f"worker {message['rank']} failed: {message['cause']}{then}")
+        elif message["event"] == "stopping":
+            self.line.say("stopping after this step, with a checkpoint (again: at once, without)")
+
+    def close(self) -> None:
+        self.line.close()
+        self.loggers.close()

@@ -1,0 +1,151 @@
+"""Runs: the rules a run folder lives by: where it lands, which recipe may continue it, what it continues from, publishing once.
+
+In: a recipe, its RunDir. Out: recipe.yaml, audit.json, prepared.json, parent/, published.json in the folder. Runs in: the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.connect import inside_job
+from ftcore.adapters import AdapterRef, AdapterStore, split_ref
+from ftcore.data.prepared import Prepared
+from ftcore.errors import ConfigError, IntegrityError
+from ftcore.publish import publish_run
+from ftcore.recipe import Recipe, dump_recipe, parse_recipe
+from ftcore.rundir import RunDir
+from ftcore.storage import MANIFEST, digest_of
+
+Log = Callable[[str], None]
+
+PUBLISHED = "published.json"
+MAY_CHANGE = (
+    "resources.", "output.", "plugins", "data.cache", "data.engine", "backend.micro_batch", "backend.gradient_checkpointing",
+    "backend.deterministic",
+)  # fmt: skip
+"""Keys a run may go on with another value of: they say where and how fast, not what is learned. The loss does not depend on them."""
+
+
+def at_home(recipe: Recipe, log: Log) -> Recipe:
+    """In a submitted job, relative places to write to land under FTCORE_HOME (else ~/ftcore): the job's own folder is Ray's to delete."""
+    if not inside_job():
+        return recipe
+    home = Path(os.environ.get("FTCORE_HOME") or Path.home() / "ftcore")
+
+    def placed(path: str) -> str:
+        return path if "://" in path or Path(path).is_absolute() else str(home / path)
+
+    output, data = recipe.output, recipe.data
+    moved = recipe.model_copy(
+        update={
+            "output": output.model_copy(update={"runs": placed(output.runs), "store": placed(output.store)}),
+            "data": data.model_copy(update={"cache": placed(data.cache)}),
+        }
+    )
+    if moved != recipe:
+        log(f"job: runs, adapters and prepared blocks with relative paths land under {home} (FTCORE_HOME)")
+    return moved
+
+
+def begin(run: RunDir, recipe: Recipe, prepared: Prepared) -> None:
+    """Writes what the run is about beside it, after making sure it is still about the same.
+
+    Raises ConfigError when the folder holds a run of another recipe or of other data.
+    """
+    folder = run.folder
+    if folder.exists("recipe.yaml"):
+        refuse_changes(run, parse_recipe(folder.read("recipe.yaml").decode(), f"{run.url}/recipe.yaml", plugins=recipe.plugins), recipe)
+    if folder.exists("prepared.json") and (run.is_finished() or run.checkpoint_steps()):
+        before = folder.read_json("prepared.json")["digest"]
+        if before != prepared.digest:
+            raise ConfigError(
+                "the data of this run changed since it began", where=run.url, got=f"prepared {prepared.digest[:12]}",
+                wanted=f"prepared {before[:12]}", remedy=_another(recipe),
+            )  # fmt: skip
+    folder.write("recipe.yaml", dump_recipe(recipe).encode())
+    folder.write_json("audit.json", prepared.manifest["audit"])
+    folder.write_json("prepared.json", {"digest": prepared.digest, "url": prepared.url})
+
+
+def refuse_changes(run: RunDir, before: Recipe, now: Recipe) -> None:
+    """Raises ConfigError naming each key that changed and must not."""
+    old, new = leaves(before.model_dump(mode="json")), leaves(now.model_dump(mode="json"))
+    changed = [path for path in {**old, **new} if old.get(path) != new.get(path) and not path.startswith(MAY_CHANGE)]
+    if not changed or not (run.is_finished() or run.checkpoint_steps()):
+        return
+    shown = "; ".join(f"{path}: {old.get(path)!r} became {new.get(path)!r}" for path in changed[:6])
+    more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
+    raise ConfigError(
+        "this run was begun with another recipe", where=run.url, got=shown + more, wanted="the same recipe", remedy=_another(now)
+    )
+
+
+def _another(recipe: Recipe) -> str:
+    return f"give it another name (name={recipe.name}-2), or delete the old run's folder"
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every leaf; lists are leaves."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def same_command() -> str:
+    """What to type to go on: this process's own command line."""
+    program = Path(sys.argv[0])
+    words = ["ftcore"] if program.name == "ftcore" else ["python", str(program)]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def parent_into(run: RunDir, recipe: Recipe, log: Log) -> None:
+    """Puts the adapter this run continues from into `parent/`, once: a name that moves on later does not move a run that began."""
+    named = recipe.model.adapter
+    if named is None or run.folder.exists("parent"):
+        return
+    if Path(named, "adapter_config.json").is_file():
+        _seal_parent(run, Path(named), None)
+        log(f"continuing from the adapter in {named}")
+        return
+    split_ref(named)  # raises ConfigError for what is neither a folder nor a name
+    store = AdapterStore(recipe.output.store)
+    ref = store.resolve(named)
+    with tempfile.TemporaryDirectory(prefix="ftcore-parent-") as scratch:
+        _seal_parent(run, store.fetch(ref, scratch), ref.full)
+    log(f"continuing from {ref}")
+
+
+def _seal_parent(run: RunDir, source: Path, ref: str | None) -> None:
+    with run.sealing("parent", {"ref": ref}) as folder:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (source / name).is_file():
+                raise IntegrityError(
+                    "this adapter is not whole", where=source, got=f"no {name}", remedy="give a folder saved by PEFT, or tenant/name"
+                )
+            shutil.copyfile(source / name, folder / name)
+
+
+def publish_once(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> AdapterRef | None:
+    """Publishes `final/` under output.adapter, unless this very result is there already. None when the recipe names no adapter."""
+    named = recipe.output.adapter
+    if named is None:
+        log(f"not published: output.adapter is unset; the result is in {run.url}/final")
+        return None
+    fact = {"adapter": named, "store": recipe.output.store, "final": digest_of(run.folder.read_json(f"final/{MANIFEST}"))}
+    before = run.folder.read_json(PUBLISHED) if run.folder.exists(PUBLISHED) else {}
+    if {**before, **fact} == before:
+        ref = AdapterRef(*split_ref(before["ref"]))
+        if AdapterStore(recipe.output.store).is_sealed(ref):
+            log(f"already published: {ref}")
+            return ref
+    ref = publish_run(run, recipe, prepared, log=log)
+    run.folder.write_json(PUBLISHED, {**fact, "ref": ref.full})
+    return ref

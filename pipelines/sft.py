@@ -1,0 +1,43 @@
+"""Fine-tune: a recipe, from rows to a sealed, verified adapter, on however many workers it asks for.
+
+    ray job submit --working-dir . -- python pipelines/sft.py pipelines/recipes/sft-lora.yaml resources.workers=2
+
+In: RECIPE and PATH=VALUE overrides. Out: the run folder, the adapter, an exit code. Runs in: the driver. `ftcore sft` is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: the rooms are siblings of this script's folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ftcore.cli import guarded
+from ftcore.recipe import load_recipe
+from ftcore.report.journal_view import figures, read_journal
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="sft", description="Trains what a recipe says and publishes the verified adapter.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, like pipelines/recipes/sft-lora.yaml")
+    parser.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="a key set over the file's, like optim.lr=1e-4")
+    options = parser.parse_args(argv)
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from pipelines.fit import fit  # late: a wrong recipe is refused at once, before torch and ray are loaded
+
+    outcome = fit(recipe)
+    print()
+    for label, value in figures(read_journal(outcome.run.folder)).items():
+        print(f"{label:<32}{value}")
+    print(f"{'run':<32}{outcome.run.url}\n{'report':<32}{outcome.report}")
+    if outcome.ref:
+        print(f"{'adapter':<32}{outcome.ref}\n\nnext:  ftcore adapters show {outcome.ref} --store {recipe.output.store}")
+        print(f"       ftcore merge {outcome.ref} --out merged")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda argv: main(argv), sys.argv[1:]))
