@@ -9,9 +9,11 @@ for it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +23,8 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError
 
-from cluster.runtime_env import JOB_VARIABLE
-from ftcore.errors import ClusterError, ConfigError
+from cluster.runtime_env import inside_job
+from ftcore.errors import ClusterError, ConfigError, FtcoreError
 
 Kind = Literal["job", "cluster", "local", "joined"]
 
@@ -59,25 +61,43 @@ class Connection:
         return f"{what} at {self.address} ({self.nodes} node{'s' * (self.nodes != 1)}, {self.cpus:g} CPUs{gpus})"
 
     def close(self) -> None:
-        """Leaves the cluster, if it was this process's own to leave."""
+        """Leaves the cluster, if it was ours to join; a Ray started here ends. The end of the process does the same."""
         if self.kind != "joined" and ray.is_initialized():
             ray.shutdown()
 
 
-def inside_job() -> bool:
-    """Whether this process is the driver of a submitted Ray job."""
-    return JOB_VARIABLE in os.environ
+_ONE_AT_A_TIME = threading.Lock()
+_OURS: list[Connection] = []
 
 
 def connect(*, local_cpus: float = 0, dashboard: bool = False, log: Callable[[str], None] = print) -> Connection:
-    """Joins or starts Ray. `local_cpus`: at least this many logical CPUs if a Ray is started here; `dashboard` only then too.
+    """Joins or starts Ray, once a process. If one is started here: `local_cpus` are its least number of logical CPUs, `dashboard` its page.
 
     Raises ClusterError when the cluster that was asked for does not answer.
     """
-    for name, value in DRIVER_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    if ray.is_initialized():
-        return _describe("joined")
+    with _ONE_AT_A_TIME:
+        for name, value in DRIVER_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        if ray.is_initialized():
+            return _OURS[0] if _OURS else _describe("joined")
+        _OURS[:] = [_connected(local_cpus, dashboard)]
+        log(f"ray: {_OURS[0]}")
+        return _OURS[0]
+
+
+def connect_early(log: Callable[[str], None] = print) -> threading.Thread:
+    """Begins to connect in a thread while the caller loads torch; the `connect` that follows waits for it, or says what failed."""
+
+    def begin() -> None:
+        with contextlib.suppress(FtcoreError, RayError, OSError, RuntimeError):  # `connect` meets the same error, where it can be raised
+            connect(log=log)
+
+    thread = threading.Thread(target=begin, name="connect", daemon=True)
+    thread.start()
+    return thread
+
+
+def _connected(local_cpus: float, dashboard: bool) -> Connection:
     address = os.environ.get("RAY_ADDRESS", "")
     kind: Kind = "job" if inside_job() else "cluster" if address not in ("", "local") else "local"
     with warnings.catch_warnings():
@@ -86,9 +106,7 @@ def connect(*, local_cpus: float = 0, dashboard: bool = False, log: Callable[[st
             session = _start_local(local_cpus, dashboard)
         else:
             session = _join(address or "auto")
-    connection = _describe(kind, f"{session}/logs")
-    log(f"ray: {connection}")
-    return connection
+    return _describe(kind, f"{session}/logs")
 
 
 def local_num_cpus() -> int:

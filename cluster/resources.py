@@ -5,13 +5,20 @@ In: a recipe's resources, the alive nodes. Out: the numbers of a Ray ScalingConf
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from cluster.runtime_env import inside_job
 from ftcore.errors import ClusterError
 from ftcore.recipe import Resources
+
+
+def needs_ray(asked: Resources) -> bool:
+    """One CPU worker with no cluster in sight trains in the driver's process: Ray would only add its start-up."""
+    return asked.workers > 1 or asked.gpus_per_worker > 0 or inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 @dataclass(frozen=True)

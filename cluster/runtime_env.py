@@ -31,6 +31,11 @@ MALLOC = {
 }
 
 
+def inside_job() -> bool:
+    """Whether this process is the driver of a submitted Ray job."""
+    return JOB_VARIABLE in os.environ
+
+
 def compute_threads(resources: Resources) -> int:
     """Threads one worker computes with: its whole CPUs, at least one."""
     return max(1, int(resources.cpus_per_worker))

@@ -42,12 +42,13 @@ class _LinearCrossEntropy(Function):
                 hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
                 logits = (hidden @ head_VD.T).to(accumulate)
                 at = torch.arange(len(targets), device=targets.device)
-                chosen = logits[at, targets]
-                norm = logits.logsumexp(-1)
-                total += (norm - chosen).sum()
+                top, chosen = logits.amax(-1), logits[at, targets]
+                powers = logits.sub_(top[:, None]).exp_()  # in place: one array of this size at a time
+                sums = powers.sum(-1)
+                total += (sums.log() + top - chosen).sum()
                 if d_hidden is None and d_weight is None:
                     continue
-                gradient = logits.sub_(norm[:, None]).exp_()  # softmax, in place
+                gradient = powers.div_(sums[:, None])  # the softmax
                 gradient[at, targets] -= 1
                 narrow = gradient.to(hidden.dtype)
                 if d_hidden is not None:

@@ -255,10 +255,13 @@ def explain_oserror(error: OSError, verb: str, where: str) -> StorageError:
         errno.EACCES: "you may not do that there; choose another place or fix its permissions",
         errno.ENOENT: "check the path for a typing error",
     }
-    wanted = {errno.ENOENT: "an existing path", errno.ENOSPC: "enough free space"}.get(error.errno or 0, "")
+    number = error.errno
+    if number is None:  # fsspec raises the standard kinds without a number
+        number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EACCES if isinstance(error, PermissionError) else None
+    wanted = {errno.ENOENT: "an existing path", errno.ENOSPC: "enough free space"}.get(number or 0, "")
     got = error.strerror or str(error) or type(error).__name__
-    raised = StorageError(f"cannot {verb} this", where=where, got=got, wanted=wanted, remedy=remedies.get(error.errno or 0, "check the path and the storage"))
-    raised.errno = error.errno
+    raised = StorageError(f"cannot {verb} this", where=where, got=got, wanted=wanted, remedy=remedies.get(number or 0, "check the path and the storage"))
+    raised.errno = number
     return raised
 
 

@@ -8,14 +8,14 @@ recipe that changed under the same name is refused unless the change cannot make
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cluster.connect import connect, inside_job
+from cluster.connect import connect
 from cluster.relay import Message, Outbox
+from cluster.resources import needs_ray
 from cluster.runtime_env import keep_memory
 from ftcore.adapters import AdapterRef
 from ftcore.data.prepared import Prepared
@@ -64,25 +64,15 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
     return Outcome(run, ref, trained, write_report(run))
 
 
-def needs_ray(recipe: Recipe) -> bool:
-    """One CPU worker with no cluster in sight trains in this process: Ray would only add its start-up."""
-    asked = recipe.resources
-    return asked.workers > 1 or asked.gpus_per_worker > 0 or inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
-
-
 def _trained(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> Trained:
     work = partial(_work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
     ear = _Ear(run, recipe, log)
     try:
-        if not needs_ray(recipe):
+        if not needs_ray(recipe.resources):
             log("training in this process (one worker, no Ray cluster)")
             keep_memory()
             return launch_here(work, hear=ear.hear)
-        connection = connect(log=log)
-        try:
-            return launch(work, recipe.resources, connection, name=recipe.name, hear=ear.hear)
-        finally:
-            connection.close()
+        return launch(work, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear)
     except (Interrupted, KeyboardInterrupt) as error:
         sealed = run.checkpoint_steps()
         raise Interrupted(

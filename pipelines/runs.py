@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.connect import inside_job
+from cluster.runtime_env import inside_job
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, IntegrityError

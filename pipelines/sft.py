@@ -14,6 +14,8 @@ from pathlib import Path
 if not __package__:  # run as a file: the rooms are siblings of this script's folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cluster.connect import connect_early
+from cluster.resources import needs_ray
 from ftcore.cli import guarded
 from ftcore.recipe import load_recipe
 from ftcore.report.journal_view import figures, read_journal
@@ -25,8 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="a key set over the file's, like optim.lr=1e-4")
     options = parser.parse_args(argv)
     recipe = load_recipe(options.recipe, options.overrides)
+    if needs_ray(recipe.resources):
+        connect_early()
 
-    from pipelines.fit import fit  # late: a wrong recipe is refused at once, before torch and ray are loaded
+    from pipelines.fit import fit  # late: a wrong recipe is refused at once, and Ray starts while torch is loaded
 
     outcome = fit(recipe)
     print()

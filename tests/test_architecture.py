@@ -123,8 +123,8 @@ def test_each_room_imports_only_its_part_of_ray() -> None:
         for found in module.imports:
             if not is_in(found.module, "ray"):
                 continue
-            part = (found.module.split(".") + [""])[1]
-            if not RAY[module.room] or (part and part.islower() and part in RAY_PARTS and part not in RAY[module.room]):
+            part = found.module.partition(".")[2].partition(".")[0]
+            if not RAY[module.room] or (part in RAY_PARTS and part not in RAY[module.room]):
                 problems.append(f"{module.at(found.line)} {module.room} may not import {found.module}")
     refuse(problems)
 

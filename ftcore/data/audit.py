@@ -34,7 +34,7 @@ class Tally:
 
     def add(self, place: str = "", count: int = 1) -> None:
         self.count += count
-        if place and len(self.places) < PLACES:
+        if place and len(self.places) < PLACES and place not in self.places:
             self.places.append(place)
 
     def merge(self, other: Tally) -> None:

@@ -33,9 +33,8 @@ SETTLED_S = 2.0
 """A file changed more recently than this is hashed again next time: its next change might not move its time stamp."""
 _ROOM = Path(__file__).parent
 _NOT_IN_IDENTITY = {"cache", "engine", "max_rejected", "max_truncated"}
-_TOKENIZER_FILES = (
-    "tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*",
-)  # fmt: skip
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", *_TEMPLATE_FILES)
 
 
 def identity(recipe: Recipe, cache: Folder) -> dict[str, Any]:
@@ -102,8 +101,12 @@ def tokenizer_files_digest(model: Model) -> str:
     folder = _model_folder(model)
     names = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
     if not names:
-        remedy = "save it there with tokenizer.save_pretrained"
-        raise ModelError("this folder holds no tokenizer", where=folder, wanted="tokenizer.json (or tokenizer.model, vocab.json)", remedy=remedy)
+        raise ModelError(
+            "this folder holds no tokenizer",
+            where=folder,
+            wanted="tokenizer.json (or tokenizer.model, vocab.json)",
+            remedy="save it there with tokenizer.save_pretrained",
+        )
     return digest_of([model_type(model), [[path.relative_to(folder).as_posix(), file_digest(path)] for path in names]])
 
 
@@ -124,8 +127,11 @@ def _model_folder(model: Model) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().split("\n")[0][:300]
         raise ModelError(
-            "there is no such model folder, and the hub does not give it either", where=model.path, got=f"{type(error).__name__}: {first}",
-            wanted="a folder with config.json and tokenizer.json, or a hub name `owner/name`", remedy="check model.path and the network",
+            "there is no such model folder, and the hub does not give it either",
+            where=model.path,
+            got=f"{type(error).__name__}: {first}",
+            wanted="a folder with config.json and tokenizer.json, or a hub name `owner/name`",
+            remedy="check model.path and the network",
         ) from error
 
 

@@ -58,7 +58,10 @@ def plan_blocks(lengths: Sequence[int] | np.ndarray, block_tokens: int) -> list[
     if len(sizes) and int(sizes.max()) > block_tokens:
         worst = int(sizes.argmax())
         raise DataError(
-            "an example is longer than a block", where=f"example {worst}", got=f"{sizes[worst]} tokens", wanted=f"<= {block_tokens}",
+            "an example is longer than a block",
+            where=f"example {worst}",
+            got=f"{sizes[worst]} tokens",
+            wanted=f"<= {block_tokens}",
             remedy="raise data.block_tokens or lower data.max_length",
         )
     blocks: list[list[int]] = []

@@ -36,6 +36,9 @@ class Finding:
     end: int
 
 
+_DIGITS = tuple("0123456789")
+
+
 def _luhn(text: str) -> bool:
     digits = [int(char) for char in text if char.isdigit()]
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
@@ -63,24 +66,31 @@ def _secret(text: str) -> bool:
     return len(set(text)) > 4 and not text.startswith(("<", "$", "{", "[", "%")) and any(not char.isalpha() for char in text)
 
 
+_KEY_BLOCK = r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z]+ )*PRIVATE KEY-----|\Z)"
+_TOKEN = r"\b(?:gh[pousr]_\w{36,}|github_pat_\w{40,}|glpat-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,})"
+_API_KEY = r"\b(?:sk-(?:[a-z]+-)*[A-Za-z0-9_-]{20,}|AIza[\w-]{35}|[rs]k_live_[A-Za-z0-9]{16,})"
+_NAMED = r"(?i)\b(?:password|passwd|pwd|secret|api[_-]?key|access[_-]?token|auth[_-]?token)\b"
+_EMAIL = r"\b[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}\b"
+_IBAN = r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"
+_SSN = r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])"
+_ABROAD = r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
+_PHONE = rf"(?<![\w+.-])(?:{_ABROAD}|\(\d{{3}}\) ?\d{{3}}-\d{{4}}|\d{{3}}-\d{{3}}-\d{{4}})(?![\w-])"
+
 KINDS: tuple[Kind, ...] = (
-    Kind("private key", re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z]+ )*PRIVATE KEY-----|\Z)", re.S), ("-----begin",)),
+    Kind("private key", re.compile(_KEY_BLOCK, re.S), ("-----begin",)),
     Kind("password in url", re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{1,64}:([^\s/@]{1,256})@", re.I), ("://",)),
     Kind("json web token", re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"), ("eyj",)),
     Kind("aws key", re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), ("akia", "asia")),
-    Kind("access token", re.compile(r"\b(?:gh[pousr]_\w{36,}|github_pat_\w{40,}|glpat-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,})"),
-         ("gh", "glpat-", "hf_", "xox")),
-    Kind("api key", re.compile(r"\b(?:sk-(?:[a-z]+-)*[A-Za-z0-9_-]{20,}|AIza[\w-]{35}|[rs]k_live_[A-Za-z0-9]{16,})"), ("sk-", "aiza", "k_live_")),
-    Kind("password", re.compile(r"(?i)\b(?:password|passwd|pwd|secret|api[_-]?key|access[_-]?token|auth[_-]?token)\b[\"']?\s*[:=]\s*[\"']?([^\s\"',;]{6,})"),
-         ("pass", "pwd", "secret", "key", "token"), _secret),
-    Kind("email", re.compile(r"\b[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}\b"), ("@",)),
-    Kind("iban", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), (), _iban),
-    Kind("card number", re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d.-])"), (), _luhn),
-    Kind("social security number", re.compile(r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])"), ("-",)),
-    Kind("ip address", re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])"), (".",), _public_ip),
-    Kind("phone number", re.compile(r"(?<![\w+.-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})"
-                                    r"(?![\w-])"), ("+", "-"), _phone),
-)  # fmt: skip
+    Kind("access token", re.compile(_TOKEN), ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "hf_", "xox")),
+    Kind("api key", re.compile(_API_KEY), ("sk-", "aiza", "k_live_")),
+    Kind("password", re.compile(_NAMED + r"[\"']?\s*[:=]\s*[\"']?([^\s\"',;]{6,})"), ("pass", "pwd", "secret", "key", "token"), _secret),
+    Kind("email", re.compile(_EMAIL), ("@",)),
+    Kind("iban", re.compile(_IBAN), _DIGITS, _iban),
+    Kind("card number", re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d.-])"), _DIGITS, _luhn),
+    Kind("social security number", re.compile(_SSN), ("-",)),
+    Kind("ip address", re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])"), _DIGITS, _public_ip),
+    Kind("phone number", re.compile(_PHONE), _DIGITS, _phone),
+)
 
 
 def scan(text: str) -> list[Finding]:

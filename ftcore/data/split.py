@@ -21,6 +21,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 AUTO, DROPPED = -1, -2
 """Codes beside the index into SPLITS: not yet dealt, and left out."""
 
+
 def asked(source: Source) -> int:
     """The split code a source asks for."""
     return AUTO if source.split == "auto" else SPLITS.index(source.split)

@@ -23,8 +23,8 @@ PART_TOKENS = 4_000_000
 
 ITEM = np.dtype(
     [
-        ("hash", "u8"), ("check", "u8"), ("split", "i1"), ("passes", "u2"), ("file", "i4"), ("row", "i8"), ("examples", "i4"), ("tokens", "i8"),
-        ("trained", "i8", (len(ROLES),)), ("truncated", "i4"), ("answers", "i4"), ("stopped", "i4"),
+        ("hash", "u8"), ("check", "u8"), ("split", "i1"), ("passes", "u2"), ("file", "i4"), ("row", "i8"),
+        ("examples", "i4"), ("tokens", "i8"), ("trained", "i8", (len(ROLES),)), ("truncated", "i4"), ("answers", "i4"), ("stopped", "i4"),
     ]
 )  # fmt: skip
 """One record an item. hash, check: of its content; split: the code its source asks for; passes: by its source's weight; file, row: its

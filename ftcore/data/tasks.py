@@ -1,142 +1,58 @@
-"""Tasks: the three pieces of work preparing data is cut into, each of bounded size and safe to repeat: encode, find copies, pack.
+"""Tasks: what is done to staged parts, in pieces of bounded size that are safe to repeat: find copies, pack.
 
-In: small JSON-able orders; rows and parts from storage. Out: parts and shards on storage, small JSON-able answers.
-Runs in: Ray Data tasks, or one after the other in the driver; no torch.
+In: small JSON-able orders; parts from storage. Out: pairs and shards on storage, small JSON-able answers.
+Runs in: Ray Data tasks, or one after the other in the driver; no torch, no transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
-from ftcore.data.audit import Audit
-from ftcore.data.chat import Chat
-from ftcore.data.duplicates import content_hash, exact_pairs, item_text, near_pairs, slice_of
-from ftcore.data.encode import TOO_LONG, OverlongRefused, encode_item
-from ftcore.data.formats.base import FORMATS, recognise, to_item
-from ftcore.data.identity import model_type
+from ftcore.data.duplicates import PAIR, exact_pairs, near_pairs, slice_of
 from ftcore.data.pack import plan_blocks
 from ftcore.data.prepared import write_shard
-from ftcore.data.read import Piece, num_passes, read
-from ftcore.data.redact import redact_item
-from ftcore.data.split import SPLITS, asked
-from ftcore.data.staging import Part, PartWriter, StagedPart
-from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
-from ftcore.data.types import Block, Rejected, Row
-from ftcore.errors import ConfigError, DataError
-from ftcore.recipe import Recipe, Source, parse_recipe
+from ftcore.data.split import SPLITS
+from ftcore.data.staging import Part, StagedPart
+from ftcore.data.types import Block
+from ftcore.recipe import Recipe
 from ftcore.storage import Folder
 
-HEAD_ROWS = 32
-"""Rows a format is recognised by, at the beginning of each piece."""
 PARTS = "parts.json"
+"""In the staging folder: every part, in order; written once all rows are encoded."""
 
 Order = dict[str, Any]
 Answer = dict[str, Any]
-
-
-class EncodeRows:
-    """Reads, checks, redacts, hashes and encodes the rows of some pieces into parts; opened once per process, for its tokenizer."""
-
-    def __init__(self, recipe_text: str, plugins: tuple[str, ...], staged: str) -> None:
-        self.recipe: Recipe = parse_recipe(recipe_text, plugins=plugins)
-        self.staged = Folder(staged)
-        model = self.recipe.model
-        self.tokenizer = load_tokenizer(model)
-        self.chat = Chat.open(self.tokenizer, data=self.recipe.data, template=model.chat_template, family=model_type(model))
-
-    def __call__(self, order: Order) -> Answer:
-        data = self.recipe.data
-        audit = Audit()
-        near = None if data.near_duplicates == "keep" else data.near_threshold
-        writer = PartWriter(self.staged, f"{order['number']:05d}", near)
-        for piece in (Piece(**fields) for fields in order["pieces"]):
-            self._encode_piece(piece, writer, audit)
-        writer.close()
-        return {"audit": audit.to_json(), "parts": [asdict(part) for part in writer.parts]}
-
-    def facts(self) -> dict[str, str]:
-        """What the manifest says about the tokens: digests of the open tokenizer and template, and the template in words."""
-        return {
-            "tokenizer_digest": tokenizer_digest(self.tokenizer), "template_digest": self.chat.template_digest, "chat": self.chat.describe(),
-        }  # fmt: skip
-
-    def _encode_piece(self, piece: Piece, writer: PartWriter, audit: Audit) -> None:
-        source = self.recipe.data.sources[piece.source]
-        rows = read(piece)
-        head = list(islice(rows, HEAD_ROWS))
-        name = self._format(source, head, audit)
-        for row in chain(head, rows):
-            audit.read += 1
-            if isinstance(row, Rejected):
-                audit.reject(row)
-                continue
-            try:
-                self._encode_row(row, name, source, writer, audit)
-            except OverlongRefused:
-                raise
-            except DataError as error:
-                if error.what == TOO_LONG:
-                    audit.drop(TOO_LONG, row.origin)  # asked for by `overlong: drop`
-                else:
-                    audit.reject(Rejected(row.origin, error.what, error.got))
-
-    def _encode_row(self, row: Row, name: str, source: Source, writer: PartWriter, audit: Audit) -> None:
-        data = self.recipe.data
-        item = to_item(row, name)
-        if data.redact != "off":
-            item, kinds = redact_item(item, masked=data.redact == "mask")
-            audit.redact(kinds, row.origin)
-        content = content_hash(item)
-        passes = num_passes(f"{content[0]:016x}{content[1]:016x}", source.weight)
-        if not passes:
-            audit.drop("left out by its source's weight", row.origin)
-            return
-        examples = encode_item(item, self.recipe.stage, self.chat, data)
-        writer.add(content, asked(source), passes, examples, item_text(item) if writer.near_threshold is not None else "")
-
-    def _format(self, source: Source, head: list[Row | Rejected], audit: Audit) -> str:
-        rows = [row for row in head if isinstance(row, Row)]
-        wanted = self.recipe.stage.item
-        if source.format != "auto":
-            if FORMATS[source.format].item is not wanted:
-                fitting = " | ".join(name for name, entry in FORMATS.items() if entry.item is wanted)
-                got = f"{source.format} makes a {FORMATS[source.format].item.__name__}"
-                raise ConfigError(f"stage `{self.recipe.stage.kind}` cannot learn from this format", where=source.path, got=got, wanted=fitting)
-            return source.format
-        if not rows:
-            return "auto"  # nothing here gets as far as a format
-        name, reason = recognise(rows, wanted)
-        audit.note(f"{source.path}: format {name}, because {reason}")
-        return name
 
 
 def find_copies(staged: Folder, order: Order) -> Answer:
     """Pairs of copies in one range of keys: of content hashes, or of one band's (`band` >= 0). Written to `pairs-<number>`."""
     parts, starts = staged_parts(staged)
     band, threshold = order["band"], order["threshold"]
-    found, rows = [], []
-    for part, start in zip(parts, starts, strict=True):
-        keys = slice_of(part.keys() if band < 0 else part.band(band, threshold), order["low"], order["high"])
-        found.append(keys)
-        rows.append(start + keys["item"].astype(np.int64))
-    keys, numbers = np.concatenate(found), np.concatenate(rows)
+    found = [slice_of(part.keys() if band < 0 else part.band(band, threshold), order["low"], order["high"]) for part in parts]
+    keys = np.concatenate(found)
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in found])
+    rows = np.array(starts, np.int64)[owners] + keys["item"]
     if band < 0:
-        pairs = exact_pairs(keys, numbers)
+        pairs = exact_pairs(keys, rows)
     else:
         shared = _shared(keys["key"])
-        keys, numbers, owners = keys[shared], numbers[shared], owners[shared]
-        hashes = np.concatenate([parts[owner].items()["hash"][keys["item"][owners == owner]] for owner in np.unique(owners)] or [np.zeros(0, np.uint64)])
-        sketches = [parts[owner].sketches()[keys["item"][owners == owner]] for owner in np.unique(owners)]
-        pairs = near_pairs(keys, numbers, hashes, np.concatenate(sketches), threshold) if len(keys) else exact_pairs(keys, numbers)
+        pairs = _near(parts, keys[shared], owners[shared], rows[shared], threshold)
     name = f"pairs-{order['number']:05d}"
     staged.write(name, pairs.tobytes())
     return {"pairs": name}
+
+
+def _near(parts: list[StagedPart], keys: np.ndarray, owners: np.ndarray, rows: np.ndarray, threshold: float) -> np.ndarray:
+    if not len(keys):
+        return np.zeros(0, PAIR)
+    items = [(parts[owner], keys["item"][owners == owner]) for owner in np.unique(owners)]
+    hashes = np.concatenate([part.items()["hash"][chosen] for part, chosen in items])
+    sketches = np.concatenate([part.sketches()[chosen] for part, chosen in items])
+    return near_pairs(keys, rows, hashes, sketches, threshold)
 
 
 def _shared(keys: np.ndarray) -> np.ndarray:

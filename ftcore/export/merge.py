@@ -2,9 +2,9 @@
 
 In: a fetched version, its base. Out: a folder that plain transformers loads, and how far its logits are. Runs in: the driver.
 
-Compared are the adapter on the base and the merged model as it lies on disk, both computed in fp32, over the whole vocabulary at the probes'
-positions. Saved in fp32 they must agree to 1e-4 (or a tenth of a faint adapter's effect); saved in bf16 or fp16 the merged weights are
-rounded, and must agree to 10 % of the adapter's own effect.
+Compared are the adapter on the base and the merged model as it lies on disk, both computed in fp32, over the whole vocabulary at the
+probes' positions. Saved in fp32 they must agree to 1e-4 (or a tenth of a faint adapter's effect); saved in bf16 or fp16 the merged weights
+are rounded, and must agree to 10 % of the adapter's own effect.
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ def merge_adapter(
         gc.collect()
         difference = _furthest(tuned, _reloaded_logits(building, probes))
         result = Merged(out, dtype, difference, effect, limit)
-        log(
-            f"merged {ref} in {dtype}: logits differ by {difference:.3g} at most (allowed {limit:.3g}; the adapter's own effect is {effect:.3g})"
-        )
+        log(f"merged {ref} in {dtype}: logits differ by {difference:.3g} at most (allowed {limit:.3g}, effect {effect:.3g})")
         if not difference <= limit:
             raise IntegrityError(
                 "the merged model does not give the adapter's logits", where=out, got=f"{difference:.3g}", wanted=f"at most {limit:.3g}",
@@ -124,7 +122,7 @@ def _merge_in_memory(model: Model, folder: Path, probes: Probes) -> tuple[nn.Mod
     with tuned.disable_adapter():
         bare = last_logits(tuned, probes.prompts)
     try:
-        merged = tuned.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        merged = tuned.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
         remedy = "serve the adapter on its base instead"
         raise ModelError(
@@ -136,7 +134,8 @@ def _merge_in_memory(model: Model, folder: Path, probes: Probes) -> tuple[nn.Mod
 def _untie(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Where the adapter changes the output layer or embeddings of a model that shares them, gives the output layer its own weights."""
     assert isinstance(model, PreTrainedModel)
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head: nn.Module | None = model.get_output_embeddings()
+    embeddings: nn.Module = model.get_input_embeddings()
     if head is None or head.weight is not embeddings.weight:
         return
     names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head or module is embeddings]

@@ -13,9 +13,10 @@ from ftcore.data.types import ROLES, Conversation, Example, Message, Origin, Tex
 from ftcore.errors import ConfigError, DataError, ModelError
 from ftcore.recipe import Data
 
+BAR = "\uff5c"
 SPECIAL = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
-    "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|end|>", "[gMASK]", "<sop>", "<｜User｜>", "<｜Assistant｜>",
+    "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|end|>", "[gMASK]", "<sop>", f"<{BAR}User{BAR}>", f"<{BAR}Assistant{BAR}>",
     "<|eot|>", "<|eos|>",
 ]  # fmt: skip
 ORIGIN = Origin("rows.jsonl", 1)
@@ -42,7 +43,9 @@ EXPECTED = {
     "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi.</s>\n<|assistant|>\n⟦Hello!</s>⟧\n<|user|>\nWho are you?</s>\n<|assistant|>\n⟦A cat.</s>⟧\n",
     "alpaca": "Be brief.\n\n### Instruction:\nHi.\n\n### Response:\n⟦Hello!</s>⟧\n\n### Instruction:\nWho are you?\n\n### Response:\n⟦A cat.</s>⟧\n\n",
     "vicuna": "Be brief. USER: Hi. ASSISTANT:⟦ Hello!</s>⟧USER: Who are you? ASSISTANT:⟦ A cat.</s>⟧",
-    "deepseek3": "<s>Be brief.<｜User｜>Hi.<｜Assistant｜>⟦Hello!</s>⟧<｜User｜>Who are you?<｜Assistant｜>⟦A cat.</s>⟧",
+    "deepseek3": (
+        f"<s>Be brief.<{BAR}User{BAR}>Hi.<{BAR}Assistant{BAR}>⟦Hello!</s>⟧<{BAR}User{BAR}>Who are you?<{BAR}Assistant{BAR}>⟦A cat.</s>⟧"
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,15 @@ stage: sft
 """
 
 
+def refused(read: Callable[..., Recipe], *arguments: object, **options: object) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        read(*arguments, **options)
+    return caught.value
+
+
 def problems(text: str, *overrides: str) -> list[str]:
     """The lines of the error that `text` raises."""
-    with pytest.raises(ConfigError) as caught:
-        parse_recipe(text, "r.yaml", overrides)
-    return [line.strip() for line in str(caught.value).splitlines()]
+    return [line.strip() for line in str(refused(parse_recipe, text, "r.yaml", overrides)).splitlines()]
 
 
 def problem(text: str, *overrides: str) -> str:
@@ -57,8 +62,9 @@ def test_an_unknown_kind_is_refused_with_the_nearest_kind() -> None:
 
 
 def test_an_unknown_value_is_refused_with_the_nearest_value() -> None:
-    assert "r.yaml:7  optim.schedule  unknown value; got cosin; wanted cosine | linear | constant; did you mean cosine?" == problem(
-        with_lines("optim: {schedule: cosin}")
+    assert (
+        problem(with_lines("optim: {schedule: cosin}"))
+        == "r.yaml:7  optim.schedule  unknown value; got cosin; wanted cosine | linear | constant; did you mean cosine?"
     )
 
 
@@ -164,28 +170,28 @@ def test_a_missing_section_says_what_it_is_for() -> None:
     ],
 )
 def test_text_that_is_no_recipe_is_refused(text: str, words: str) -> None:
-    assert words in str(pytest.raises(ConfigError, parse_recipe, text).value)
+    assert words in str(refused(parse_recipe, text))
 
 
 def test_broken_yaml_is_told_with_its_line_and_column() -> None:
-    error = pytest.raises(ConfigError, parse_recipe, "name: first\nmodel: a: b\n", "r.yaml").value
+    error = refused(parse_recipe, "name: first\nmodel: a: b\n", "r.yaml")
     assert (error.where, "in quotes" in error.remedy) == ("r.yaml:2:9", True)
 
 
 def test_python_tags_build_nothing() -> None:
-    assert "unknown" in str(pytest.raises(ConfigError, parse_recipe, with_lines("x: !!python/object/apply:os.system [exit 7]")).value)
+    assert "unknown" in str(refused(parse_recipe, with_lines("x: !!python/object/apply:os.system [exit 7]")))
 
 
 def test_a_missing_file_names_the_near_one(tmp_path: Path) -> None:
     (tmp_path / "sft-lora.yaml").write_text(GOOD)
-    error = pytest.raises(ConfigError, load_recipe, tmp_path / "sft-lara.yaml").value
-    assert error.remedy == f"did you mean {tmp_path / 'sft-lora.yaml'}?"
+    error = refused(load_recipe, tmp_path / "sft-lara.yaml")
+    assert error.remedy.startswith(f"did you mean {tmp_path / 'sft-lora.yaml'}")
 
 
 def test_a_folder_or_bytes_in_place_of_a_recipe_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00name")
-    assert "not a text file" in str(pytest.raises(ConfigError, load_recipe, tmp_path / "bytes.yaml").value)
-    assert "cannot be read" in str(pytest.raises(ConfigError, load_recipe, tmp_path).value)
+    assert "not a text file" in str(refused(load_recipe, tmp_path / "bytes.yaml"))
+    assert "cannot be read" in str(refused(load_recipe, tmp_path))
 
 
 def test_overrides_reach_lists_by_index_and_open_short_forms() -> None:
@@ -292,7 +298,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_plugin_that_is_not_allowed_is_never_imported(plugin: str) -> None:
-    error = pytest.raises(ConfigError, parse_recipe, with_lines(f"plugins: [{plugin}]")).value
+    error = refused(parse_recipe, with_lines(f"plugins: [{plugin}]"))
     assert "FTCORE_PLUGINS" in error.remedy and plugin not in sys.modules
 
 
@@ -303,10 +309,10 @@ def test_an_allowed_plugin_is_imported_before_validation(plugin: str, monkeypatc
 
 
 def test_a_plugin_prefix_allows_what_is_under_it_and_not_what_begins_alike() -> None:
-    error = pytest.raises(ConfigError, parse_recipe, with_lines("plugins: [acme.gone]"), plugins=("acme",)).value
+    error = refused(parse_recipe, with_lines("plugins: [acme.gone]"), plugins=("acme",))
     assert "could not be imported" in str(error)
-    assert "does not allow" in str(pytest.raises(ConfigError, parse_recipe, with_lines("plugins: [acmeister]"), plugins=("acme",)).value)
+    assert "does not allow" in str(refused(parse_recipe, with_lines("plugins: [acmeister]"), plugins=("acme",)))
 
 
 def test_plugins_must_be_names() -> None:
-    assert "module names" in str(pytest.raises(ConfigError, parse_recipe, with_lines("plugins: ['../evil']"), plugins=("..",)).value)
+    assert "module names" in str(refused(parse_recipe, with_lines("plugins: ['../evil']"), plugins=("..",)))

@@ -55,30 +55,40 @@ def format(
 
 
 def recognise(rows: Sequence[Row], item: type) -> tuple[str, str]:
-    """The one format whose `item` this stage learns from and that fits the given first rows; and why, as a clause for people."""
+    """The format whose `item` this stage learns from and that fits most of the given first rows; and why, as a clause for people.
+
+    Rows it does not fit are left to `to_item`, which rejects them one by one. Raises DataError when fewer than half fit, or two as well.
+    """
     if not rows:
         raise DataError("there is no row to recognise a format by", wanted="at least one readable row", remedy="check data.sources")
     wanted = {name: entry for name, entry in FORMATS.items() if entry.item is item}
     if not wanted:
         raise DataError(f"no format makes a {item.__name__}", wanted=" | ".join(FORMATS), remedy="register one, or choose another stage")
     fits = {name: [entry.recognises(row.value) for row in rows] for name, entry in wanted.items()}
-    whole = [name for name, reasons in fits.items() if all(reasons)]
-    if len(whole) == 1:
-        return whole[0], f"{fits[whole[0]][0]} (in all of the first {len(rows)} rows)"
-    keys = ", ".join(sorted(map(str, rows[0].value))) or "no keys"
-    if not whole:
-        best = max(fits, key=lambda name: sum(map(bool, fits[name])))
-        count = sum(map(bool, fits[best]))
-        odd = next(row for row, reason in zip(rows, fits[best], strict=True) if not reason)
-        near = f"; {count} of {len(rows)} rows look like {best}, {odd.origin} does not" if count else ""
-        others = [name for name, entry in FORMATS.items() if entry.item is not item and entry.recognises(rows[0].value)]
-        hint = f"this looks like {' or '.join(others)}, which another stage learns from; or " if others else ""
-        raise DataError(
-            f"no known format of a {item.__name__} fits these rows", where=(odd if count else rows[0]).origin, got=f"keys: {keys}{near}",
-            wanted=" | ".join(wanted), remedy=f"{hint}name it with data.sources[].format, or rename the columns",
-        )  # fmt: skip
-    raise DataError(
-        "more than one format fits these rows", where=rows[0].origin, got=" and ".join(whole), remedy="name one with data.sources[].format"
+    counts = {name: sum(map(bool, reasons)) for name, reasons in fits.items()}
+    most = max(counts.values())
+    best = [name for name, count in counts.items() if count == most]
+    if 2 * most < len(rows):
+        raise _unrecognised(rows, item, fits[best[0]], best[0])
+    if len(best) > 1:
+        remedy = "name one with data.sources[].format"
+        raise DataError("more than one format fits these rows", where=rows[0].origin, got=" and ".join(best), remedy=remedy)
+    seen = "all" if most == len(rows) else f"{most}"
+    return best[0], f"{next(filter(None, fits[best[0]]))} (in {seen} of the first {len(rows)} rows)"
+
+
+def _unrecognised(rows: Sequence[Row], item: type, reasons: list[str], best: str) -> DataError:
+    odd = next(row for row, reason in zip(rows, reasons, strict=True) if not reason)
+    near = f"; only {sum(map(bool, reasons))} of {len(rows)} rows look like {best}" if any(reasons) else ""
+    keys = ", ".join(sorted(map(str, odd.value))[:20]) or "no keys"
+    others = [name for name, entry in FORMATS.items() if entry.item is not item and entry.recognises(odd.value)]
+    hint = f"this looks like {' or '.join(others)}, which another stage learns from; or " if others else ""
+    return DataError(
+        f"no known format of a {item.__name__} fits these rows",
+        where=odd.origin,
+        got=f"keys: {keys}{near}",
+        wanted=" | ".join(name for name, entry in FORMATS.items() if entry.item is item),
+        remedy=f"{hint}name it with data.sources[].format, or rename the columns",
     )
 
 

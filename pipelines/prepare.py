@@ -1,0 +1,70 @@
+"""Prepare: from the rows a recipe names to packed blocks at rest, once; the same rows again are taken from the cache.
+
+    ray job submit --working-dir . -- python -m pipelines.prepare pipelines/recipes/sft-lora.yaml data.cache=s3://bucket/prepared
+
+In: a recipe and `path=value` overrides. Out: a sealed folder of blocks, the audit on the terminal. Runs in: the driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from ftcore.data.audit import Audit
+from ftcore.data.identity import identity
+from ftcore.data.prepared import Prepared
+from ftcore.errors import FtcoreError, IntegrityError
+from ftcore.recipe import Recipe, load_recipe
+from ftcore.storage import Folder, digest_of, is_sealed
+
+Log = Callable[[str], None]
+
+
+def prepare(recipe: Recipe, *, log: Log = print) -> Prepared:
+    """The recipe's blocks: from the cache, or made now. Raises DataError when the audit refuses the rows."""
+    started = time.monotonic()
+    cache = Folder(recipe.data.cache)
+    facts = identity(recipe, cache)
+    found = _cached(cache / digest_of(facts), log)
+    if found is None:
+        from pipelines.build import build  # imports transformers, which a cached start must not wait for
+
+        return build(recipe, cache, facts, log)
+    audit = Audit.from_json(found.manifest["audit"])
+    audit.check(recipe.data)
+    blocks = ", ".join(f"{found.num_blocks(split):,} {split}" for split in found.splits)
+    log(f"prepared before: {audit.kept:,} rows, {blocks} blocks in {found.url} ({time.monotonic() - started:.1f} s)")
+    for line in audit.warnings(recipe.data):
+        log(f"warning: {line}")
+    return found
+
+
+def _cached(folder: Folder, log: Log) -> Prepared | None:
+    if not is_sealed(folder):
+        return None
+    try:
+        return Prepared.open(folder)
+    except IntegrityError as error:
+        log(f"the cached blocks cannot be used and are made again: {error}")
+        folder.delete()
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="prepare", description="Prepare the rows of a recipe: audit, tokens, packed blocks.")
+    parser.add_argument("recipe", help="a recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="for example data.max_length=1024")
+    arguments = parser.parse_args(argv)
+    try:
+        prepared = prepare(load_recipe(arguments.recipe, arguments.overrides))
+    except FtcoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(prepared.url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
