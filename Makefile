@@ -8,7 +8,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || echo python3)
+# The first Python that runs and is new enough; constraints.txt is what 3.11 was tested with.
+PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
+  "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 # A stamp holds the digest of what was installed, so that an edit of pyproject.toml or constraints.txt installs again, and nothing else does.
@@ -48,9 +50,8 @@ clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(RUN):
-	@command -v "$(PYTHON)" >/dev/null || { echo "no Python found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$$("$(PYTHON)" --version) is too old: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(or $(PYTHON),python3)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed (found: $$(python3 --version 2>&1 || true)); install it, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "this Python cannot make environments: install its venv package (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "making $(VENV) with $$("$(PYTHON)" --version)"

@@ -85,16 +85,15 @@ def connect(*, local_cpus: float = 0, dashboard: bool = False, log: Callable[[st
         return _OURS[0]
 
 
-def connect_early(log: Callable[[str], None] = print) -> threading.Thread:
+def connect_early(log: Callable[[str], None] = print) -> None:
     """Begins to connect in a thread while the caller loads torch; the `connect` that follows waits for it, or says what failed."""
 
     def begin() -> None:
         with contextlib.suppress(FtcoreError, RayError, OSError, RuntimeError):  # `connect` meets the same error, where it can be raised
             connect(log=log)
+            threading.Event().wait()  # Linux ends a Ray started here with the thread that started it, not with the process
 
-    thread = threading.Thread(target=begin, name="connect", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=begin, name="connect", daemon=True).start()
 
 
 def _connected(local_cpus: float, dashboard: bool) -> Connection:

@@ -31,6 +31,7 @@ def bind_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     require_trained(tensors, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with its name
+        warnings.filterwarnings("ignore", message=r".*tie_word_embeddings")  # merging takes them apart; the probes hold either way
         try:
             model = PeftModel.from_pretrained(base, str(folder))
         except (ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -6,8 +6,11 @@ Runs in: everywhere a recipe is read; no torch, so only what can be known withou
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from ftcore.data.formats.base import FORMATS
 
 if TYPE_CHECKING:
     from ftcore.recipe import Recipe
@@ -15,12 +18,36 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    return [*_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
+    return [*_formats(recipe), *_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
+
+
+def _formats(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Each source's format exists and makes the kind of item the stage learns from."""
+    wanted = type(recipe.stage).item
+    fitting = [name for name, known in FORMATS.items() if issubclass(known.item, wanted)]
+    for index, source in enumerate(recipe.data.sources):
+        at = f"data.sources.{index}.format"
+        if source.format == "auto":
+            continue
+        if source.format not in FORMATS:
+            near = difflib.get_close_matches(source.format, list(FORMATS), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield at, f"unknown format; got {source.format}; wanted auto | {' | '.join(FORMATS)}{hint}"
+        elif source.format not in fitting:
+            yield (
+                at,
+                f"stage `{recipe.stage.kind}` learns from {wanted.__name__}; got {source.format}; wanted {' | '.join(fitting) or 'auto'}",
+            )
 
 
 def _precision(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.model.dtype == "fp16" and recipe.resources.gpus_per_worker == 0:
         yield "model.dtype", "fp16 trains on GPUs only and resources.gpus_per_worker is 0; take bf16 or fp32, or ask for a GPU"
+    if recipe.data.pack and recipe.stage.packs and recipe.model.attention in ("sdpa", "eager"):
+        yield (
+            "model.attention",
+            f"{recipe.model.attention} attention cannot keep packed segments apart; take auto or varlen, or set data.pack: false",
+        )
 
 
 def _adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ftcore.cli import COMMANDS
+from ftcore.data.formats.base import FORMATS
 from ftcore.errors import ConfigError
 from ftcore.importers import import_file
+from ftcore.plugins import allowed_plugins, import_plugins
 from ftcore.recipe import REQUIRED, Recipe, differences, load_recipe, parse_recipe, recipe_digest
 from ftcore.recipe_checks import notes
 from ftcore.recipe_errors import shown
@@ -56,6 +58,7 @@ def schema(argv: list[str]) -> int:
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write there instead of to the terminal")
     options = parser.parse_args(argv)
+    import_plugins(allowed_plugins(), where="FTCORE_PLUGINS")
     text = json.dumps(recipe_schema(), indent=1, ensure_ascii=False)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
@@ -67,10 +70,12 @@ def schema(argv: list[str]) -> int:
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe file; each choice is one branch per kind."""
     drawn = Recipe.model_json_schema()
+    drawn["$defs"]["Source"]["properties"]["format"]["enum"] = ["auto", *FORMATS]
     sources = drawn["$defs"]["Data"]["properties"]["sources"]  # a single source, and a path alone, are read too
     one = [{"type": "string"}, sources["items"]]
     drawn["$defs"]["Data"]["properties"]["sources"] = {
-        "description": sources["description"], "anyOf": [*one, {"type": "array", "minItems": 1, "items": {"anyOf": one}}],
+        "description": sources["description"],
+        "anyOf": [*one, {"type": "array", "minItems": 1, "items": {"anyOf": one}}],
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **drawn, "title": "ftcore recipe"}
 

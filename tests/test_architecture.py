@@ -168,6 +168,14 @@ def test_modules_that_define_a_section_import_torch_only_inside_functions() -> N
     )
 
 
+# Where a late import of our own is right all the same, and why.
+LATE: dict[str, str] = {
+    "ftcore.adapter_commands": "`adapters list` and `show` answer without torch",
+    "pipelines.prepare": "a cache hit starts at once, without what building needs",
+    "pipelines.build": "small data is prepared without ray",
+}
+
+
 def test_our_own_modules_are_imported_at_the_top() -> None:
     """A late import is a cycle in disguise. Modules that define a Section may, to stay free of torch; so may the `main` of a script in
     pipelines/, so that a wrong recipe is refused before torch and ray are loaded."""
@@ -175,7 +183,7 @@ def test_our_own_modules_are_imported_at_the_top() -> None:
         [
             f"{module.at(found.line)} imports {found.module} inside a function"
             for module in modules()
-            if not defines_section(module)
+            if not defines_section(module) and module.name not in LATE
             for found in module.imports
             if found.late and found.module.split(".")[0] in ROOMS and not (module.room == "pipelines" and found.function == "main")
         ]

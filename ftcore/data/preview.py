@@ -91,7 +91,7 @@ def _first_rows(recipe: Recipe, source: int, rows: int, chat: Chat, tokenizer: P
 
 def _row(row: Row | Rejected, name: str, recipe: Recipe, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[Shown]:
     if isinstance(row, Rejected):
-        yield Shown(str(row.origin), rejected=f"{row.reason} {row.detail}".strip())
+        yield Shown(str(row.origin), rejected=": ".join(filter(None, (row.reason, row.detail))))
         return
     try:
         item = to_item(row, name)
@@ -100,7 +100,7 @@ def _row(row: Row | Rejected, name: str, recipe: Recipe, chat: Chat, tokenizer: 
             item, found = redact_item(item, masked=recipe.data.redact == "mask")
         examples = encode_item(item, recipe.stage, chat, recipe.data)
     except DataError as error:
-        yield Shown(str(row.origin), rejected=f"{error.what} {error.got}".strip())
+        yield Shown(str(row.origin), rejected=": ".join(filter(None, (error.what, error.got))))
         return
     for i, example in enumerate(examples):
         facts = [f"{len(example.ids)} tokens", f"{example.num_trained} trained"]

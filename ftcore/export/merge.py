@@ -140,7 +140,7 @@ def _untie(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         return
     names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head or module is embeddings]
     if any(f".{name}." in key for key in tensors for name in names):
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 
 

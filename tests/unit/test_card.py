@@ -63,7 +63,7 @@ def test_the_model_card_has_the_hub_s_front_matter() -> None:
     facts = yaml.safe_load(head)
     assert facts["base_model"] == "Qwen/Qwen2.5-0.5B" and facts["library_name"] == "peft"
     assert facts["tags"] == ["lora", "sft", "ftcore"]
-    assert body.startswith("# acme/support\n") and "1,200" in body
+    assert body.startswith("\n# acme/support\n") and "1,200" in body
 
 
 def test_what_users_wrote_cannot_steer_the_model_card() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,10 +17,10 @@ from ftcore.recipe import Data
 
 BAR = "\uff5c"
 SPECIAL = [
-    "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
-    "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|end|>", "[gMASK]", "<sop>", f"<{BAR}User{BAR}>", f"<{BAR}Assistant{BAR}>",
-    "<|eot|>", "<|eos|>",
-]  # fmt: skip
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eot|>", "<|eos|>"),
+    *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|end|>", "[gMASK]", "<sop>"),
+    *(f"<{BAR}User{BAR}>", f"<{BAR}Assistant{BAR}>"),
+]
 ORIGIN = Origin("rows.jsonl", 1)
 TALK = (
     Message("system", "Be brief."),
@@ -31,7 +33,8 @@ EXPECTED = {
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n⟦Hello!<|im_end|>⟧\n"
     "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n⟦A cat.<|im_end|>⟧\n",
     "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi. [/INST]⟦ Hello! </s>⟧<s>[INST] Who are you? [/INST]⟦ A cat. </s>⟧",
-    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello!<|eot_id|>⟧<|start_header_id|>user<|end_header_id|>\n\nWho are you?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n⟦A cat.<|eot_id|>⟧",
     "mistral": "<s>[INST] Be brief.\n\nHi.[/INST]⟦ Hello!</s>⟧[INST] Who are you?[/INST]⟦ A cat.</s>⟧",
@@ -40,8 +43,10 @@ EXPECTED = {
     "phi3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi.<|end|>\n<|assistant|>\n⟦Hello!<|end|>⟧\n"
     "<|user|>\nWho are you?<|end|>\n<|assistant|>\n⟦A cat.<|end|>⟧\n",
     "glm4": "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi.<|assistant|>\n⟦Hello!<|user|>⟧\nWho are you?<|assistant|>\n⟦A cat.</s>⟧",
-    "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi.</s>\n<|assistant|>\n⟦Hello!</s>⟧\n<|user|>\nWho are you?</s>\n<|assistant|>\n⟦A cat.</s>⟧\n",
-    "alpaca": "Be brief.\n\n### Instruction:\nHi.\n\n### Response:\n⟦Hello!</s>⟧\n\n### Instruction:\nWho are you?\n\n### Response:\n⟦A cat.</s>⟧\n\n",
+    "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi.</s>\n<|assistant|>\n⟦Hello!</s>⟧\n"
+    "<|user|>\nWho are you?</s>\n<|assistant|>\n⟦A cat.</s>⟧\n",
+    "alpaca": "Be brief.\n\n### Instruction:\nHi.\n\n### Response:\n⟦Hello!</s>⟧\n\n"
+    "### Instruction:\nWho are you?\n\n### Response:\n⟦A cat.</s>⟧\n\n",
     "vicuna": "Be brief. USER: Hi. ASSISTANT:⟦ Hello!</s>⟧USER: Who are you? ASSISTANT:⟦ A cat.</s>⟧",
     "deepseek3": (
         f"<s>Be brief.<{BAR}User{BAR}>Hi.<{BAR}Assistant{BAR}>⟦Hello!</s>⟧<{BAR}User{BAR}>Who are you?<{BAR}Assistant{BAR}>⟦A cat.</s>⟧"
@@ -173,7 +178,8 @@ def test_an_injected_system_turn_is_never_trained() -> None:
     )
 
 
-THINKING = """{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+THINKING = """{%- set ns = namespace(last=-1) -%}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
 {%- for m in messages -%}
 {%- if m.role == 'assistant' -%}
 {%- set said = m.content.split('</think>')[-1].lstrip('\\n') -%}

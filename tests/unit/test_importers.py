@@ -21,7 +21,7 @@ AXOLOTL: dict[str, Any] = {
     "datasets": [
         {"path": "teknium/GPT4-LLM-Cleaned", "type": "alpaca"},
         {"path": "rows.jsonl", "type": "chat_template", "field_messages": "conversations", "ds_type": "json"},
-        {"path": "json", "data_files": "more.json", "type": "completion"},
+        {"path": "json", "data_files": "more.json", "type": "alpaca"},
     ],
     "val_set_size": 0.1,
     "output_dir": "./outputs/lora-out",
@@ -143,7 +143,7 @@ def test_an_axolotl_config_becomes_its_recipe(tmp_path: Path) -> None:
     method = recipe.method.model_dump()
     assert recipe.name == "lora-out" and recipe.model.path == "NousResearch/Llama-3.2-1B" and recipe.model.dtype == "bf16"
     assert [(source.path, source.format) for source in recipe.data.sources] == [
-        ("hf:teknium/GPT4-LLM-Cleaned", "alpaca"), ("rows.jsonl", "sharegpt"), ("more.json", "text"),
+        ("hf:teknium/GPT4-LLM-Cleaned", "alpaca"), ("rows.jsonl", "sharegpt"), ("more.json", "alpaca"),
     ]  # fmt: skip
     assert (method["rank"], method["alpha"], method["dropout"], method["targets"], method["rslora"]) == (16, 32, 0.05, "all-linear", True)
     assert (recipe.optim.batch_size, recipe.backend.micro_batch, recipe.optim.lr, recipe.optim.warmup) == (8, 2, 2e-4, 0.1)
@@ -185,6 +185,11 @@ def test_what_is_not_supported_says_why_and_stands_in_the_recipe(tmp_path: Path)
 
 def test_a_key_that_is_off_is_kept_as_the_default(tmp_path: Path) -> None:
     assert fates(imported(tmp_path, AXOLOTL, neftune_noise_alpha=None)[0])["neftune_noise_alpha"][0] == "default"
+
+
+def test_text_alone_is_pre_training(tmp_path: Path) -> None:
+    recipe = imported(tmp_path, AXOLOTL, datasets=[{"path": "texts.txt", "type": "completion"}])[1]
+    assert (recipe.stage.kind, recipe.data.sources[0].format) == ("pretrain", "text")
 
 
 def test_full_fine_tuning_is_told_by_the_missing_adapter(tmp_path: Path) -> None:

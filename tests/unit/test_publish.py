@@ -11,13 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.memory_blocks import MemoryBlocks, packed_blocks
 from transformers import AutoModelForCausalLM
 
 from ftcore.adapters import AdapterStore
+from ftcore.backends.base import World
 from ftcore.bind import bind_adapter
 from ftcore.card import Card
 from ftcore.data.tokenizer import load_tokenizer
 from ftcore.errors import ConfigError, IntegrityError, ModelError
+from ftcore.loop import train
 from ftcore.models import load_base
 from ftcore.probes import Probes, check, last_logits, record
 from ftcore.publish import import_adapter, publish_final, publish_run
@@ -92,6 +95,17 @@ def test_plain_peft_gives_the_trained_logits(tiny_model_dir: Path, tmp_path: Pat
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), folder).eval()
     prompt = [[1, 5, 9, 30, 200]]
     assert torch.allclose(last_logits(plain, prompt), last_logits(trained, prompt), atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "modules"), [("fp32", []), ("bf16", []), ("bf16", ["norm"])])
+def test_what_the_loop_leaves_is_published(tiny_model_dir: Path, tmp_path: Path, dtype: str, modules: list[str]) -> None:
+    method = {"kind": "lora", "rank": 4, "modules_to_save": modules}
+    optim = {"lr": 1e-2, "batch_size": 8, "max_steps": 4, "epochs": 10}
+    recipe = make_recipe(tiny_model_dir, tmp_path, dtype=dtype, method=method, optim=optim, backend={"kind": "plain", "micro_batch": 4})
+    train(recipe, World(), MemoryBlocks(packed_blocks(12, seed=3), packed_blocks(2, seed=4)), RunDir(tmp_path / "runs", "run"))
+    ref, store, lines = publish(recipe, tmp_path / "runs" / "run" / "final")
+    probes = store.card(ref).probes
+    assert sorted(probes) == sorted({"fp32", dtype}) and min(fact.effect or 0 for fact in probes.values()) > 0.01, lines
 
 
 def test_modules_to_save_and_dora_survive_publishing(tiny_model_dir: Path, tmp_path: Path) -> None:
