@@ -23,7 +23,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError
 
-from cluster.runtime_env import inside_job
+from cluster.runtime_env import code_for_cluster, code_for_here, inside_job
 from ftcore.errors import ClusterError, ConfigError, FtcoreError
 
 Kind = Literal["job", "cluster", "local", "joined"]
@@ -121,6 +121,7 @@ def local_num_cpus() -> int:
 def _start_local(local_cpus: float, dashboard: bool) -> str:
     for name, value in SINGLE_MACHINE_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    code_for_here()
     context: Any = ray.init(
         address="local",
         num_cpus=max(local_num_cpus(), int(local_cpus)),
@@ -135,7 +136,9 @@ def _start_local(local_cpus: float, dashboard: bool) -> str:
 
 def _join(address: str) -> str:
     try:
-        context: Any = ray.init(address=address, log_to_driver=_wants_ray_logs(), logging_level=logging.ERROR, configure_logging=True)
+        context: Any = ray.init(
+            address=address, runtime_env=code_for_cluster(), log_to_driver=_wants_ray_logs(), logging_level=logging.ERROR
+        )
     except (ConnectionError, RayError, OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
             "no Ray cluster answers",

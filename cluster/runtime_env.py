@@ -11,7 +11,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
+import ftcore
 from ftcore.recipe import Resources
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -34,6 +37,25 @@ MALLOC = {
 def inside_job() -> bool:
     """Whether this process is the driver of a submitted Ray job."""
     return JOB_VARIABLE in os.environ
+
+
+def checkout() -> Path | None:
+    """The folder of our sources when they are not installed: then they must travel with the run. None for an installed package."""
+    root = Path(ftcore.__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def code_for_cluster() -> dict[str, Any]:
+    """The runtime_env with which a driver joins a running cluster: a checkout goes with it, so that all nodes run the driver's code."""
+    root = None if inside_job() else checkout()
+    return {"working_dir": str(root)} if root else {}
+
+
+def code_for_here() -> None:
+    """Before a Ray is started on this machine: its processes inherit the environment, so PYTHONPATH brings them to the same sources."""
+    root, path = checkout(), os.environ.get("PYTHONPATH", "")
+    if root and str(root) not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [path])])
 
 
 def compute_threads(resources: Resources) -> int:

@@ -146,7 +146,9 @@ def _unwrapped(error: BaseException) -> BaseException:
 def headline(cause: BaseException) -> str:
     """One line about an error."""
     if isinstance(cause, RayActorError):
-        return "its process died (killed, out of memory, or its node is gone)"
+        if "creation task" not in str(cause):
+            return "its process died (killed, out of memory, or its node is gone)"
+        return f"it could not start: {str(cause).strip().splitlines()[-1]}"
     text = cause.what if isinstance(cause, FtcoreError) else str(cause)
     return f"{type(cause).__name__}: {next(iter(text.strip().splitlines()), '')}"
 

@@ -180,10 +180,13 @@ def _hub_files(path: str) -> list[SourceFile]:
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*", name):
         raise DataError("this is no dataset name", where=path, wanted="hf:NAME or hf:OWNER/NAME, with :SPLIT if you like")
     found = _hub_listing(path, name) or _hub_listing(path, name + _CONVERTED)
-    kinds = {kind for label, _ in found if (kind := kind_of(label)[0])}
-    if not kinds:
-        remedy = "check the name; a dataset that needs its own loading code has to be converted first"
+    if found is None:
+        remedy = "check the name; HF_TOKEN opens what is private or gated"
+        raise DataError("there is no such dataset on the hub", where=path, got="not found", wanted="hf:OWNER/NAME", remedy=remedy)
+    if not found:
+        remedy = "it needs its own loading code: convert it to Parquet first"
         raise DataError("this dataset holds no readable files", where=path, wanted=_KNOWN, remedy=remedy)
+    kinds = {kind_of(label)[0] for label, _ in found}
     best = next(kind for kind in _HUB_ORDER if kind in kinds)
     files = sorted(fact for fact in found if kind_of(fact[0])[0] == best)
     named = {label: _split_names(label) for label, _ in files}
@@ -224,12 +227,13 @@ def _folder(label: str) -> str:
     )
 
 
-def _hub_listing(path: str, name: str) -> list[tuple[str, int]]:
+def _hub_listing(path: str, name: str) -> list[tuple[str, int]] | None:
+    """Readable files of a dataset with their sizes; None where the hub knows no such dataset or folder."""
     try:
         fs: Any = fsspec.filesystem("hf")
         found = fs.find(f"datasets/{name}", detail=True)
     except FileNotFoundError:
-        return []
+        return None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise DataError("cannot list this dataset on the hub", where=path, got=f"{type(error).__name__}: {error}"[:300],
                         remedy="check the name, your network and HF_ENDPOINT, or use a local copy") from error  # fmt: skip

@@ -62,13 +62,12 @@ def shell_documents(count: int, seed: int = POPULATION_SEED) -> Iterator[dict[st
         yield {"text": document(shell_session(np.random.default_rng([seed, 1, index])))}
 
 
-def english_documents(num_characters: int) -> Iterator[dict[str, str]]:
+def english_documents() -> Iterator[dict[str, str]]:
     """Paragraphs of the Python manual that comes with the interpreter: general English without a download."""
     text = "\n\n".join(pydoc_data.topics.topics.values())
-    for paragraph in re.split(r"\n{2,}", text[: num_characters * 2]):
+    for paragraph in re.split(r"\n{2,}", text):
         words = " ".join(paragraph.split())
-        if len(words) > 120 and num_characters > 0:
-            num_characters -= len(words)
+        if len(words) > 120:
             yield {"text": words[:1200]}
 
 
@@ -110,12 +109,12 @@ def main() -> None:
     kinds = {
         "desktop": desktop_documents(arguments.documents),
         "shell": shell_documents(arguments.documents // 10),
-        "english": english_documents(arguments.documents * 60),
+        "english": english_documents(),
     }
     paths = {name: write_rows(rows, corpus / f"{name}.jsonl") for name, rows in kinds.items()}
     for name, path in paths.items():
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB of {name} text")
-    sample = [row["text"] for rows in (desktop_documents(2000, 1), shell_documents(1000, 1), english_documents(400_000)) for row in rows]
+    sample = [row["text"] for rows in (desktop_documents(2000, 1), shell_documents(1000, 1), english_documents()) for row in rows]
     tokenizer = make_tokenizer(sample, arguments.vocab)
     model = make_model(tokenizer)
     tokenizer.save_pretrained(arguments.out / "untrained")

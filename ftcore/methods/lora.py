@@ -55,6 +55,7 @@ class Lora(Method):
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self._targets(model), use_rslora=self.rslora,  # type: ignore[arg-type]
             use_dora=self.dora, modules_to_save=list(self.modules_to_save) or None, task_type="CAUSAL_LM",
             base_model_name_or_path=model.config._name_or_path,
+            ensure_weight_tying=bool(self.modules_to_save and model.config.tie_word_embeddings),  # a head trained apart from its embedding cannot be merged
         )  # fmt: skip
         applied = get_peft_model(model, config)
         for module in applied.modules():
@@ -96,8 +97,11 @@ class Lora(Method):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = get_peft_model_state_dict(model, state_dict=dict(weights))
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        aliases = ((alias, names[id(parameter)]) for alias, parameter in model.named_parameters(remove_duplicate=False))
+        whole = {alias: weights[name] for alias, name in aliases if name in weights}  # a tied head goes by two names
+        tensors = get_peft_model_state_dict(model, state_dict=whole)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config = model.peft_config["default"]  # type: ignore[index,union-attr]
         was, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(folder))  # type: ignore[union-attr]

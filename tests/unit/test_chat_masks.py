@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -184,7 +182,8 @@ THINKING = """{%- set ns = namespace(last=-1) -%}
 {%- if m.role == 'assistant' -%}
 {%- set said = m.content.split('</think>')[-1].lstrip('\\n') -%}
 {%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else '' -%}
-{{- '<|im_start|>assistant\\n' + ('<think>\\n' + thought + '\\n</think>\\n\\n' if loop.index0 > ns.last else '') + said + '<|im_end|>\\n' -}}
+{%- set shown = '<think>\\n' + thought + '\\n</think>\\n\\n' if loop.index0 > ns.last else '' -%}
+{{- '<|im_start|>assistant\\n' + shown + said + '<|im_end|>\\n' -}}
 {%- else -%}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endif -%}
 {%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 

@@ -1,0 +1,93 @@
+"""Every method, by its registry: something moves and nothing else, the saved result gives the trained logits in plain PEFT or transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.memory_blocks import MemoryBlocks, packed_blocks
+from transformers import AutoModelForCausalLM
+
+from ftcore.backends.base import World
+from ftcore.data.collate import collate
+from ftcore.loop import Training
+from ftcore.methods.base import METHODS
+from ftcore.models import CausalModel
+from ftcore.recipe import Recipe
+from ftcore.rundir import RunDir
+
+BLOCKS = MemoryBlocks(packed_blocks(12, seed=3))
+VARIANTS: list[dict[str, Any]] = [
+    *({"kind": kind} for kind in METHODS),
+    {"kind": "lora", "targets": "all-linear", "dropout": 0.1},
+    {"kind": "lora", "targets": r".*\.(q|v)_proj", "rslora": True},
+    {"kind": "lora", "dora": True},
+    {"kind": "lora", "modules_to_save": ["lm_head"]},
+    {"kind": "lora", "modules_to_save": ["embed_tokens"]},
+]
+
+
+def trained(base: Path, runs: Path, method: dict[str, Any], dtype: str = "fp32") -> Training:
+    recipe = Recipe.model_validate({
+        "name": "run", "model": {"path": str(base), "dtype": dtype}, "data": {"sources": "unused.jsonl"}, "method": method, "stage": "sft",
+        "backend": {"kind": "plain", "micro_batch": 4}, "optim": {"lr": 2e-2, "batch_size": 4, "max_steps": 4, "epochs": 9}, "output": {"runs": str(runs)},
+    })  # fmt: skip
+    training = Training(recipe, World(), BLOCKS, RunDir(runs, "run"), None, None)
+    training.restore()
+    training.run_steps()
+    training.finish()
+    return training
+
+
+@pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(str(v) for v in m.values()))
+def test_the_saved_result_gives_the_trained_logits_without_our_code(tiny_model_dir: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    training = trained(tiny_model_dir, tmp_path, method)
+    ids = torch.arange(3, 20)[None]
+    training.model.eval()
+    kind, final = METHODS[method["kind"]], tmp_path / "run" / "final"
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir if kind.is_adapter else final, dtype=torch.float32)
+    base = plain(input_ids=ids).logits.detach()
+    reloaded = PeftModel.from_pretrained(plain, final).eval() if kind.is_adapter else plain
+    with torch.no_grad():
+        batch = collate([BLOCKS.block("train", 0)], padded=False)
+        ours = CausalModel(training.model, training.layout).logits(batch)[:, : batch.segment_lengths[0]]
+        theirs = reloaded(input_ids=batch.ids[:, : batch.segment_lengths[0]]).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    if kind.is_adapter:
+        assert float((reloaded(input_ids=ids).logits - base).abs().max()) > 1e-2
+    training.close()
+
+
+@pytest.mark.parametrize("kind", list(METHODS))
+def test_only_what_the_method_trains_is_changed(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
+    training = trained(tiny_model_dir, tmp_path, {"kind": kind})
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).state_dict()
+    frozen = {name: p for name, p in training.model.named_parameters() if not p.requires_grad}
+    trainable = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
+    assert trainable
+    for name, parameter in frozen.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert torch.equal(parameter, base[plain]), name
+    training.close()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, cls in METHODS.items() if cls.is_adapter])
+def test_switched_off_the_model_is_the_base(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
+    training = trained(tiny_model_dir, tmp_path, {"kind": kind})
+    batch = collate([BLOCKS.block("train", 1)], padded=False)
+    training.model.eval()
+    with torch.no_grad(), training.recipe.method.without(training.model):
+        off = CausalModel(training.model, training.layout).logits(batch)[:, : batch.segment_lengths[0]]
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)(input_ids=batch.ids[:, : batch.segment_lengths[0]]).logits
+    torch.testing.assert_close(off, base, rtol=0, atol=1e-5)
+    training.close()
+
+
+@pytest.mark.parametrize("kind", list(METHODS))
+def test_bf16_bases_train_in_fp32(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
+    training = trained(tiny_model_dir, tmp_path, {"kind": kind}, dtype="bf16")
+    assert {p.dtype for p in training.model.parameters() if p.requires_grad} == {torch.float32}
+    training.close()
