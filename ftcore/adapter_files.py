@@ -2,8 +2,8 @@
 
 In: a folder. Out: its content files with size and SHA-256, and the digest that names a version. Runs in: publish, fetch, serving; no torch.
 
-The digest of a version is SHA-256 over the canonical JSON (sorted keys, no spaces, UTF-8) of `[[file name, sha256], ...]`, sorted by name, of
-every content file. `README.md` and `card.json` are not content: the card names the digest, and the README is drawn from the card.
+The digest of a version is SHA-256 over the canonical JSON (no spaces, UTF-8) of `[[file name, sha256], ...]`, sorted by name, of every
+content file. `README.md` and `card.json` are not content: the card names the digest, and the README is drawn from the card.
 """
 
 from __future__ import annotations

@@ -148,18 +148,18 @@ class AdapterStore:
         return card
 
     def fetch(self, ref: AdapterRef, into: str | Path) -> Path:
-        """Brings a version to `into/DIGEST`, every hash verified, and returns that folder; a plain PEFT folder with card and README.
+        """Brings a version to `into/TENANT/NAME/DIGEST`, every hash verified; returns that plain PEFT folder, with card and README.
 
         Raises IntegrityError for what is unsealed, revoked, altered or unexpected. Processes that fetch at once do not disturb each other.
         """
         self._refuse_revoked(ref)
         card = self.card(ref)
-        target = Path(into) / ref.digest
+        target = Path(into) / ref.tenant / ref.name / ref.digest  # the same content of another tenant has another card
         if target.is_dir():
             _require_content(target, card)
             return target
         self._refuse_strangers(ref, card)
-        temporary = Path(into) / f".{ref.digest}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary = target.with_name(f".{ref.digest}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             temporary.mkdir(parents=True)
             for name in card.files:

@@ -28,7 +28,7 @@ from ftcore.report import write_report
 from ftcore.rundir import RunDir
 from pipelines.launch import Post, launch, launch_here
 from pipelines.prepare import prepare
-from pipelines.runs import at_home, begin, parent_into, publish_once, same_command
+from pipelines.runs import at_home, begin, parent_into, publish_once, recognise, same_command
 
 Log = Callable[[str], None]
 
@@ -52,15 +52,15 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
     recipe = at_home(recipe, log)
     run = RunDir(recipe.output.runs, recipe.name)
     check_loggers(recipe.output.loggers, run)
-    prepared = prepare(recipe, log=log)
-    begin(run, recipe, prepared)
-    if run.is_finished():
+    if recognise(run, recipe):
         trained = read_result(run)
         log(f"run {recipe.name}: already finished at step {trained.steps} ({run.url}); nothing to train")
     else:
+        prepared = prepare(recipe, log=log)
+        begin(run, recipe, prepared)
         parent_into(run, recipe, log)
         trained = _trained(run, recipe, prepared, log)
-    ref = publish_once(run, recipe, prepared, log)
+    ref = publish_once(run, recipe, log)
     return Outcome(run, ref, trained, write_report(run))
 
 

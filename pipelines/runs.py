@@ -10,22 +10,23 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.runtime_env import inside_job
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
+from ftcore.data.identity import identity
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, IntegrityError
 from ftcore.publish import publish_run
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
-from ftcore.storage import MANIFEST, digest_of
+from ftcore.storage import MANIFEST, Folder, digest_of
 
 Log = Callable[[str], None]
 
-PUBLISHED = "published.json"
+PREPARED, PUBLISHED = "prepared.json", "published.json"
 MAY_CHANGE = (
     "resources.", "output.", "plugins", "data.cache", "data.engine", "backend.micro_batch", "backend.gradient_checkpointing",
     "backend.deterministic",
@@ -55,23 +56,38 @@ def at_home(recipe: Recipe, log: Log) -> Recipe:
 
 
 def begin(run: RunDir, recipe: Recipe, prepared: Prepared) -> None:
-    """Writes what the run is about beside it, after making sure it is still about the same.
-
-    Raises ConfigError when the folder holds a run of another recipe or of other data.
-    """
+    """Writes what the run is about beside it. Raises ConfigError when the folder holds steps learned from other blocks."""
     folder = run.folder
-    if folder.exists("recipe.yaml"):
-        refuse_changes(run, parse_recipe(folder.read("recipe.yaml").decode(), f"{run.url}/recipe.yaml", plugins=recipe.plugins), recipe)
-    if folder.exists("prepared.json") and (run.is_finished() or run.checkpoint_steps()):
-        before = folder.read_json("prepared.json")["digest"]
-        if before != prepared.digest:
-            raise ConfigError(
-                "the data of this run changed since it began", where=run.url, got=f"prepared {prepared.digest[:12]}",
-                wanted=f"prepared {before[:12]}", remedy=_another(recipe),
-            )  # fmt: skip
+    if folder.exists(PREPARED) and run.checkpoint_steps():
+        refuse_other_data(run, recipe, folder.read_json(PREPARED)["identity"], prepared.manifest["identity"], {"version"})
     folder.write("recipe.yaml", dump_recipe(recipe).encode())
     folder.write_json("audit.json", prepared.manifest["audit"])
-    folder.write_json("prepared.json", {"digest": prepared.digest, "url": prepared.url})
+    folder.write_json(PREPARED, {"digest": prepared.digest, "url": prepared.url, "identity": prepared.manifest["identity"]})
+
+
+def recognise(run: RunDir, recipe: Recipe) -> bool:
+    """Whether this recipe's run is finished already. Raises ConfigError when the folder holds a run of another recipe or of other rows."""
+    if run.folder.exists("recipe.yaml"):
+        text = run.folder.read("recipe.yaml").decode()
+        refuse_changes(run, parse_recipe(text, f"{run.url}/recipe.yaml", plugins=recipe.plugins), recipe)
+    if not run.is_finished():
+        return False
+    now = identity(recipe, Folder(recipe.data.cache))
+    refuse_other_data(run, recipe, run.folder.read_json(PREPARED)["identity"], now, {"version", "code"})
+    return True
+
+
+def refuse_other_data(run: RunDir, recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any], but: set[str]) -> None:
+    """Raises ConfigError naming what the blocks were made of that is another now; `but`: what does not matter here."""
+    names = {"data": "rows or the data section", "code": "ftcore's own reading of rows"}
+    changed = [names.get(key, key) for key in sorted({*before, *now} - but) if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            "what this run learns from changed since it began",
+            where=run.url,
+            got=f"another {', another '.join(changed)}",
+            remedy=_another(recipe),
+        )
 
 
 def refuse_changes(run: RunDir, before: Recipe, now: Recipe) -> None:
@@ -133,7 +149,7 @@ def _seal_parent(run: RunDir, source: Path, ref: str | None) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def publish_once(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> AdapterRef | None:
+def publish_once(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
     """Publishes `final/` under output.adapter, unless this very result is there already. None when the recipe names no adapter."""
     named = recipe.output.adapter
     if named is None:
@@ -146,6 +162,6 @@ def publish_once(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> A
         if AdapterStore(recipe.output.store).is_sealed(ref):
             log(f"already published: {ref}")
             return ref
-    ref = publish_run(run, recipe, prepared, log=log)
+    ref = publish_run(run, recipe, Prepared.open(run.folder.read_json(PREPARED)["url"]), log=log)
     run.folder.write_json(PUBLISHED, {**fact, "ref": ref.full})
     return ref

@@ -163,7 +163,8 @@ class Chat:
             ) from error
         eos = self.tokenizer.eos_token_id
         vocabulary = self.tokenizer.get_vocab()
-        stops = [vocabulary[span.stop] for span in spans if span.stop]
+        texts = list(dict.fromkeys(span.stop for span in spans if span.stop))
+        stops = [vocabulary[text] for text in texts]
         if not stops and eos is None:
             raise ModelError(
                 "no stop token: the template writes none after an answer and the tokenizer has no eos_token",
@@ -173,7 +174,7 @@ class Chat:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*stops, *([] if eos is None else [eos])]))
         shape = turns.shape(_PROBE)
         markup = "".join(shape.gaps) if shape else ""
-        used = [token for token in self._control if token in markup]
+        used = [token for token in self._control if token in markup or token in texts or token == self.tokenizer.eos_token]
         if used:
             self._forged = re.compile("|".join(re.escape(token) for token in used))
         if not stops:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ SUFFIXES: dict[str, Kind] = {
     ".txt": "text", ".text": "text",
 }  # fmt: skip
 _KNOWN = ", ".join([*SUFFIXES, "each also with .gz (but parquet)"])
+_BUFFER_BYTES = 1 << 20
 _SPLIT_WORDS = {
     "train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"},
 }  # fmt: skip
@@ -58,7 +60,10 @@ def open_bytes(url: str, *, gzipped: bool = False, start: int = 0) -> Iterator[I
     """A binary stream from byte `start` on."""
     with ExitStack() as stack:
         try:
-            file = cast(IO[bytes], stack.enter_context(fsspec.open(url, "rb")))
+            if is_local(url):
+                file: IO[bytes] = stack.enter_context(Path(url).open("rb"))
+            else:  # buffered, for readline with a limit, which fsspec's own files do not have
+                file = io.BufferedReader(stack.enter_context(fsspec.open(url, "rb")), _BUFFER_BYTES)
             if start:
                 file.seek(start)
         except OSError as error:
@@ -179,39 +184,56 @@ def _hub_files(path: str) -> list[SourceFile]:
     name, _, split = path.removeprefix("hf:").partition(":")
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*", name):
         raise DataError("this is no dataset name", where=path, wanted="hf:NAME or hf:OWNER/NAME, with :SPLIT if you like")
-    found = _hub_listing(path, name) or _hub_listing(path, name + _CONVERTED)
+    listed = _hub_listing(path, name)
+    found = listed or _hub_listing(path, name + _CONVERTED) or listed
     if found is None:
         remedy = "check the name; HF_TOKEN opens what is private or gated"
         raise DataError("there is no such dataset on the hub", where=path, got="not found", wanted="hf:OWNER/NAME", remedy=remedy)
     if not found:
         remedy = "it needs its own loading code: convert it to Parquet first"
         raise DataError("this dataset holds no readable files", where=path, wanted=_KNOWN, remedy=remedy)
-    kinds = {kind_of(label)[0] for label, _ in found}
-    best = next(kind for kind in _HUB_ORDER if kind in kinds)
-    files = sorted(fact for fact in found if kind_of(fact[0])[0] == best)
-    named = {label: _split_names(label) for label, _ in files}
+    best = min((kind for file in found if (kind := kind_of(file.name)[0])), key=_HUB_ORDER.index)
+    files = [file for file in found if kind_of(file.name)[0] == best]
     if split:
-        chosen = [fact for fact in files if split in named[fact[0]]] or [fact for fact in files if _split_class(split) & named[fact[0]]]
+        chosen = [file for file in files if split in file.splits] or [file for file in files if _split_class(split) & file.splits]
     else:
-        chosen = [fact for fact in files if "train" in named[fact[0]]] or files
-    if split == "train" and not any(named.values()):
+        chosen = [file for file in files if "train" in file.splits]
+    if split in ("", "train") and not any(file.splits for file in files):
         chosen = files
-    splits, folders = sorted({"/".join(sorted(named[label])) for label, _ in files}), sorted({_folder(label) for label, _ in chosen})
+    folders = sorted({file.folder for file in chosen})
     if not chosen:
-        raise DataError("this dataset has no such split", where=path, got=split, wanted=" | ".join(filter(None, splits)) or "none is named")
+        splits = " | ".join(sorted(set().union(*(file.splits for file in files)))) or "none is named"
+        raise DataError("this dataset has no such split", where=path, got=split or "train", wanted=splits)
     if len(folders) > 1:
         remedy = f"name one, for example hf:{name}/{folders[0]}{':' + split if split else ''}"
         raise DataError("this dataset has several configurations", where=path, got=", ".join(folders)[:300], wanted="one", remedy=remedy)
-    return [_file(f"{path} ({label.rsplit('/', 1)[-1]})", f"hf://{label}", size) for label, size in chosen]
+    return [_file(f"{path} ({file.name})", f"hf://{file.key}", file.size) for file in chosen]
 
 
-def _split_names(label: str) -> set[str]:
-    """What split a file may be of: its name (`train_sft-00000-of-00003.parquet` -> train_sft) or folder, and the class of each."""
-    parts = label.split("/")[2:]
-    stem = re.sub(r"[-.]\d{4,}(-of-\d+.*)?$", "", parts[-1].split(".")[0])
-    exact = {stem, *parts[:-1]}
-    classes = {split for name in exact for split in _split_class(name)}
-    return classes | {name for name in exact if _split_class(name)}
+@dataclass(frozen=True, slots=True)
+class _HubFile:
+    """A dataset's file. splits: what its name (`train_sft-00000-of-00003.parquet`) or folder says it is part of, and the class of that."""
+
+    key: str
+    size: int
+    inside: str
+    """Its path below what was listed."""
+
+    @property
+    def name(self) -> str:
+        return self.key.rsplit("/", 1)[-1]
+
+    @property
+    def splits(self) -> set[str]:
+        *folders, last = self.inside.split("/")
+        stem = re.sub(r"[-.]\d{4,}(-of-\d+.*)?$", "", last.split(".")[0])
+        exact = {name for name in (stem, *folders) if _split_class(name)}
+        return exact.union(*map(_split_class, exact))
+
+    @property
+    def folder(self) -> str:
+        """The folder that stands for a configuration: not `data`, not a split's."""
+        return "/".join(part for part in self.inside.split("/")[:-1] if part != "data" and not _split_class(part))
 
 
 def _split_class(name: str) -> set[str]:
@@ -219,26 +241,24 @@ def _split_class(name: str) -> set[str]:
     return {split for split, names in _SPLIT_WORDS.items() if words & names}
 
 
-def _folder(label: str) -> str:
-    """The folder below the dataset that stands for a configuration: not `data`, not a split's."""
-    parts = label.split("/")[2:-1]
-    return "/".join(
-        part for part in parts[1 if label.split("/")[1].endswith(_CONVERTED) else 0 :] if part != "data" and not _split_class(part)
-    )
-
-
-def _hub_listing(path: str, name: str) -> list[tuple[str, int]] | None:
-    """Readable files of a dataset with their sizes; None where the hub knows no such dataset or folder."""
+def _hub_listing(path: str, name: str) -> list[_HubFile] | None:
+    """Readable files of a dataset, sorted; None where the hub knows no such dataset, folder or branch."""
+    root = f"datasets/{name}"
     try:
         fs: Any = fsspec.filesystem("hf")
-        found = fs.find(f"datasets/{name}", detail=True)
+        found = fs.find(root, detail=True)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise DataError("cannot list this dataset on the hub", where=path, got=f"{type(error).__name__}: {error}"[:300],
-                        remedy="check the name, your network and HF_ENDPOINT, or use a local copy") from error  # fmt: skip
+        raise DataError(
+            "cannot list this dataset on the hub",
+            where=path,
+            got=f"{type(error).__name__}: {error}"[:300],
+            remedy="check the name, your network and HF_ENDPOINT, or use a local copy",
+        ) from error
     skipped = ("dataset_infos.json", "dataset_info.json", "*README*", "*LICENSE*")
     return [
-        (label, int(fact.get("size") or 0)) for label, fact in found.items()
-        if kind_of(label)[0] and not any(fnmatch.fnmatch(label.rsplit("/", 1)[-1], pattern) for pattern in skipped)
-    ]  # fmt: skip
+        _HubFile(key, int(fact.get("size") or 0), key[len(root) :].lstrip("/"))
+        for key, fact in sorted(found.items())
+        if kind_of(key)[0] and not any(fnmatch.fnmatch(key.rsplit("/", 1)[-1], pattern) for pattern in skipped)
+    ]

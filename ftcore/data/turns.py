@@ -159,25 +159,28 @@ class Turns:
 
     def _by_rendering(self, messages: list[dict[str, Any]], text: str) -> list[Span]:
         """Slower, for rows whose contents the template rewrites: two to four renderings per assistant turn."""
+        answers = {i: self._answer(messages, i, text) for i, message in enumerate(messages) if message["role"] == "assistant"}
         spans: list[Span] = []
         at = 0
         for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                span = self._answer(messages, i, text, at)
-            else:
+            span = answers.get(i)
+            if span is None:  # colours the audit only; a text the template rewrote is left to the template
+                limit = next((answers[later].start for later in answers if later > i), len(text))
                 content = message["content"].strip()
-                found = text.find(content, at)  # colours the audit only; a text the template rewrote is left to the template
+                found = text.find(content, at, limit)
                 span = Span(found, found + len(content)) if found >= 0 else Span(at, at)
+            elif span.start < at:
+                raise DataError(CANNOT_SPLIT, got=f"turn {i + 1} (assistant) overlaps the turn before it")
             spans.append(span)
             at = span.end
         return spans
 
-    def _answer(self, messages: list[dict[str, Any]], i: int, text: str, at: int) -> Span:
+    def _answer(self, messages: list[dict[str, Any]], i: int, text: str) -> Span:
         word = _word(i)
         swapped = self.render([*messages[:i], {**messages[i], "content": word}, *messages[i + 1 :]], False)
         prefix, _, suffix = swapped.partition(word)
         prompt, plain = self.render(messages[:i], True), self.render(messages[:i], False)
-        if text.startswith(prompt) and prompt != plain:
+        if text.startswith(prompt) and (prompt != plain or not prefix[len(prompt) :].strip()):
             start = len(prompt)
         elif text.startswith(prefix):
             start = len(prefix)
@@ -197,8 +200,8 @@ class Turns:
             end = content_end + reach
         else:
             raise DataError(CANNOT_SPLIT, got=f"the end of turn {i + 1} (assistant) cannot be told from what follows it")
-        if start < at or end <= start:
-            raise DataError(CANNOT_SPLIT, got=f"turn {i + 1} (assistant) overlaps the turn before it")
+        if end <= start:
+            raise DataError("empty answer", got=f"turn {i + 1} (assistant), once the template has rewritten it")
         return Span(start, end, stop)
 
 

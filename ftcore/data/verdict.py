@@ -170,5 +170,6 @@ def _gathered(segments: dict[Segment, int]) -> Iterator[list[Segment]]:
         gathered[-1].append(segment)
         held += examples
     if len(gathered) > 1 and held < WINDOW:
-        gathered[-2] += gathered.pop()
+        rest = gathered.pop()
+        gathered[-1] += rest
     return iter(gathered)

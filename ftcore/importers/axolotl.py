@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftcore.importers import shared
+from ftcore.importers import hugging_face
 from ftcore.importers.base import Importing, looked_up, source_path
 
 MOVES = {
@@ -175,15 +175,15 @@ def read(importing: Importing) -> None:
     if (importing.get("val_set_size") or 0) >= 1:
         importing.tell("val_set_size", "not supported", "a number of rows; data.validation is a share, 0.05 is kept")
         importing.put("data.validation", 0.05)
-    shared.moved(importing, {key: path for key, path in MOVES.items() if key not in importing.fates})
+    hugging_face.moved(importing, {key: path for key, path in MOVES.items() if key not in importing.fates})
     importing.values.setdefault("data", {}).setdefault("validation", 0.0)
     importing.put("backend.kind", "plain")
-    shared.batch(importing, "micro_batch_size", "gradient_accumulation_steps")
+    hugging_face.batch(importing, "micro_batch_size", "gradient_accumulation_steps")
     if importing.get("batch_size"):
         importing.move("batch_size", "optim.batch_size", int(importing.get("batch_size")))
-    shared.schedule(importing, "lr_scheduler")
-    shared.warmup(importing)
-    shared.precision(importing)
+    hugging_face.schedule(importing, "lr_scheduler")
+    hugging_face.warmup(importing)
+    hugging_face.precision(importing)
     _method(importing)
     _stage_and_data(importing)
     _optimizer(importing)
@@ -203,7 +203,7 @@ def _method(importing: Importing) -> None:
             if key in importing.config:
                 importing.tell(key, "ignored", "no adapter is trained")
         return
-    shared.moved(importing, LORA)
+    hugging_face.moved(importing, LORA)
     if importing.get("lora_target_linear"):
         importing.move("lora_target_linear", "method.targets", "all-linear")
         if importing.get("lora_target_modules"):
@@ -211,8 +211,8 @@ def _method(importing: Importing) -> None:
     elif importing.get("lora_target_modules"):
         targets = importing.get("lora_target_modules")
         importing.move("lora_target_modules", "method.targets", targets if isinstance(targets, str) else list(dict.fromkeys(targets)))
-    shared.quantised(importing, 4, ("load_in_4bit",))
-    shared.quantised(importing, 8, ("load_in_8bit",))
+    hugging_face.quantised(importing, 4, ("load_in_4bit",))
+    hugging_face.quantised(importing, 8, ("load_in_8bit",))
 
 
 def _stage_and_data(importing: Importing) -> None:
@@ -230,7 +230,7 @@ def _stage_and_data(importing: Importing) -> None:
     importing.put("data.sources", sources)
     texts = bool(sources) and all(source.get("format") == "text" for source in sources)
     if importing.get("rl"):
-        shared.stage(importing, "rl", str(importing.get("rl")))
+        hugging_face.stage(importing, "rl", str(importing.get("rl")))
     else:
         importing.put(
             "stage.kind",
@@ -306,7 +306,7 @@ def _optimizer(importing: Importing) -> None:
     if importing.get("dataset_exact_deduplication") is not None:
         importing.move("dataset_exact_deduplication", "data.duplicates", "drop" if importing.get("dataset_exact_deduplication") else "keep")
     if importing.get("use_wandb") or importing.get("wandb_project"):
-        shared.loggers(importing, "use_wandb" if importing.get("use_wandb") else "wandb_project", "wandb")
+        hugging_face.loggers(importing, "use_wandb" if importing.get("use_wandb") else "wandb_project", "wandb")
 
 
 def _steps(importing: Importing) -> None:

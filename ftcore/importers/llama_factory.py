@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcore.errors import ConfigError
-from ftcore.importers import shared
+from ftcore.importers import hugging_face
 from ftcore.importers.base import Importing, source_path
 
 MOVES = {
@@ -179,14 +179,14 @@ IGNORED = {
 
 def read(importing: Importing) -> None:
     importing.name(importing.get("run_name"), importing.get("output_dir"))
-    shared.moved(importing, MOVES)
+    hugging_face.moved(importing, MOVES)
     importing.put("backend.kind", "plain")
-    shared.batch(importing, "per_device_train_batch_size", "gradient_accumulation_steps")
-    shared.schedule(importing, "lr_scheduler_type")
-    shared.warmup(importing)
+    hugging_face.batch(importing, "per_device_train_batch_size", "gradient_accumulation_steps")
+    hugging_face.schedule(importing, "lr_scheduler_type")
+    hugging_face.warmup(importing)
     importing.values["optim"].setdefault("warmup", 0.0)
     importing.values["optim"].setdefault("epochs", 3.0)  # TrainingArguments' default; ours is 1
-    shared.precision(importing)
+    hugging_face.precision(importing)
     if (importing.get("max_steps") or -1) > 0:
         importing.move("max_steps", "optim.max_steps")
     _method(importing)
@@ -206,7 +206,7 @@ def _method(importing: Importing) -> None:
         importing.tell("finetuning_type", "not supported", "only lora and full are translated; the recipe trains lora")
     if kind == "full":
         return
-    shared.moved(importing, LORA)
+    hugging_face.moved(importing, LORA)
     rank = int(importing.get("lora_rank") or DEFAULT_RANK)
     importing.put("method.rank", rank)
     alpha = importing.get("lora_alpha") or 2 * rank  # their default
@@ -226,12 +226,12 @@ def _method(importing: Importing) -> None:
             "additional_target", "method.modules_to_save", [name.strip() for name in str(importing.get("additional_target")).split(",")]
         )
     bits = importing.get("quantization_bit")
-    shared.quantised(importing, int(bits or 4), ("quantization_bit",))
+    hugging_face.quantised(importing, int(bits or 4), ("quantization_bit",))
 
 
 def _stage(importing: Importing) -> None:
     stage = str(importing.get("stage") or "sft")
-    shared.stage(importing, "stage", STAGES.get(stage, stage))
+    hugging_face.stage(importing, "stage", STAGES.get(stage, stage))
     if importing.get("train_on_prompt"):
         importing.move("train_on_prompt", "data.train_on", "all")
     if importing.get("mask_history"):
@@ -310,4 +310,4 @@ def _rest(importing: Importing) -> None:
     if importing.get("optim") in ("adamw_torch", "adamw_torch_fused"):
         importing.tell("optim", "translated", "AdamW, fused where it can")
     if "report_to" in importing.config:
-        shared.loggers(importing, "report_to", importing.get("report_to"))
+        hugging_face.loggers(importing, "report_to", importing.get("report_to"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ftcore.importers import shared
+from ftcore.importers import hugging_face
 from ftcore.importers.base import Importing, number, source_path
 
 MOVES = {
@@ -108,13 +108,13 @@ def read(importing: Importing) -> None:
     _resolve(importing)
     importing.name(importing.get("output_dir"))
     importing.values |= {"data": {"pack": False, "validation": 0.0}, "optim": {"warmup": 0.0, "weight_decay": 0.01}}
-    shared.moved(importing, MOVES)
+    hugging_face.moved(importing, MOVES)
     if importing.get("clip_grad_norm") is None:
         importing.put("optim.clip_norm", 0.0)  # no clipping there; ours clips at 1
         if "clip_grad_norm" in importing.config:
             importing.tell("clip_grad_norm", "translated", "optim.clip_norm: 0 (no clipping)")
     importing.put("backend.kind", "plain")
-    shared.batch(importing, "batch_size", "gradient_accumulation_steps")
+    hugging_face.batch(importing, "batch_size", "gradient_accumulation_steps")
     _method(importing)
     _data(importing)
     _optimizer(importing)
@@ -141,10 +141,10 @@ def _method(importing: Importing) -> None:
             f"method.kind: {'lora' if has_lora else 'full'}; the model itself is checkpointer.checkpoint_dir",
         )
     if builder.startswith("qlora"):
-        shared.quantised(importing, 4, ("model._component_",))
+        hugging_face.quantised(importing, 4, ("model._component_",))
     if not has_lora:
         return
-    shared.moved(importing, LORA)
+    hugging_face.moved(importing, LORA)
     targets = [MODULES.get(name, name) for name in importing.get("model.lora_attn_modules") or []]
     if importing.get("model.apply_lora_to_mlp"):
         targets += MLP

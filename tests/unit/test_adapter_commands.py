@@ -32,7 +32,17 @@ def filled(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     assert main(["keygen", str(home / "key.pem")]) == 0
     for seed in (1, 2):
         folder = made_by_peft(tiny_model_dir, home / f"peft-{seed}", seed)
-        words = ["import", str(folder), "acme/support", "--base", str(tiny_model_dir), "--store", str(home / "store"), "--sign-key", str(home / "key.pem")]
+        words = [
+            "import",
+            str(folder),
+            "acme/support",
+            "--base",
+            str(tiny_model_dir),
+            "--store",
+            str(home / "store"),
+            "--sign-key",
+            str(home / "key.pem"),
+        ]
         assert main(words) == 0
     return home, AdapterStore(home / "store").list()
 
@@ -45,7 +55,9 @@ def store(filled: tuple[Path, list[AdapterRef]], tmp_path: Path) -> Iterator[str
     yield str(shutil.copytree(filled[0] / "store", tmp_path / "store"))
 
 
-def test_list_says_which_version_is_current_and_which_revoked(store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_says_which_version_is_current_and_which_revoked(
+    store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]
+) -> None:
     one, two = filled[1]
     AdapterStore(store).promote(one)
     AdapterStore(store).revoke(two, "why")
@@ -56,7 +68,9 @@ def test_list_says_which_version_is_current_and_which_revoked(store: str, filled
     assert lines[2].startswith("2 sealed versions")
 
 
-def test_show_prints_the_card_and_obeys_no_escape_in_it(store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_card_and_obeys_no_escape_in_it(
+    store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]
+) -> None:
     ref = filled[1][0]
     key = f"{ref.key}/card.json"
     tree = json.loads(AdapterStore(store).folder.read(key))
@@ -69,7 +83,9 @@ def test_show_prints_the_card_and_obeys_no_escape_in_it(store: str, filled: tupl
     assert json.loads(capsys.readouterr().out)["digest"] == ref.digest
 
 
-def test_verify_checks_hashes_signature_and_probes(store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_checks_hashes_signature_and_probes(
+    store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]
+) -> None:
     home, refs = filled
     assert main(["verify", refs[0].full, "--store", store, "--key", str(home / "key.pub.pem"), "--probes"]) == 0
     out = capsys.readouterr().out
@@ -85,7 +101,9 @@ def test_verify_on_another_base_is_refused(store: str, filled: tuple[Path, list[
         main(["verify", filled[1][0].full, "--store", store, "--base", str(tmp_path / "other")])
 
 
-def test_promote_rollback_and_tag_move_the_name(store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_promote_rollback_and_tag_move_the_name(
+    store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]
+) -> None:
     one, two = filled[1]
     for ref in (one, two):
         assert main(["promote", f"acme/support@{ref.digest[:10]}", "--store", store]) == 0
@@ -96,7 +114,9 @@ def test_promote_rollback_and_tag_move_the_name(store: str, filled: tuple[Path, 
     assert f"acme/support now means {one}" in capsys.readouterr().out
 
 
-def test_revoke_says_that_the_name_still_points_there(store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_revoke_says_that_the_name_still_points_there(
+    store: str, filled: tuple[Path, list[AdapterRef]], capsys: pytest.CaptureFixture[str]
+) -> None:
     ref = filled[1][0]
     AdapterStore(store).promote(ref)
     assert main(["revoke", "acme/support", "--reason", "leaks", "--store", store]) == 0
@@ -112,7 +132,9 @@ def test_gc_removes_only_with_yes(store: str, capsys: pytest.CaptureFixture[str]
     assert len(AdapterStore(store).list()) == 1
 
 
-def test_merge_prints_the_difference(store: str, filled: tuple[Path, list[AdapterRef]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_prints_the_difference(
+    store: str, filled: tuple[Path, list[AdapterRef]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert merge_main([filled[1][0].full, "--out", str(tmp_path / "merged"), "--store", store]) == 0
     assert "logits differ by" in capsys.readouterr().out
     assert (tmp_path / "merged" / "config.json").is_file()

@@ -43,7 +43,8 @@ def test_a_card_cannot_be_changed_in_memory() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"extra": 1}, {"digest": "0" * 63}, {"digest": ZEROS + "\n"}, {"tenant": "../x"}, {"name": "a/b"}, {"world_size": 0}, {"base": {"id": "x"}},
+    [{"extra": 1}, {"digest": "0" * 63}, {"digest": ZEROS + "\n"}, {"tenant": "../x"}, {"name": "a/b"}, {"world_size": 0},
+     {"base": {"id": "x"}},
      {"seed": "seven"}, {"files": []}, {"created": "x" * 5000}, {"digest": "3" * 64}],
 )  # fmt: skip
 def test_a_card_with_a_wrong_field_is_refused(change: dict[str, Any]) -> None:
@@ -52,7 +53,9 @@ def test_a_card_with_a_wrong_field_is_refused(change: dict[str, Any]) -> None:
         Card.from_json(json.dumps(tree).encode())
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 200_000, b" " * (5 * 1024**2)], ids=["empty", "list", "cut", "bytes", "deep", "huge"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 200_000, b" " * (5 * 1024**2)], ids=["empty", "list", "cut", "bytes", "deep", "huge"]
+)
 def test_what_is_no_card_is_refused(raw: bytes) -> None:
     with pytest.raises(IntegrityError):
         Card.from_json(raw)

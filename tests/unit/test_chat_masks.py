@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ftcore.data.chat import Chat
 from ftcore.data.families import FAMILIES, template_names
+from ftcore.data.turns import Turns
 from ftcore.data.types import ROLES, Conversation, Example, Message, Origin, Text
 from ftcore.errors import ConfigError, DataError, ModelError
 from ftcore.recipe import Data
@@ -245,6 +249,18 @@ def test_a_template_that_shuffles_turns_is_refused_when_it_is_opened() -> None:
         inline_chat("{% for m in messages | reverse %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}")
 
 
+def test_a_template_that_leaves_system_turns_out_says_so_and_still_finds_the_answers() -> None:
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    chat = inline_chat(template)
+    example = chat.encode(talk(Message("system", "Hello"), *TALK[1:]))
+    assert "leaves system turns out" in chat.describe()
+    assert marked(example).count("⟦") == 2
+    assert "⟦Hello!<|im_end|>⟧" in marked(example)
+
+
 def test_a_row_the_template_refuses_is_rejected_with_the_templates_words() -> None:
     with pytest.raises(DataError, match="the chat template refuses the row") as caught:
         open_chat("vicuna").encode(talk(TALK[1], TALK[2], Message("tool", "x"), TALK[4]))
@@ -304,3 +320,53 @@ def test_the_template_digest_names_the_text_and_nothing_else() -> None:
     tokenizer.chat_template = open_chat("zephyr").template
     assert open_chat("auto", tokenizer=tokenizer).template_digest == open_chat("zephyr").template_digest
     assert open_chat("zephyr").template_digest != open_chat("phi3").template_digest
+
+
+BITS = [
+    *("Hello", "A cat", "\n", "  ", "\n\n", "日本", "é😀", "<think>", "### Response:\n", "USER: "),
+    *("assistant\n", "[INST]", "{{x}}", "\t", "user", ":"),
+]
+
+
+def random_talks(count: int) -> Iterator[Conversation]:
+    source = random.Random(7)
+    for _ in range(count):
+        said = ["x" + "".join(source.choices(BITS, k=source.randint(1, 6))) + "y" for _ in range(2 * source.randint(1, 4))]
+        yield talk(*(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(said)))
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "gemma", "phi3", "glm4", "zephyr", "vicuna", "deepseek3"])
+def test_whatever_is_said_the_trained_runs_are_the_answers(template: str) -> None:
+    chat = open_chat(template)
+    for conversation in random_talks(40):
+        example = chat.encode(conversation)
+        edges = np.flatnonzero(np.diff(example.mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        trained = [TOKENIZER.decode(example.ids[first : last - 1]).strip() for first, last in edges]
+        assert trained == [message.content for message in conversation.messages if message.role == "assistant"]
+        assert all(example.ids[last - 1] in chat.stop_ids for _, last in edges)
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama2", "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna", "deepseek3"])
+def test_the_slow_way_of_finding_turns_agrees_with_the_fast_one(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = open_chat(template)
+    fast = [chat.encode(conversation) for conversation in random_talks(15)]
+    monkeypatch.setattr(Turns, "shape", lambda self, roles: None)
+    slow = [chat.encode(conversation) for conversation in random_talks(15)]
+    assert [marked(example) for example in slow] == [marked(example) for example in fast]
+
+
+def test_a_sentencepiece_like_tokenizer_gets_the_same_mask() -> None:
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    bpe.train_from_iterator([EXPECTED["llama2"]] * 3, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    example = open_chat("llama2", tokenizer=tokenizer).encode(talk(*TALK))
+    trained = "".join(tokenizer.convert_ids_to_tokens(example.ids[example.mask == 1].tolist()))
+    assert trained.replace("▁", " ").split() == ["Hello!", "</s>", "A", "cat.", "</s>"]
+
+
+def test_an_end_of_sequence_token_inside_a_turn_is_refused_too() -> None:
+    with pytest.raises(DataError, match="control tokens"):
+        open_chat("chatml").encode(talk(Message("user", "what does </s> mean?"), TALK[2]))

@@ -49,6 +49,8 @@ HUB = {
     "org/lines": {"train.jsonl": b'{"text": "d"}\n', "dataset_infos.json": b"{}"},
     "org/configs": {"en/train-00000-of-00001.parquet": table("e"), "fr/train-00000-of-00001.parquet": table("f")},
     "org/code": {"load.py": b"raise SystemExit"},
+    "org/converted": {"load.py": b"raise SystemExit"},
+    "org/converted@parquet": {"default/train/0000.parquet": table("g"), "default/test/0000.parquet": table("h")},
 }
 
 
@@ -62,14 +64,18 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        files = next((files for name, files in HUB.items() if f"/datasets/{name}" in path), None)
-        if files is None or "refs%2Fconvert" in path:
-            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound" if files is None else "RevisionNotFound"})
+        branch = "@parquet" if "refs%2Fconvert%2Fparquet" in path else ""
+        files = next(
+            (files for name, files in HUB.items() if name.endswith(branch) and f"/datasets/{name.removesuffix(branch)}" in path), None
+        )
+        if files is None:
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound" if branch else "RepoNotFound"})
         if found := re.search(r"/resolve/[^/]+/(.+)$", path):
             return self.file(files[found.group(1)])
         if found := re.search(r"/tree/[^/]+/?(.*)$", path):
             inside = {name: data for name, data in files.items() if name.startswith(found.group(1))}
             tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in inside.items()]
+            tree += [{"type": "directory", "path": name, "oid": "0" * 40} for name in {str(Path(name).parent) for name in inside} - {"."}]
             return self.answer(200 if tree else 404, json.dumps(tree).encode(), {"Content-Type": "application/json"})
         siblings = [{"rfilename": name} for name in files]
         facts = {"id": "org/x", "sha": "0" * 40, "siblings": siblings, "private": False, "tags": [], "downloads": 0, "likes": 0}
@@ -94,16 +100,8 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
-SOURCES = (
-    "hf:org/parts",
-    "hf:org/parts:test",
-    "hf:org/parts:nope",
-    "hf:org/lines",
-    "hf:org/configs",
-    "hf:org/configs/fr",
-    "hf:org/none",
-    "hf:org/code",
-)
+NAMES = ("parts", "parts:test", "parts:nope", "lines", "configs", "configs/fr", "none", "code", "converted")
+SOURCES = tuple(f"hf:org/{name}" for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +149,7 @@ def test_several_configurations_have_to_be_told_apart(answers: dict[str, Any]) -
 def test_a_dataset_that_is_not_there_or_is_only_code_is_refused(answers: dict[str, Any]) -> None:
     assert answers["hf:org/none"][0] == "there is no such dataset on the hub"
     assert answers["hf:org/code"][0] == "this dataset holds no readable files"
+
+
+def test_a_dataset_that_is_only_code_is_read_from_the_hubs_own_parquet_copy(answers: dict[str, Any]) -> None:
+    assert [row[2] for row in answers["hf:org/converted"]] == [{"text": "g"}]

@@ -31,7 +31,7 @@ def with_lora(model: nn.Module, *, seed: int = 0, scale: float = 0.5) -> PeftMod
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path):  # noqa: ANN201
+def tokenizer(tiny_model_dir: Path):
     return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
@@ -41,7 +41,7 @@ def tuned(tiny_model_dir: Path) -> PeftModel:
 
 
 @pytest.fixture(scope="module")
-def recorded(tuned: PeftModel, tokenizer) -> probes.Probes:  # noqa: ANN001
+def recorded(tuned: PeftModel, tokenizer) -> probes.Probes:
     return probes.record(tuned, tokenizer, tuned.disable_adapter)
 
 
@@ -55,14 +55,14 @@ def dropped(tuned: PeftModel, part: str) -> PeftModel:
     return half
 
 
-def test_the_same_adapter_passes_in_fp32(tuned, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_the_same_adapter_passes_in_fp32(tuned, tokenizer, recorded) -> None:
     report = probes.check(tuned, tokenizer, recorded, without=tuned.disable_adapter)
     assert report.passed, report.reason
     assert report.limit == probes.ABSOLUTE
     assert report.effect is not None and report.effect > 0.5
 
 
-def test_an_adapter_of_another_seed_fails(tiny_model_dir, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_an_adapter_of_another_seed_fails(tiny_model_dir, tokenizer, recorded) -> None:
     wrong = with_lora(load(tiny_model_dir), seed=1)
     report = probes.check(wrong, tokenizer, recorded, without=wrong.disable_adapter)
     assert not report.passed and not report.inconclusive
@@ -70,25 +70,25 @@ def test_an_adapter_of_another_seed_fails(tiny_model_dir, tokenizer, recorded) -
 
 
 @pytest.mark.parametrize("part", ["layers.0.", "layers.1.", "v_proj", "down_proj"])
-def test_a_half_bound_adapter_fails(tuned, tokenizer, recorded, part) -> None:  # noqa: ANN001
+def test_a_half_bound_adapter_fails(tuned, tokenizer, recorded, part) -> None:
     half = dropped(tuned, part)
     assert not probes.check(half, tokenizer, recorded, without=half.disable_adapter).passed
 
 
-def test_an_adapter_that_was_not_applied_fails(tuned, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_an_adapter_that_was_not_applied_fails(tuned, tokenizer, recorded) -> None:
     with tuned.disable_adapter():
         report = probes.check(tuned, tokenizer, recorded)
     assert not report.passed
     assert report.max_abs_error == pytest.approx(report.effect)
 
 
-def test_recording_an_adapter_without_effect_is_refused(tiny_model_dir, tokenizer) -> None:  # noqa: ANN001
+def test_recording_an_adapter_without_effect_is_refused(tiny_model_dir, tokenizer) -> None:
     zero = with_lora(load(tiny_model_dir), scale=0.0)
     with pytest.raises(ModelError, match="does nothing"):
         probes.record(zero, tokenizer, zero.disable_adapter)
 
 
-def test_another_base_is_named_as_the_likely_cause(tiny_model_dir, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_another_base_is_named_as_the_likely_cause(tiny_model_dir, tokenizer, recorded) -> None:
     base = load(tiny_model_dir)
     with torch.no_grad():
         base.get_input_embeddings().weight.add_(0.05)
@@ -97,7 +97,7 @@ def test_another_base_is_named_as_the_likely_cause(tiny_model_dir, tokenizer, re
     assert not report.passed and "another base" in report.reason
 
 
-def test_bf16_is_judged_by_a_share_of_the_effect(tiny_model_dir, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_bf16_is_judged_by_a_share_of_the_effect(tiny_model_dir, tokenizer, recorded) -> None:
     tuned = with_lora(load(tiny_model_dir, torch.bfloat16))
     report = probes.check(tuned, tokenizer, recorded, without=tuned.disable_adapter)
     assert report.precision == "bf16" and report.compared_with == "fp32"
@@ -106,7 +106,7 @@ def test_bf16_is_judged_by_a_share_of_the_effect(tiny_model_dir, tokenizer, reco
     assert report.max_abs_error > probes.ABSOLUTE
 
 
-def test_a_precision_too_noisy_for_a_faint_adapter_says_verify_in_fp32(tiny_model_dir, tokenizer) -> None:  # noqa: ANN001
+def test_a_precision_too_noisy_for_a_faint_adapter_says_verify_in_fp32(tiny_model_dir, tokenizer) -> None:
     faint = with_lora(load(tiny_model_dir), scale=0.0005)
     recorded = probes.record(faint, tokenizer, faint.disable_adapter)
     rounded = with_lora(load(tiny_model_dir, torch.bfloat16), scale=0.0005)
@@ -115,7 +115,7 @@ def test_a_precision_too_noisy_for_a_faint_adapter_says_verify_in_fp32(tiny_mode
     assert "verify in fp32" in report.reason
 
 
-def test_the_absolute_limit_never_exceeds_a_tenth_of_a_faint_effect(tiny_model_dir, tokenizer) -> None:  # noqa: ANN001
+def test_the_absolute_limit_never_exceeds_a_tenth_of_a_faint_effect(tiny_model_dir, tokenizer) -> None:
     faint = with_lora(load(tiny_model_dir), scale=1e-5)
     recorded = probes.record(faint, tokenizer, faint.disable_adapter)
     assert recorded.effect() < 1e-3
@@ -123,21 +123,21 @@ def test_the_absolute_limit_never_exceeds_a_tenth_of_a_faint_effect(tiny_model_d
         assert not probes.check(faint, tokenizer, recorded).passed
 
 
-def test_saved_probes_load_again_as_they_were(tmp_path, tuned, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_saved_probes_load_again_as_they_were(tmp_path, tuned, tokenizer, recorded) -> None:
     recorded.save(tmp_path)
     loaded = probes.Probes.load(tmp_path)
     assert loaded.prompts == recorded.prompts and loaded.facts() == recorded.facts()
     assert probes.check(tuned, tokenizer, loaded, without=tuned.disable_adapter).passed
 
 
-def test_saving_twice_writes_the_same_bytes(tmp_path, recorded) -> None:  # noqa: ANN001
+def test_saving_twice_writes_the_same_bytes(tmp_path, recorded) -> None:
     recorded.save(tmp_path / "a")
     recorded.save(tmp_path / "b")
     for name in (probes.TENSORS, probes.FACTS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_probes_with_a_missing_tensor_are_refused(tmp_path, recorded) -> None:  # noqa: ANN001
+def test_probes_with_a_missing_tensor_are_refused(tmp_path, recorded) -> None:
     recorded.save(tmp_path)
     facts = (tmp_path / probes.FACTS).read_text().replace('"fp32"', '"bf16"')
     (tmp_path / probes.FACTS).write_text(facts)
@@ -145,25 +145,25 @@ def test_probes_with_a_missing_tensor_are_refused(tmp_path, recorded) -> None:  
         probes.Probes.load(tmp_path)
 
 
-def test_logits_that_are_not_finite_are_refused(tiny_model_dir, tokenizer) -> None:  # noqa: ANN001
+def test_logits_that_are_not_finite_are_refused(tiny_model_dir, tokenizer) -> None:
     broken = with_lora(load(tiny_model_dir), scale=float("inf"))
     with pytest.raises(ModelError, match="not finite"):
         probes.record(broken, tokenizer, broken.disable_adapter)
 
 
-def test_nan_never_compares_as_near(recorded) -> None:  # noqa: ANN001
+def test_nan_never_compares_as_near(recorded) -> None:
     tuned = torch.full((8, 400), float("nan"))
     assert not probes.compare(recorded, tuned, None, "fp32", "cpu").passed
 
 
-def test_another_tokenizer_fails_before_any_logit(tuned, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_another_tokenizer_fails_before_any_logit(tuned, tokenizer, recorded) -> None:
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["capital"])
     report = probes.check(tuned, other, recorded)
     assert not report.passed and "tokenizer" in report.reason
 
 
-def test_recording_leaves_a_training_model_as_it_was(tuned, tokenizer) -> None:  # noqa: ANN001
+def test_recording_leaves_a_training_model_as_it_was(tuned, tokenizer) -> None:
     model = copy.deepcopy(tuned).train()
     module = next(m for m in model.modules() if "cast_input_dtype_enabled" in vars(m))
     module.cast_input_dtype_enabled = False
@@ -173,7 +173,7 @@ def test_recording_leaves_a_training_model_as_it_was(tuned, tokenizer) -> None: 
     assert model.config._attn_implementation == varlen.NAME
 
 
-def test_two_precisions_can_be_kept_side_by_side(tmp_path, tiny_model_dir, tokenizer, recorded) -> None:  # noqa: ANN001
+def test_two_precisions_can_be_kept_side_by_side(tmp_path, tiny_model_dir, tokenizer, recorded) -> None:
     tuned = with_lora(load(tiny_model_dir, torch.bfloat16))
     both = recorded.merged(probes.record(tuned, tokenizer, tuned.disable_adapter))
     both.save(tmp_path)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.memory_blocks import MemoryBlocks, packed_blocks
 from transformers import AutoModelForCausalLM
 
 from ftcore.adapters import AdapterStore
@@ -27,6 +26,7 @@ from ftcore.publish import import_adapter, publish_final, publish_run
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir
 from ftcore.signing import keygen, verify_card
+from tests.memory_blocks import MemoryBlocks, packed_blocks
 
 MANIFEST = {"digest": "1" * 64, "counts": {"rows": {"train": 7}, "tokens": 90}, "digests": {"template": "2" * 64}}
 
@@ -61,7 +61,9 @@ def train_something(recipe: Recipe, folder: Path, *, scale: float = 0.3, seed: i
 def publish(recipe: Recipe, final: Path, **facts: Any) -> Any:
     lines: list[str] = []
     store = AdapterStore(recipe.output.store)
-    ref = publish_final(recipe, final, MANIFEST, metrics={"steps": 3, "bad": float("nan")}, world_size=2, store=store, log=lines.append, **facts)
+    ref = publish_final(
+        recipe, final, MANIFEST, metrics={"steps": 3, "bad": float("nan")}, world_size=2, store=store, log=lines.append, **facts
+    )
     return ref, store, lines
 
 
@@ -196,7 +198,9 @@ def test_a_run_is_published_promoted_and_signed(tiny_model_dir: Path, tmp_path: 
 
 
 def test_a_plain_peft_adapter_is_imported_with_probes_recorded_now(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     model.save_pretrained(tmp_path / "foreign")
     store = AdapterStore(tmp_path / "store")
     ref = import_adapter(tmp_path / "foreign", "acme/foreign", Model(path=str(tiny_model_dir)), store, log=lambda line: None)

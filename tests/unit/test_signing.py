@@ -41,7 +41,13 @@ def test_a_signed_card_passes_for_its_key_even_after_a_round_trip(card: Card, ke
 @pytest.mark.parametrize("field", ["metrics", "created", "base", "parent", "seed"])
 def test_an_altered_card_is_refused(card: Card, keys: tuple[Path, Path, str], field: str) -> None:
     private, public, _ = keys
-    changes = {"metrics": {"loss": 0.1}, "created": "then", "base": BaseFacts(id="c", weights=ZEROS, dtype="fp32"), "parent": "x", "seed": 1}
+    changes = {
+        "metrics": {"loss": 0.1},
+        "created": "then",
+        "base": BaseFacts(id="c", weights=ZEROS, dtype="fp32"),
+        "parent": "x",
+        "seed": 1,
+    }
     altered = sign_card(card, private).model_copy(update={field: changes[field]})
     with pytest.raises(IntegrityError, match="altered"):
         verify_card(altered, [public])
