@@ -3,7 +3,7 @@
     python benchmarks/train_speed.py [--rows alpaca.json] [--steps 12] [--dtype fp32] [--rounds 3]
 
 Every case is a process of its own; rounds are interleaved; the table gives the median of real (non-padding) tokens a second, after warm-up.
-Cases: trl-default (padded), trl-best (packed, its own best-fit), ours-packed, ours-grouped (padded, like lengths together), ours-padded
+Cases: trl-default (padded), trl-grouped (padded, like lengths together), trl-best (packed, its own best-fit), ours-packed, ours-grouped (padded, like lengths together), ours-padded
 (padded in random order). TRL must be installed (`pip install -c constraints.txt trl`).
 """
 
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
-CASES = ("trl-default", "trl-best", "ours-packed", "ours-grouped", "ours-padded")
-VOCABULARY, BATCH, MAX_LENGTH = 32000, 16, 512
+CASES = ("trl-default", "trl-grouped", "trl-best", "ours-packed", "ours-grouped", "ours-padded")
+VOCABULARY, BATCH, MAX_LENGTH = 32000, 8, 512  # 8 a device is TRL's default
 
 
 def lengths(rows: Path | None, count: int) -> list[tuple[int, int]]:
@@ -76,6 +76,7 @@ def run_trl(case: str, base: Path, rows: list[tuple[list[int], list[int]]], args
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=4 if packing else BATCH, max_steps=args.steps, logging_steps=1, save_strategy="no",
         report_to=[], packing=packing, max_length=MAX_LENGTH, gradient_checkpointing=False, use_cpu=True, bf16=args.dtype == "bf16",
+        train_sampling_strategy="group_by_length" if case == "trl-grouped" else "random",
         learning_rate=1e-4, disable_tqdm=True, completion_only_loss=True, dataloader_num_workers=0,
     )  # fmt: skip
     seen: list[tuple[float, int]] = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 import threading
 import warnings
@@ -35,6 +36,7 @@ DRIVER_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray's own FutureWarning asks for
 }
+KNOCK_S = 5.0
 SINGLE_MACHINE_DEFAULTS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine's nodes away
 
 
@@ -136,6 +138,7 @@ def _start_local(local_cpus: float, dashboard: bool) -> str:
 
 def _join(address: str) -> str:
     try:
+        _knock(address)
         context: Any = ray.init(
             address=address, runtime_env=code_for_cluster(), log_to_driver=_wants_ray_logs(), logging_level=logging.ERROR
         )
@@ -148,6 +151,13 @@ def _join(address: str) -> str:
             remedy="start it, correct RAY_ADDRESS, give its token (RAY_AUTH_TOKEN or ~/.ray/auth_token), or unset RAY_ADDRESS to run here",
         ) from error
     return str(context.address_info["session_dir"])
+
+
+def _knock(address: str) -> None:
+    """Ray itself waits a minute for a silent address and then ends the whole process. Raises OSError."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def _describe(kind: Kind, logs: str = "the logs of the Ray session") -> Connection:

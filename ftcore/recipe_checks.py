@@ -61,8 +61,8 @@ def _adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
             )
         if recipe.model.adapter is not None:
             yield "model.adapter", f"method `{method.kind}` cannot continue from an adapter; merge it first (`ftcore merge`) and train that"
-        if stage.needs_reference:
-            yield "stage.kind", f"stage `{stage.kind}` compares with the untouched base, which method `{method.kind}` overwrites; take lora"
+    if stage.needs_reference and not method.keeps_base:
+        yield "stage.kind", f"stage `{stage.kind}` compares with the untouched base, which method `{method.kind}` overwrites; take lora"
     if recipe.output.sign_key is not None and recipe.output.adapter is None:
         yield "output.sign_key", "nothing is published, so nothing would be signed; set output.adapter or remove this key"
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ftcore.foreign_names import RECIPE_PATHS
-from ftcore.recipe_file import Path_, Problem, Tree, dotted
+from ftcore.recipe_file import KeyPath, Problem, Tree, dotted
 from ftcore.section import Choice, Section, leaf_paths
 
 BOUNDS = {
@@ -51,9 +51,9 @@ def explain(error: ValidationError, tree: Tree, recipe: type[Section]) -> list[P
     return problems
 
 
-def _as_written(loc: tuple[Any, ...], tree: Tree) -> Path_:
+def _as_written(loc: tuple[Any, ...], tree: Tree) -> KeyPath:
     """Pydantic's location without what it adds itself (names of union members)."""
-    path: Path_ = ()
+    path: KeyPath = ()
     for key in loc:
         node = tree.value(path)
         if isinstance(key, int) or not isinstance(node, dict) or key in node or "[" not in str(key):
@@ -61,7 +61,7 @@ def _as_written(loc: tuple[Any, ...], tree: Tree) -> Path_:
     return path
 
 
-def _sentence(line: dict[str, Any], path: Path_, tree: Tree, recipe: type[Section]) -> str:
+def _sentence(line: dict[str, Any], path: KeyPath, tree: Tree, recipe: type[Section]) -> str:
     kind, context = line["type"], line.get("ctx", {})
     got = shown(line["input"])
     if kind == "extra_forbidden":
@@ -84,7 +84,7 @@ def _sentence(line: dict[str, Any], path: Path_, tree: Tree, recipe: type[Sectio
     return message if isinstance(line["input"], dict | list) else f"{message}; got {got}"
 
 
-def _left_over(path: Path_, tree: Tree) -> str:
+def _left_over(path: KeyPath, tree: Tree) -> str:
     """A key of the file's kind, after an override chose another kind for the section."""
     chosen_by = tree.place((path[0], "kind"))
     if len(path) == 2 and chosen_by.startswith("override") and not tree.place(path).startswith("override"):
@@ -98,10 +98,11 @@ def _near(value: object, names: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def suggest_key(path: Path_, tree: Tree, recipe: type[Section]) -> str:
+def suggest_key(path: KeyPath, tree: Tree, recipe: type[Section]) -> str:
     """`did you mean ...?` for a key that does not exist: its siblings, then every leaf of the recipe, then other programs' names."""
     key, parent = str(path[-1]), path[:-1]
-    siblings = list(section_at(parent, tree, recipe).model_fields) if section_at(parent, tree, recipe) else []
+    owner = section_at(parent, tree, recipe)
+    siblings = list(owner.model_fields) if owner else []
     swapped = [name for name in siblings if sorted(name) == sorted(key)]
     if swapped:
         return f"did you mean {dotted((*parent, swapped[0]))}?"
@@ -129,7 +130,7 @@ def _by_foreign(key: str) -> list[str]:
     return [RECIPE_PATHS[name] for name in near if " " not in RECIPE_PATHS[name]]
 
 
-def section_at(path: Path_, tree: Tree, recipe: type[Section]) -> type[BaseModel] | None:
+def section_at(path: KeyPath, tree: Tree, recipe: type[Section]) -> type[BaseModel] | None:
     """The Section class that owns the keys under `path`, following choices by the kind that was written."""
     cls: type[BaseModel] | None = recipe
     for depth, key in enumerate(path):
@@ -170,7 +171,7 @@ def all_leaf_paths(tree: Tree, recipe: type[Section]) -> list[str]:
     return leaves + [f"data.sources.0.{key}" for key in (source.model_fields if source else ())]
 
 
-def _range(path: Path_, tree: Tree, recipe: type[Section]) -> str:
+def _range(path: KeyPath, tree: Tree, recipe: type[Section]) -> str:
     """Both bounds of a field in words: `from 0 to 1`, `greater than 0`."""
     owner = section_at(path[:-1], tree, recipe)
     field = owner.model_fields.get(str(path[-1])) if owner else None
@@ -184,7 +185,7 @@ def _range(path: Path_, tree: Tree, recipe: type[Section]) -> str:
     return ""
 
 
-def _documented(path: Path_, tree: Tree, recipe: type[Section]) -> str:
+def _documented(path: KeyPath, tree: Tree, recipe: type[Section]) -> str:
     owner = section_at(path[:-1], tree, recipe)
     field = owner.model_fields.get(str(path[-1])) if owner else None
     return (field.description or "").split("\n")[0] if field and field.description else "this key is required"

@@ -17,7 +17,7 @@ import yaml
 
 from ftcore.errors import ConfigError
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
 
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -43,24 +43,25 @@ class Tree:
     """Plain values, and for each path the place a person wrote it (`recipe.yaml:12` or `override optim.lr=0`)."""
 
     values: dict[str, Any]
-    places: dict[Path_, str] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
     name: str = "recipe"
     problems: list[Problem] = field(default_factory=list)
 
-    def place(self, path: Path_) -> str:
+    def place(self, path: KeyPath) -> str:
         """Where `path` was written, or its nearest written parent."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
         return self.name
 
-    def value(self, path: Path_) -> Any:
+    def value(self, path: KeyPath) -> Any:
         node: Any = self.values
         for key in path:
-            if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int) and key < len(node)):
-                node = node[key]
-            else:
+            if isinstance(node, list):
+                node = dict(enumerate(node))
+            if not isinstance(node, dict) or key not in node:
                 return None
+            node = node[key]
         return node
 
 
@@ -170,7 +171,7 @@ def by_line(problem: Problem) -> tuple[int, int]:
     return (0, int(line)) if line.isdigit() else (1, 0)
 
 
-def _construct(node: yaml.Node, path: Path_, tree: Tree, loader: _Loader) -> Any:
+def _construct(node: yaml.Node, path: KeyPath, tree: Tree, loader: _Loader) -> Any:
     if path:
         tree.places[path] = f"{tree.name}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
@@ -220,7 +221,7 @@ def override(tree: Tree, text: str) -> None:
     if not equals or not all(keys):
         tree.problems.append(Problem(place, "", "an override reads path=value, like optim.lr=1e-4"))
         return
-    path: Path_ = ()
+    path: KeyPath = ()
     node: Any = tree.values
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
@@ -262,7 +263,7 @@ def _opened(parent: Any, key: str | int) -> Any:
     return child
 
 
-def dotted(path: Path_) -> str:
+def dotted(path: KeyPath) -> str:
     return ".".join(str(key) for key in path)
 
 

@@ -75,19 +75,21 @@ def chosen(base: type[Choice], registry: Registry[Any], default: str | None = No
         if not isinstance(value, dict) or "kind" not in value:
             raise PydanticCustomError("choice", "needs a `kind`: one of {kinds}", {"kinds": " | ".join(registry)})
         try:
-            cls = registry[value["kind"]]
+            cls = registry[str(value["kind"])]
         except ConfigError as error:
             line = InitErrorDetails(
                 type=PydanticCustomError(
-                    "unknown_kind", "unknown {axis}; wanted {wanted}; {hint}",
+                    "unknown_kind",
+                    "unknown {axis}; wanted {wanted}; {hint}",
                     {"axis": registry.axis, "wanted": error.wanted, "hint": error.remedy or "see `ftcore schema`"},
                 ),
-                loc=("kind",), input=value["kind"],
+                loc=("kind",),
+                input=value["kind"],
             )
             raise ValidationError.from_exception_data(registry.axis, [line]) from None
         return cls.model_validate(value)
 
-    return Annotated[SerializeAsAny[base], BeforeValidator(pick), _ChoiceSchema(registry, default)]  # type: ignore[valid-type]
+    return Annotated[SerializeAsAny[base], BeforeValidator(pick), _ChoiceSchema(registry, default)]  # type: ignore[valid-type,misc]
 
 
 def leaf_paths(cls: type[BaseModel], prefix: str = "") -> list[str]:
@@ -100,5 +102,3 @@ def leaf_paths(cls: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             paths.append(prefix + name)
     return paths
-
-

@@ -1,10 +1,10 @@
 """Demo: the main job end to end on the embedded default: predict a user's next desktop operation.
 
-    make demo                       python -m pipelines.demo
-    make demo HISTORY=~/.bash_history         the same table for a shell history of your own; nothing leaves .demo/
+    make demo                                 python -m pipelines.demo
+    make demo HISTORY=~/.bash_history         the same table for a shell history of your own; nothing of it leaves .demo/
     make demo MODEL=FOLDER-OR-HUB-NAME        the same table on another base
 
-In: seeds (or a history file). Out: a table, adapters and run reports under .demo/. Runs in: the driver; training on 2 Ray Train workers.
+In: seeds (or a history file). Out: tables, adapters and run reports under .demo/. Runs in: the driver; training on 2 Ray Train workers.
 
     simulate two tenants -> prepare -> a LoRA each -> publish -> table -> habits drift -> train version 1 further -> compare -> promote
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,118 +21,118 @@ from pathlib import Path
 
 from cluster.connect import connect
 from ftcore.adapters import AdapterRef, AdapterStore
-from ftcore.demo.history import HistoryDay, write_history
-from ftcore.demo.judging import OWN, Bench, lineup, verdict
+from ftcore.cli import guarded
+from ftcore.demo.history import write_history
+from ftcore.demo.judging import Bench, lineup, use_all_cores, verdict
 from ftcore.demo.tenants import CEILING, Ceiling, TenantDay, demo_teams, new_habits, write_day
-from ftcore.errors import FtcoreError
 from ftcore.evals.predictors import Predictor
 from ftcore.evals.tasks.next_operation import Table, judge
 from ftcore.recipe import Recipe, load_recipe
+from ftcore.report import write_report
 from pipelines.fit import Outcome, fit
 
 RECIPES = Path(__file__).parent / "recipes"
-DAY_ONE, DAY_TWO = "monday", "tuesday"
+ANOTHER_BASE = ("data.max_length=1024", "data.overlong=split", "optim.lr=5e-4")
+"""What suits a base that was not made for this text: it needs more tokens for it, and smaller steps."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
     started = time.monotonic()
     connection = connect(local_cpus=2)
+    use_all_cores()  # for judging; training has its own processes
     try:
-        met = own_history(options) if options.history else two_tenants(options)
-    except FtcoreError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        own_history(options) if options.history else two_tenants(options)
     finally:
         connection.close()
-    print(f"\n{time.monotonic() - started:.0f} s in all (seed {options.seed})")
-    return 0 if met else 1
+    print(f"\n{time.monotonic() - started:.0f} s in all, seed {options.seed}")
+    return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--history", type=Path, help="a shell history file (bash, zsh or fish)")
     parser.add_argument("--model", help="another base: a folder or a hub name")
     parser.add_argument("--out", type=Path, default=Path(".demo"), help="where everything lands")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the tenants, their habits and their sessions")
     parser.add_argument("--sessions", type=int, default=300, help="training sessions a tenant")
     parser.add_argument("--held-out", type=int, default=100, help="sessions a tenant is judged by")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override the recipes (for experiments)")
-    return parser.parse_args(arguments)
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override the recipes, for experiments")
+    return parser.parse_args(argv)
 
 
 def recipe_for(options: argparse.Namespace, file: str, rows: Path, adapter: str, *extra: str) -> Recipe:
-    """The committed recipe, pointed at these rows, this tenant and this output folder."""
-    name = f"{rows.name.split('.')[0]}-{options.seed}" + (f"-{Path(options.model).name.lower()}" if options.model else "")
-    base = [f"model.path={options.model}"] if options.model else []
+    """A committed recipe, pointed at these rows, this tenant and this output folder."""
+    base = [f"model.path={options.model}", *ANOTHER_BASE] if options.model else []
+    name = "-".join([rows.name.split(".")[0], str(options.seed), *([Path(options.model).name.lower()] if options.model else [])])
     places = [f"output.runs={options.out}/runs", f"output.store={options.out}/adapters", f"data.cache={options.out}/prepared"]
     sources = json.dumps([{"path": str(rows), "format": "messages"}])
-    return load_recipe(
-        RECIPES / file, (f"name={name}", f"data.sources={sources}", f"output.adapter={adapter}", *places, *base, *extra, *options.set)
-    )
+    changes = [f"name={name}", f"data.sources={sources}", f"output.adapter={adapter}", *places, *base, *extra, *options.set]
+    return load_recipe(RECIPES / file, changes)
 
 
 def two_tenants(options: argparse.Namespace) -> bool:
     """The demo proper. Returns whether every goal was met."""
     say(f"1. two tenants, {options.sessions} sessions each: the same events, contradictory habits")
-    teams, folder = demo_teams(options.seed), options.out / "data"
     sizes = {"num_train": options.sessions, "num_test": options.held_out, "seed": options.seed}
-    days = [write_day(team, folder, day=DAY_ONE, **sizes) for team in teams]
-    outcomes: list[Outcome] = []
-    for number, day in enumerate(days, 2):
+    days = [write_day(team, options.out / "data", day="monday", **sizes) for team in demo_teams(options.seed)]
+    recipes = [recipe_for(options, "demo-lora.yaml", day.rows, f"{day.team.name}/desktop") for day in days]
+    outcomes = []
+    for number, (day, recipe) in enumerate(zip(days, recipes, strict=True), 2):
         say(f"{number}. a LoRA for {day.team.name}: {day.rows}")
-        outcomes.append(fit(recipe_for(options, "demo-lora.yaml", day.rows, f"{day.team.name}/desktop")))
-    say("4. the table: held-out sessions, every operation foretold with its true past")
-    recipe = recipe_for(options, "demo-lora.yaml", days[0].rows, "acme/desktop")
-    store = AdapterStore(recipe.output.store)
-    refs = [ref_of(outcome) for outcome in outcomes]
-    bench = Bench(recipe.model, {ref.tenant: store.fetch(ref, options.out / "fetched") for ref in refs})
-    tables, met = [], True
-    for day, other in zip(days, reversed(days), strict=True):
+        outcomes.append(fit(recipe))
+    say("4. the table: every operation of held-out sessions, foretold from what was seen before it")
+    store, refs = AdapterStore(recipes[0].output.store), [ref_of(outcome) for outcome in outcomes]
+    bench = Bench(recipes[0].model, {ref.tenant: store.fetch(ref, options.out / "fetched") for ref in refs})
+    tables, goals = [], []
+    for day, other, outcome in zip(days, reversed(days), outcomes, strict=True):
         rivals = [*lineup(bench, day.train(), day.team.name, other.team.name), Ceiling(day.held_out)]
-        tables.append(judge(f"{day.team.name}, {DAY_ONE}", rivals, day.test()))
-        good, sentences = verdict(tables[-1], CEILING)
-        met = met and good
-        print(tables[-1].text(), *sentences, "", sep="\n")
+        tables.append(judge(f"{day.team.name}, monday", rivals, day.test()))
+        met, sentences = verdict(tables[-1], CEILING)
+        goals.append(met)
+        print("\n".join([tables[-1].text(), *sentences, ""]))
+        write_report(outcome.run, comparison=tables[-1].text())
     drifted, table, better = drift(options, days[0], refs[0], store, sizes)
     end(options, [*tables, table], [*outcomes, drifted])
-    return met and better
+    return all(goals) and better
 
 
 def drift(
     options: argparse.Namespace, before: TenantDay, first: AdapterRef, store: AdapterStore, sizes: dict[str, int]
 ) -> tuple[Outcome, Table, bool]:
     """Another day: habits changed. Version 1 is trained further on the new sessions, compared, and version 2 promoted if it is better."""
-    say(f"5. {DAY_TWO}: {before.team.name}'s habits changed; version 1 ({first}) is trained further")
-    day = write_day(new_habits(before.team, options.seed), options.out / "data", day=DAY_TWO, **sizes)
+    say(f"5. tuesday: {before.team.name}'s habits changed; version 1 ({first}) is trained further")
+    day = write_day(new_habits(before.team, options.seed), options.out / "data", day="tuesday", **sizes)
     recipe = recipe_for(options, "demo-drift.yaml", day.rows, f"{first.tenant}/{first.name}", f"model.adapter={first.full}")
     outcome = fit(recipe)
     second = ref_of(outcome)
     bench = Bench(recipe.model, {name: store.fetch(ref, options.out / "fetched") for name, ref in (("v1", first), ("v2", second))})
-    rivals: list[Predictor] = [bench.predictor("version 1", "v1"), bench.predictor("version 2", "v2"), Ceiling(day.held_out)]
-    table = judge(f"{day.team.name}, {DAY_TWO} (habits drifted)", rivals, day.test())
+    versions: list[Predictor] = [bench.predictor("version 1", "v1"), bench.predictor("version 2", "v2")]
+    table = judge(f"{day.team.name}, tuesday (habits drifted)", [*versions, Ceiling(day.held_out)], day.test())
     lead = table.lead("version 2", "version 1")
-    print(table.text())
-    better, points = lead.low > 0, f"{100 * lead.value:+.1f} points (95 % {100 * lead.low:+.1f} .. {100 * lead.high:+.1f})"
+    better, points = lead.low > 0, f"{100 * lead.value:+.1f} points, 95 % interval {100 * lead.low:+.1f} .. {100 * lead.high:+.1f}"
     if better:
         store.promote(second)
-    print(f"  version 2: {points}; " + (f"promoted, acme/desktop now means {second}" if better else "not clearly better, version 1 stays"))
+    decision = f"promoted: acme/desktop now means {second}" if better else "not clearly better: version 1 stays"
+    print(f"{table.text()}\n  version 2 over version 1: {points}; {decision}")
+    write_report(outcome.run, comparison=table.text())
     return outcome, table, better
 
 
-def own_history(options: argparse.Namespace) -> bool:
+def own_history(options: argparse.Namespace) -> Table:
     """The same table for a shell history of the user's own."""
     say(f"1. {options.history}: read, redacted, kept under {options.out}")
-    day: HistoryDay = write_history(options.history, options.out / "data")
-    print(f"  {day.num_commands} commands, {day.num_redacted} with secrets or personal data masked; the newest fifth is held out")
+    mine = write_history(options.history, options.out / "data")
+    print(f"{mine.num_commands} commands, secrets or personal data masked in {mine.num_redacted}; the newest fifth is held out")
     say("2. a LoRA for me")
-    outcome = fit(recipe_for(options, "demo-lora.yaml", day.rows, "me/shell"))
-    recipe = recipe_for(options, "demo-lora.yaml", day.rows, "me/shell")
+    recipe = recipe_for(options, "demo-lora.yaml", mine.rows, "me/shell")
+    outcome = fit(recipe)
     bench = Bench(recipe.model, {"me": AdapterStore(recipe.output.store).fetch(ref_of(outcome), options.out / "fetched")})
-    table = judge("my shell history", lineup(bench, day.train, "me", None), day.test)
-    print(table.text(), *verdict(table, None)[1], sep="\n")
+    table = judge("my shell history", lineup(bench, mine.train, "me", None), mine.test)
+    print("\n".join([table.text(), *verdict(table, None)[1]]))
+    write_report(outcome.run, comparison=table.text())
     end(options, [table], [outcome])
-    return True
+    return table
 
 
 def ref_of(outcome: Outcome) -> AdapterRef:
@@ -145,20 +146,18 @@ def say(text: str) -> None:
 
 def end(options: argparse.Namespace, tables: Sequence[Table], outcomes: Sequence[Outcome]) -> None:
     """Where things are, and what to try next."""
-    report = options.out / "table.md"
-    report.write_text("\n\n".join(table.markdown() for table in tables) + "\n", encoding="utf-8")
+    (options.out / "table.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n", encoding="utf-8")
     (options.out / "table.json").write_text(json.dumps([table.to_json() for table in tables], indent=1), encoding="utf-8")
-    print(f"\nthe tables        {report} (and table.json)")
-    for outcome in outcomes:
-        print(f"run report        {outcome.report}")
-    names = sorted({f"{ref_of(outcome).tenant}/{ref_of(outcome).name}" for outcome in outcomes})
-    print(f"adapters          {options.out}/adapters: {', '.join(names)}")
+    program = Path(os.path.relpath(Path(sys.executable).with_name("ftcore")))
+    print("\nwhere things are")
+    print(f"  tables     {options.out}/table.md, table.json")
+    print(*(f"  report     {outcome.report}" for outcome in outcomes), sep="\n")
+    print(f"  adapters   {options.out}/adapters: {', '.join(str(ref_of(outcome)) for outcome in outcomes)}")
     print("\ntry next")
-    print(f"  ftcore adapters list --store {options.out}/adapters")
-    print(f"  ftcore preview {RECIPES / 'demo-lora.yaml'}            rows token by token: what is trained and what is not")
-    print("  make demo HISTORY=~/.bash_history           the same table for your own shell")
-    print(f"  the own adapter is the line `{OWN}`; its recipe: pipelines/recipes/demo-lora.yaml")
+    print(f"  {program} adapters list --store {options.out}/adapters")
+    print(f"  {program} preview {os.path.relpath(RECIPES / 'demo-lora.yaml')}        rows token by token: what is trained")
+    print("  make demo HISTORY=~/.bash_history                         the same table for your own shell")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(lambda argv: main(argv), sys.argv[1:]))

@@ -79,13 +79,13 @@ def recognise(run: RunDir, recipe: Recipe) -> bool:
 
 def refuse_other_data(run: RunDir, recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any], but: set[str]) -> None:
     """Raises ConfigError naming what the blocks were made of that is another now; `but`: what does not matter here."""
-    names = {"data": "rows or the data section", "code": "ftcore's own reading of rows"}
+    names = {"data": "the rows or the data section", "code": "how this ftcore reads rows"}
     changed = [names.get(key, key) for key in sorted({*before, *now} - but) if before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(
             "what this run learns from changed since it began",
             where=run.url,
-            got=f"another {', another '.join(changed)}",
+            got=f"changed: {', '.join(changed)}",
             remedy=_another(recipe),
         )
 

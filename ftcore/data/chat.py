@@ -82,6 +82,7 @@ class Chat:
                     got=repr(self._forged.findall(turn.content)[0]),
                     remedy="remove them: they would end or forge a turn",
                 )
+        self._check_tools(conversation)
         text, spans = self._turns_for(conversation.tools).find([_plain(message) for message in messages])
         ids, starts, ends = self._tokens(text)
         mask = np.zeros(len(ids), np.uint8)
@@ -105,6 +106,13 @@ class Chat:
             mask |= np.isin(roles, [_TEMPLATE])
         mask[:1] = 0
         return Example(ids, mask, roles, conversation.origin, num_answers=num_answers, num_stopped=num_stopped)
+
+    def _check_tools(self, conversation: Conversation) -> None:
+        """A template that has no place for tools would leave them out without a word."""
+        if conversation.tools and "tools" not in self.template:
+            raise DataError("the chat template has no place for tools", got=f"{len(conversation.tools)} tool definitions")
+        if "tool_calls" not in self.template and any(message.tool_calls for message in conversation.messages):
+            raise DataError("the chat template has no place for tool calls")
 
     def trains(self, message: Message, *, is_last: bool) -> bool:
         """Whether this turn is a label: its own weight if it has one, else the recipe's `train_on`."""
@@ -179,6 +187,8 @@ class Chat:
             self._forged = re.compile("|".join(re.escape(token) for token in used))
         if not stops:
             self.notes.append(f"the template writes no stop token; {self.tokenizer.eos_token!r} is put after the last answer")
+        if "strftime_now" in self.template:
+            self.notes.append("the template writes today's date into every row")
         with suppress(DataError):  # a template without system turns refuses them row by row, with its own words
             if "probe 9" not in self.render([{"role": "system", "content": "probe 9"}, *_dicts(_PROBE)]):
                 self.notes.append("the template leaves system turns out")
@@ -194,7 +204,7 @@ def _choose(tokenizer: PreTrainedTokenizerBase, template: str, family: str) -> t
     if template != "auto":
         return read_template(template), f"`{template}`, named by the recipe"
     if tokenizer.chat_template:
-        return str(tokenizer.get_chat_template()), "the tokenizer's own"
+        return _own(tokenizer), "the tokenizer's own"
     known = family_of(family)
     name = known.template
     vocabulary = tokenizer.get_vocab()
@@ -202,6 +212,18 @@ def _choose(tokenizer: PreTrainedTokenizerBase, template: str, family: str) -> t
         name = "alpaca"
     assert name in template_names()
     return read_template(name), f"`{name}`, usual for {known.name} models (the tokenizer has none)"
+
+
+def _own(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Some tokenizers carry several templates by name; `default` is the one for chat."""
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise ModelError(
+            "the tokenizer has several chat templates and none is the default",
+            got=", ".join(sorted(named)),
+            remedy="write the one to use into a file and name it with model.chat_template: FILE.jinja",
+        )
+    return str(named["default"] if isinstance(named, dict) else named)
 
 
 def _dicts(roles: Sequence[str]) -> list[dict[str, Any]]:

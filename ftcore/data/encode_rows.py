@@ -13,7 +13,7 @@ from ftcore.data.audit import Audit
 from ftcore.data.chat import Chat
 from ftcore.data.duplicates import content_hash, item_text
 from ftcore.data.encode import TOO_LONG, OverlongRefused, encode_item
-from ftcore.data.formats.base import FORMATS, recognise, to_item
+from ftcore.data.formats.base import recognise, to_item
 from ftcore.data.identity import model_type
 from ftcore.data.read import Piece, num_passes, read
 from ftcore.data.redact import redact_item
@@ -22,7 +22,7 @@ from ftcore.data.staging import PartWriter
 from ftcore.data.tasks import Answer, Order
 from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
 from ftcore.data.types import Rejected, Row
-from ftcore.errors import ConfigError, DataError
+from ftcore.errors import DataError
 from ftcore.recipe import Recipe, Source, parse_recipe
 from ftcore.storage import Folder
 
@@ -91,15 +91,10 @@ class EncodeRows:
 
     def _format(self, source: Source, head: list[Row | Rejected], audit: Audit) -> str:
         rows = [row for row in head if isinstance(row, Row)]
-        wanted = self.recipe.stage.item
         if source.format != "auto":
-            if FORMATS[source.format].item is not wanted:
-                fitting = " | ".join(name for name, entry in FORMATS.items() if entry.item is wanted)
-                what = f"stage `{self.recipe.stage.kind}` cannot learn from format `{source.format}`"
-                raise ConfigError(what, where=source.path, got=f"a {FORMATS[source.format].item.__name__}", wanted=fitting)
             return source.format
         if not rows:
             return "auto"  # nothing here gets as far as a format
-        name, reason = recognise(rows, wanted)
+        name, reason = recognise(rows, self.recipe.stage.item)
         audit.note(f"{source.path}: format {name}, because {reason}")
         return name

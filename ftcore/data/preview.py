@@ -81,12 +81,12 @@ def _first_rows(recipe: Recipe, source: int, rows: int, chat: Chat, tokenizer: P
     place = recipe.data.sources[source]
     pieces = plan(recipe.data.sources[source : source + 1])
     head = list(itertools.islice(itertools.chain.from_iterable(read(piece) for piece in pieces), max(rows, _HEAD_ROWS)))
-    name, reason = place.format, "named by the recipe"
+    name, reason = place.format, "the recipe names it"
     good = [row for row in head if isinstance(row, Row)]
     if name == "auto" and good:
         name, reason = recognise(good, recipe.stage.item)
     shown = [show for row in head[:rows] for show in _row(row, name, recipe, chat, tokenizer)]
-    return f"{place.path}: format {name}, {reason}", shown
+    return f"{place.path}: format {name}, because {reason}", shown
 
 
 def _row(row: Row | Rejected, name: str, recipe: Recipe, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[Shown]:

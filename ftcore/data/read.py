@@ -28,7 +28,7 @@ from ftcore.storage import explain_oserror
 if TYPE_CHECKING:
     from ftcore.recipe import Source
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 8 << 20
 _SNIFF_BYTES = 1 << 20
 
 
@@ -77,7 +77,7 @@ def _cut(file: SourceFile, source: int) -> list[Piece]:
     if file.kind == "text":
         with open_bytes(file.url, gzipped=file.gzipped) as stream:
             head = stream.read(_SNIFF_BYTES)
-        whole = replace(whole, by_line=re.search(rb"\S[^\n]*\n[ \t\r]*\n\s*\S", head) is None)
+        whole = replace(whole, by_line=re.search(rb"\n[ \t\r]*\n", head.strip()) is None)
     lines = file.kind == "jsonl" or (file.kind == "text" and whole.by_line)
     return _cut_lines(whole, file) if lines and not file.gzipped and file.size > PIECE_BYTES else [whole]
 

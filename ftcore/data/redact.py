@@ -50,6 +50,12 @@ def _iban(text: str) -> bool:
     return int("".join(str(int(char, 36)) for char in packed[4:] + packed[:4])) % 97 == 1
 
 
+def _resident_id(text: str) -> bool:
+    """GB 11643: the last sign is a checksum over the other seventeen."""
+    weighed = sum(int(digit) * (2 ** (17 - i) % 11) for i, digit in enumerate(text[:17]))
+    return "10X98765432"[weighed % 11] == text[17].upper()
+
+
 def _public_ip(text: str) -> bool:
     try:
         return ipaddress.ip_address(text).is_global
@@ -86,9 +92,11 @@ KINDS: tuple[Kind, ...] = (
     Kind("password", re.compile(_NAMED + r"[\"']?\s*[:=]\s*[\"']?([^\s\"',;]{6,})"), ("pass", "pwd", "secret", "key", "token"), _secret),
     Kind("email", re.compile(_EMAIL), ("@",)),
     Kind("iban", re.compile(_IBAN), _DIGITS, _iban),
+    Kind("resident id", re.compile(r"(?<![\d.-])[1-9]\d{5}(?:19|20)\d{2}[01]\d[0-3]\d{4}[\dXx](?![\d.-])"), (), _resident_id),
     Kind("card number", re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d.-])"), _DIGITS, _luhn),
     Kind("social security number", re.compile(_SSN), ("-",)),
     Kind("ip address", re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])"), _DIGITS, _public_ip),
+    Kind("phone number", re.compile(r"(?<![\w.+-])1[3-9]\d{9}(?![\w.-])|(?<=[\u4e00-\u9fff])1[3-9]\d{9}(?!\d)")),
     Kind("phone number", re.compile(_PHONE), _DIGITS, _phone),
 )
 

@@ -84,7 +84,10 @@ def list_files(path: str) -> list[SourceFile]:
     if path.startswith("hf:"):
         files = _hub_files(path)
     elif is_local(path) or path.startswith("file://"):
-        files = _local_files(path.removeprefix("file://"))
+        try:
+            files = _local_files(path.removeprefix("file://"))
+        except OSError as error:
+            raise explain_oserror(error, "read", path) from error
     else:
         files = _remote_files(path)
     for file in files:
@@ -147,6 +150,7 @@ def _picked(found: list[tuple[str, str, int]], path: str, *, is_glob: bool) -> l
         )
     kinds = Counter(kind for _, kind in known)
     if len(kinds) > 1 and not is_glob:
+        most = next(Path(fact[0]).suffix for fact, kind in known if kind == kinds.most_common(1)[0][0])
         listing = "; ".join(
             f"{count} {kind} ({', '.join(Path(fact[0]).name for fact, other in known if other == kind)[:120]})"
             for kind, count in kinds.most_common()
@@ -156,7 +160,7 @@ def _picked(found: list[tuple[str, str, int]], path: str, *, is_glob: bool) -> l
             where=path,
             got=listing,
             wanted="files of one kind",
-            remedy=f"pick with a glob, for example {path.rstrip('/')}/*{Path(known[0][0][0]).suffix}, one source each",
+            remedy=f"pick with a glob, for example {path.rstrip('/')}/*{most}, one source each",
         )
     return [_file(*fact) for fact, _ in known]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ftcore.data.duplicates import PAIR, exact_pairs, near_pairs, slice_of
+from ftcore.data.duplicates import KEY, PAIR, exact_pairs, near_pairs, slice_of
 from ftcore.data.pack import plan_blocks
 from ftcore.data.prepared import write_shard
 from ftcore.data.split import SPLITS
@@ -33,9 +33,9 @@ def find_copies(staged: Folder, order: Order) -> Answer:
     parts, starts = staged_parts(staged)
     band, threshold = order["band"], order["threshold"]
     found = [slice_of(part.keys() if band < 0 else part.band(band, threshold), order["low"], order["high"]) for part in parts]
-    keys = np.concatenate(found)
+    keys = np.concatenate([np.zeros(0, KEY), *found])
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in found])
-    rows = np.array(starts, np.int64)[owners] + keys["item"]
+    rows = np.array([*starts, 0], np.int64)[owners] + keys["item"]
     if band < 0:
         pairs = exact_pairs(keys, rows)
     else:

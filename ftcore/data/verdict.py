@@ -80,8 +80,8 @@ def _decide(parts: Sequence[StagedPart], starts: np.ndarray, number: int, copies
         tally(audit.duplicates, f"{name}, left in", chosen & ~gone)
         for split, other in ((a, b) for a in range(len(SPLITS)) for b in range(len(SPLITS)) if a != b):
             straddles = chosen & (splits[at] == split) & (leading == other)
-            tally(audit.leaked, f"{SPLITS[split]} rows that are a {name} of a {SPLITS[other]} row, dropped", straddles & gone)
-            tally(audit.leaked, f"{SPLITS[split]} rows that are a {name} of a {SPLITS[other]} row, LEFT IN", straddles & ~gone)
+            tally(audit.leaked, f"{SPLITS[split]} rows, {name}s of {SPLITS[other]} rows, dropped", straddles & gone)
+            tally(audit.leaked, f"{SPLITS[split]} rows, {name}s of {SPLITS[other]} rows, left in", straddles & ~gone)
     splits[at[gone]] = DROPPED
     return splits
 

@@ -36,7 +36,6 @@ class Bench:
     """One full-precision base in memory and any number of adapters on it, switched by name."""
 
     def __init__(self, model: Model, adapters: dict[str, Path]) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)
         base = load_base(model, dtype="fp32")
         layout = choose_layout(base, model.attention, packs=False)
         data = Data(sources=(Source(path="unused"),))
@@ -62,6 +61,11 @@ class Bench:
 
     def predictor(self, name: str, adapter: str | None = None, *, examples: Sequence[Conversation] = ()) -> LanguageModel:
         return LanguageModel(name, self.model, self.chat, examples=examples, active=lambda: self._with(adapter))
+
+
+def use_all_cores() -> None:
+    """Judging runs alone in this process, whatever OMP_NUM_THREADS says to the workers."""
+    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def lineup(bench: Bench, train: Sequence[Conversation], own: str, other: str | None) -> list[Predictor]:

@@ -6,6 +6,7 @@ In: a seed. Out: event logs and `messages` rows, training and held-out; the Ceil
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,15 @@ def new_habits(team: Team, seed: int) -> Team:
 
 def write_day(team: Team, folder: Path, *, day: str, num_train: int, num_test: int, seed: int) -> TenantDay:
     """Simulates the team, writes the collector's log and the rows made of it; the held-out sessions come from other seeds."""
-    tag = sum(map(ord, team.name + day))
-    made = sessions(team, num_train, seed * 1_000_003 + tag * 2, day=day)
+    made = sessions(team, num_train, seed_of(seed, team.name, day, "train"), day=day)
     log = write_log(([event.to_json() for event in session.events] for session in made), folder / f"{team.name}-{day}.events.jsonl")
     rows = write_rows((conversation(events) for events in read_log(log)), folder / f"{team.name}-{day}.rows.jsonl")
-    return TenantDay(team, log, rows, tuple(sessions(team, num_test, seed * 1_000_003 + tag * 2 + 1, day=f"{day}-held-out")))
+    return TenantDay(team, log, rows, tuple(sessions(team, num_test, seed_of(seed, team.name, day, "test"), day=f"{day}-held-out")))
+
+
+def seed_of(*names: object) -> int:
+    """A seed of its own for everything that has a name."""
+    return zlib.crc32("/".join(map(str, names)).encode())
 
 
 def conversation_of(session: Session) -> Conversation:

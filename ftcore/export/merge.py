@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ftcore.adapter_files import WEIGHTS
+from ftcore.adapter_files import WEIGHTS, read_config
 from ftcore.adapters import AdapterRef
 from ftcore.bind import bind_adapter
 from ftcore.card import Card
@@ -115,7 +115,7 @@ def require_base(card: Card, model: Model) -> None:
 def _merge_in_memory(model: Model, folder: Path, probes: Probes) -> tuple[nn.Module, Tensor, Tensor]:
     """The merged model in fp32, and the logits of adapter-on-base and bare base at the probes."""
     loaded = load_base(model, dtype="fp32")
-    _untie(loaded, load_file(folder / WEIGHTS))
+    _untie(loaded, load_file(folder / WEIGHTS), bool(read_config(folder).get("ensure_weight_tying")))
     tuned = bind_adapter(loaded, folder)
     check(tuned, load_tokenizer(model), probes, "fp32", tuned.disable_adapter).require(folder)
     with_adapter = last_logits(tuned, probes.prompts)
@@ -131,12 +131,12 @@ def _merge_in_memory(model: Model, folder: Path, probes: Probes) -> tuple[nn.Mod
     return merged, with_adapter, bare
 
 
-def _untie(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _untie(model: nn.Module, tensors: dict[str, Tensor], keeps_tied: bool) -> None:
     """Where the adapter changes the output layer or embeddings of a model that shares them, gives the output layer its own weights."""
     assert isinstance(model, PreTrainedModel)
     head: nn.Module | None = model.get_output_embeddings()
     embeddings: nn.Module = model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
+    if head is None or head.weight is not embeddings.weight or keeps_tied:
         return
     names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head or module is embeddings]
     if any(f".{name}." in key for key in tensors for name in names):

@@ -30,6 +30,8 @@ class Method(Choice):
     """`merge` folds it into the base."""
     is_adapter: ClassVar[bool] = False
     """What is saved is a small PEFT folder over a base, not a whole model."""
+    keeps_base: ClassVar[bool] = True
+    """The base stays underneath: `without` can give it back (what a stage that needs a reference relies on)."""
 
     def load_options(self) -> dict[str, Any]:
         """Extra keyword arguments for `from_pretrained` (quantisation, for one)."""

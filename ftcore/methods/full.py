@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ftcore.errors import IntegrityError, ModelError
 from ftcore.methods.base import METHODS, Method
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @METHODS.register("full")
 class Full(Method):
     """Full fine-tuning."""
+
+    keeps_base: ClassVar[bool] = False
 
     kind: str = "full"
 

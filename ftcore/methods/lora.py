@@ -51,11 +51,13 @@ class Lora(Method):
     def apply(self, model: nn.Module) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
+        whole = any(name.endswith(("embed_tokens", "lm_head")) for name in self.modules_to_save)
+        tied = whole and model.config.tie_word_embeddings  # a head trained apart from its embedding cannot be merged
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self._targets(model), use_rslora=self.rslora,  # type: ignore[arg-type]
             use_dora=self.dora, modules_to_save=list(self.modules_to_save) or None, task_type="CAUSAL_LM",
             base_model_name_or_path=model.config._name_or_path,
-            ensure_weight_tying=bool(self.modules_to_save and model.config.tie_word_embeddings),  # a head trained apart from its embedding cannot be merged
+            ensure_weight_tying=tied,
         )  # fmt: skip
         applied = get_peft_model(model, config)
         for module in applied.modules():
@@ -75,8 +77,8 @@ class Lora(Method):
                 raise ModelError("modules_to_save matches nothing in this model", where="method.modules_to_save", got=name, wanted=_endings(model))
         wanted: str | list[str] = self.targets if isinstance(self.targets, str) else list(self.targets)
         if wanted == "auto":
-            family = list(family_of(model.config.model_type).targets)
-            wanted = family if any(_matches(name, family) for name in linear) else "all-linear"
+            family = family_of(model.config.model_type).targets  # names of all its versions: those this model has
+            wanted = [target for target in family if any(_matches(name, [target]) for name in linear)] or "all-linear"
         if wanted == "all-linear":
             return "all-linear"
         unmatched = [wanted] if isinstance(wanted, str) else [t for t in wanted if not any(_matches(name, [t]) for name in linear)]

@@ -70,7 +70,7 @@ def test_a_formats_items_hold_no_mutable_state_of_the_row(name: str) -> None:
 def test_a_format_is_one_decorated_function(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FORMATS, "_items", dict(FORMATS.items()))
 
-    @format("lyrics", item=Text, recognises=lambda value: "has a `song`" if "song" in value else "")
+    @format("lyrics", item=Text, recognises=lambda value: "it has a `song`" if "song" in value else "")
     def lyrics(row: Row) -> Text:
         return Text(str(row.value["song"]), row.origin)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,14 @@ def test_a_tool_call_is_trained_and_its_result_is_not() -> None:
     assert marked(example).endswith("<|im_start|>assistant\n⟦Noon.<|im_end|>⟧\n")
 
 
+@pytest.mark.parametrize("part", ["tools", "tool calls"])
+def test_tools_a_template_has_no_place_for_reject_the_row(part: str) -> None:
+    call = {"type": "function", "function": {"name": "time", "arguments": {}}}
+    turns = (TALK[1], Message("assistant", "", tool_calls=(call,))) if part == "tool calls" else TALK[1:3]
+    with pytest.raises(DataError, match=f"no place for {part}"):
+        open_chat("chatml").encode(talk(*turns, tools=(call,) if part == "tools" else ()))
+
+
 def test_a_template_without_a_generation_prompt_still_does_not_train_its_header() -> None:
     chat = inline_chat("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}")
     example = chat.encode(talk(*TALK[1:3]))
@@ -302,6 +311,25 @@ def test_the_tokenizers_own_template_wins_over_the_family() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = open_chat("zephyr").template
     assert "the tokenizer's own" in open_chat("auto", tokenizer=tokenizer, family="llama").describe()
+
+
+def test_of_several_templates_of_a_tokenizer_the_default_one_is_taken() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": open_chat("zephyr").template, "tool_use": "x"}
+    assert open_chat("auto", tokenizer=tokenizer).template == open_chat("zephyr").template
+    tokenizer.chat_template = {"rag": "y", "tool_use": "x"}
+    with pytest.raises(ModelError, match="none is the default"):
+        open_chat("auto", tokenizer=tokenizer)
+
+
+def test_a_template_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(open_chat("zephyr").template)
+    assert open_chat(str(tmp_path / "own.jinja")).template_digest == open_chat("zephyr").template_digest
+    (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(ModelError, match="cannot be used for training"):
+        open_chat(str(tmp_path / "broken.jinja"))
+    with pytest.raises(ModelError, match="no such chat template"):
+        open_chat(str(tmp_path / "none.jinja"))
 
 
 def test_an_unknown_template_name_lists_the_known_ones() -> None:

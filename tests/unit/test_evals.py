@@ -25,7 +25,11 @@ def talk(*turns: str, user: str = "ada") -> Conversation:
     return Conversation((Message("system", f"user {user}"), *said), Origin("test", 1))
 
 
-TALKS = [talk("open the report", "fox", "rename it", "lazy dog"), talk("name?", "My name is Ada"), talk("a", "b", "c", "d", "e", "quick brown fox")]
+TALKS = [
+    talk("open the report", "fox", "rename it", "lazy dog"),
+    talk("name?", "My name is Ada"),
+    talk("a", "b", "c", "d", "e", "quick brown fox"),
+]
 
 
 @pytest.fixture(scope="module")

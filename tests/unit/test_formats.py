@@ -153,7 +153,7 @@ def test_content_that_is_not_text_is_rejected(content: Any) -> None:
 
 def test_a_few_odd_rows_do_not_hide_the_format() -> None:
     rows = [row(talk(("user", "a"), ("assistant", "b")), number) for number in range(1, 8)] + [row({"oops": 1}, 8)]
-    assert recognise(rows, Conversation) == ("messages", "has `messages` with a `role` each (in 7 of the first 8 rows)")
+    assert recognise(rows, Conversation) == ("messages", "it has `messages` with a `role` each (in 7 of the first 8 rows)")
 
 
 def test_rows_of_another_stage_are_named_as_such() -> None:
@@ -167,3 +167,9 @@ def test_rows_that_two_formats_fit_must_be_named() -> None:
     both = {"instruction": "a", "output": "b", **talk(("user", "a"), ("assistant", "b"))}
     with pytest.raises(DataError, match="more than one format"):
         recognise([row(json.loads(json.dumps(both)))], Conversation)
+
+
+def test_rows_wrapped_in_one_object_are_pointed_out() -> None:
+    with pytest.raises(DataError, match="one object that holds the rows") as caught:
+        recognise([row({"version": 1, "data": [talk(("user", "a"), ("assistant", "b"))]})], Conversation)
+    assert "`data`" in caught.value.got

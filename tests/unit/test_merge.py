@@ -25,6 +25,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "norms saved": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
     "head saved, embeddings shared": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "head and embeddings trained as one": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "embeddings and head trained as one": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "lora on shared embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
 }
 
@@ -84,6 +86,15 @@ def test_a_merge_above_the_tolerance_is_refused_and_leaves_nothing(tiny_model_di
     with pytest.raises(IntegrityError, match="does not give the adapter's logits"):
         merge_adapter(ref, folder, tmp_path / "out", dtype="bf16", tolerance=1e-6, log=lambda line: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "peft", "store"]
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
+def test_what_peft_itself_merges_wrongly_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """LoRA on a tied embedding and head: PEFT adds the update to the shared matrix twice."""
+    ref, folder, _ = publish(tiny_model_dir, tmp_path, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(IntegrityError, match="does not give the adapter's logits"):
+        merge_adapter(ref, folder, tmp_path / "out", log=lambda line: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_something_in_it_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def test_the_most_frequent_answer_wins() -> None:
 
 def test_a_tie_is_broken_the_same_way_every_time() -> None:
     pair = [session("ada", "login", "web"), session("ada", "login", "mail")]
-    assert BackoffNgram().fit(pair).predict("user ada", ("login",)) == BackoffNgram().fit(pair[::-1]).predict("user ada", ("login",)) == "mail"
+    assert (
+        BackoffNgram().fit(pair).predict("user ada", ("login",)) == BackoffNgram().fit(pair[::-1]).predict("user ada", ("login",)) == "mail"
+    )
 
 
 def test_the_users_own_counts_come_before_everybodys() -> None:

@@ -32,7 +32,7 @@ def store(cache: Folder, shards: dict[str, list[list[Block]]], digest: str = "d"
         for split, found in shards.items():
             for number, blocks in enumerate(found):
                 writer.add(split, *write_shard(writer.folder, writer.key(split, number), blocks, 64))
-        return writer.seal({"counts": {"rows": {split: 7 for split in shards}}})
+        return writer.seal({"counts": {"rows": dict.fromkeys(shards, 7)}})
 
 
 def same(left: Block, right: Block) -> bool:

@@ -285,3 +285,24 @@ def test_weights_repeat_whole_passes_and_take_a_stable_share() -> None:
     assert 1850 < len(half) < 2150
     assert half < {key for key in keys if num_passes(key, 0.6)}
     assert sum(num_passes(key, 1.5) for key in keys) == 4000 + len(half)
+
+
+def test_a_big_json_array_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 1 << 16)
+    path = written(tmp_path / "a.json", "[" + ",".join([json.dumps({"text": "x" * 10_000})] * 500) + "]")
+    (piece,) = plan((Source(path=str(path)),))
+    tracemalloc.start()
+    num_rows = sum(1 for _ in read(piece))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_rows == 500
+    assert peak_bytes < path.stat().st_size // 4
+
+
+def test_a_folder_one_may_not_look_into_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(StorageError, match="cannot read this"):
+        plan((Source(path=str(tmp_path)),))

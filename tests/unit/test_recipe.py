@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ftcore.errors import ConfigError
 from ftcore.recipe import Recipe, differences, dump_recipe, load_recipe, parse_recipe, recipe_digest
 from ftcore.recipe_checks import notes
+from ftcore.recipe_file import dump_yaml
 
 GOOD = """\
 name: first
@@ -281,6 +285,48 @@ def test_differences_are_the_keys_off_their_defaults() -> None:
 )
 def test_an_impossible_combination_is_refused(overrides: tuple[str, ...], words: str) -> None:
     assert words in problem(GOOD, *overrides)
+
+
+ODD: list[object] = [
+    None,
+    True,
+    -1,
+    0,
+    1e400,
+    float("nan"),
+    2**70,
+    "",
+    "no",
+    "\x00\x1b[31m",
+    "é" * 300,
+    [],
+    [[]],
+    [None],
+    {},
+    {"kind": []},
+    {"a": {"b": 1}},
+    "1e-4",
+]
+
+
+def every_place(values: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, below in items:
+        yield (*path, key)
+        yield from every_place(below, (*path, key))
+
+
+def test_whatever_stands_anywhere_in_a_recipe_only_a_config_error_comes_of_it() -> None:
+    whole = parse_recipe(GOOD).model_dump(mode="json")
+    for path in every_place(whole):
+        for odd in ODD:
+            changed = copy.deepcopy(whole)
+            node: Any = changed
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = odd
+            with contextlib.suppress(ConfigError):
+                parse_recipe(dump_yaml(changed))
 
 
 def test_promote_without_an_adapter_name_is_fine() -> None:

@@ -40,7 +40,9 @@ def test_any_session_can_be_made_again_alone() -> None:
 def test_demo_tenants_answer_every_situation_differently() -> None:
     for seed in range(3):
         acme, globex = demo_teams(seed)
-        same = [s.name for s in SITUATIONS for a in acme.personas for b in globex.personas[:1] if a.favourite(s.name) == b.favourite(s.name)]
+        same = [
+            s.name for s in SITUATIONS for a in acme.personas for b in globex.personas[:1] if a.favourite(s.name) == b.favourite(s.name)
+        ]
         shared = [s.name for s in SITUATIONS if acme.personas[0].favourite(s.name) == globex.personas[0].favourite(s.name)]
         assert len(same) <= 0.3 * 2 * len(SITUATIONS), same
         assert len(shared) <= 0.3 * len(SITUATIONS), shared

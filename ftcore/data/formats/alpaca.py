@@ -14,7 +14,7 @@ from ftcore.errors import DataError
 
 
 def _recognises(value: Mapping[str, Any]) -> str:
-    return "has the keys `instruction` and `output`" if "instruction" in value and "output" in value else ""
+    return "it has the keys `instruction` and `output`" if "instruction" in value and "output" in value else ""
 
 
 @format("alpaca", item=Conversation, recognises=_recognises)

@@ -82,6 +82,15 @@ def _unrecognised(rows: Sequence[Row], item: type, reasons: list[str], best: str
     near = f"; only {sum(map(bool, reasons))} of {len(rows)} rows look like {best}" if any(reasons) else ""
     keys = ", ".join(sorted(map(str, odd.value))[:20]) or "no keys"
     others = [name for name, entry in FORMATS.items() if entry.item is not item and entry.recognises(odd.value)]
+    inside = next((key for key, value in odd.value.items() if isinstance(value, list) and value and isinstance(value[0], dict)), None)
+    if len(rows) == 1 and inside is not None and not others:
+        return DataError(
+            "the file is one object that holds the rows",
+            where=odd.origin,
+            got=f"a list of objects under `{inside}`",
+            wanted="the rows themselves",
+            remedy=f"save the list under `{inside}` as a file of its own",
+        )
     hint = f"this looks like {' or '.join(others)}, which another stage learns from; or " if others else ""
     return DataError(
         f"no known format of a {item.__name__} fits these rows",

@@ -16,7 +16,7 @@ from ftcore.errors import DataError
 def _recognises(value: Mapping[str, Any]) -> str:
     turns = value.get("messages")
     known = isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
-    return "has `messages` with a `role` each" if known else ""
+    return "it has `messages` with a `role` each" if known else ""
 
 
 @format("messages", item=Conversation, recognises=_recognises)

@@ -16,7 +16,7 @@ from ftcore.errors import DataError
 
 
 def _recognises(value: Mapping[str, Any]) -> str:
-    return "has the keys `chosen` and `rejected`" if "chosen" in value and "rejected" in value else ""
+    return "it has the keys `chosen` and `rejected`" if "chosen" in value and "rejected" in value else ""
 
 
 @format("preference", item=Preference, recognises=_recognises)

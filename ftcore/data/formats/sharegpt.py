@@ -17,7 +17,7 @@ from ftcore.errors import DataError
 def _recognises(value: Mapping[str, Any]) -> str:
     turns = value.get("conversations", value.get("conversation"))
     known = isinstance(turns, list) and all(isinstance(turn, dict) and "from" in turn and "value" in turn for turn in turns)
-    return "has `conversations` with `from` and `value` each" if known and "chosen" not in value else ""
+    return "it has `conversations` with `from` and `value` each" if known and "chosen" not in value else ""
 
 
 @format("sharegpt", item=Conversation, recognises=_recognises)

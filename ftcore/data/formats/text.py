@@ -16,7 +16,7 @@ _KEYS = ("text", "content")
 
 
 def _recognises(value: Mapping[str, Any]) -> str:
-    return next((f"has a string `{key}`" for key in _KEYS if isinstance(value.get(key), str)), "")
+    return next((f"it has a string `{key}`" for key in _KEYS if isinstance(value.get(key), str)), "")
 
 
 @format("text", item=Text, recognises=_recognises)
