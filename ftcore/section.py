@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class Section(BaseModel):
     """A part of a recipe: frozen, unknown keys refused, each field documented by the docstring under it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @field_validator("*", mode="before")
     @classmethod
