@@ -28,7 +28,7 @@ help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 demo: $(DEMO_STAMP)
-	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: $(DEV_STAMP)
 	@$(RUN) -m pytest -q --durations=15 -m "not proof and not gpu" $(ARGS)

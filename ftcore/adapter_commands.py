@@ -172,7 +172,8 @@ def push(arguments: argparse.Namespace) -> int:
     from ftcore.export.hub import push_to_hub
 
     store = _store(arguments)
-    print(push_to_hub(store, store.resolve(arguments.ref), arguments.repo, private=not arguments.public))
+    ref = store.resolve(arguments.ref)
+    print(push_to_hub(store, ref, arguments.repo, base_model=arguments.base_model, private=not arguments.public))
     return 0
 
 
@@ -218,7 +219,9 @@ def _add_adapters(commands: Any) -> None:
     parser.add_argument("--revision", default="main")
     parser.add_argument("--sign-key", help="private key file (PEM)")
     add("keygen", make_key, "make an Ed25519 key pair to sign cards with", "file")
-    add("push", push, "push a version to a hub (HF_ENDPOINT, HF_TOKEN)", ref, "repo").add_argument("--public", action="store_true")
+    parser = add("push", push, "push a version to a hub (HF_ENDPOINT, HF_TOKEN)", ref, "repo")
+    parser.add_argument("--public", action="store_true")
+    parser.add_argument("--base-model", help="the base's name on the hub, where it was trained on a folder")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:

@@ -84,14 +84,13 @@ def help_text() -> str:
 
 
 def dispatch(name: str, arguments: list[str]) -> int:
-    """Runs one command. Raises ConfigError for an unknown one, or when another package hides one of our rooms."""
+    """Runs one command. Raises ConfigError for an unknown one, or one that needs a package that is not installed."""
     if name not in COMMANDS:
         from difflib import get_close_matches
 
         near = get_close_matches(name, COMMANDS, n=1)
         remedy = f"did you mean `ftcore {near[0]}`?" if near else "`ftcore --help` lists the commands"
         raise ConfigError("unknown command", got=name, wanted=" | ".join(COMMANDS), remedy=remedy)
-    check_rooms()
     command = COMMANDS[name]
     module_name, function = command.target.split(":")
     run: Main = getattr(_imported(module_name, name), function)
@@ -135,6 +134,7 @@ def check_rooms() -> None:
 def guarded(run: Main, arguments: list[str], *, debug: bool = False) -> int:
     """The edge of the process: errors become a message on stderr and an exit code; also for `python pipelines/....py`."""
     try:
+        check_rooms()
         return run(arguments) or 0
     except FtcoreError as error:
         if debug:

@@ -30,6 +30,8 @@ from ftcore.storage import Folder, digest_of
 Log = Callable[[str], None]
 SMALL_BYTES = 8 << 20
 """`data.engine: auto` prepares less than this in one process: a cluster would take longer to answer."""
+FINISH_HERE_TOKENS = 4_000_000
+"""So many encoded tokens are packed by the driver itself: tens of megabytes, done before other workers have started."""
 ORDER_BYTES = 8 << 20
 """Small pieces are encoded together up to this size."""
 SPEAK_EVERY_S = 5.0
@@ -81,6 +83,8 @@ def build(recipe: Recipe, cache: Folder, facts: dict[str, Any], log: Log) -> Pre
         tasks = _tasks(work, encoder, pieces, log)
         log(encoder.chat.describe())
         audit = _encode(tasks, work, pieces, log)
+        if sum(part.part.tokens for part in staged_parts(work.staged)[0]) <= FINISH_HERE_TOKENS:
+            tasks = Here(work, encoder)
         _judge_and_pack(tasks, work, writer, audit, log)
         counts = {"rows": {name: facts.rows for name, facts in audit.splits.items()}}
         prepared = writer.seal({"identity": facts, "counts": counts, "audit": audit.to_json(), **encoder.facts()})

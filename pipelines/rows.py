@@ -74,7 +74,8 @@ def _answer(task: Callable[[Order], Answer], record: Record) -> Record:
     try:
         answer = task(json.loads(record["order"]))
     except FtcoreError as error:
-        answer = {"error": type(error).__name__, "what": error.what, **error.facts()}
+        known = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        answer = {"error": known, "what": error.what, **error.facts()}
     return {"number": record["number"], "answer": json.dumps(answer)}
 
 
@@ -82,5 +83,5 @@ def _answers(dataset: ray.data.Dataset) -> Iterator[Answer]:
     for record in dataset.iter_rows():
         answer = json.loads(record["answer"])
         if "error" in answer:
-            raise getattr(errors, answer.pop("error"), FtcoreError)(answer.pop("what"), **answer)
+            raise getattr(errors, answer.pop("error"))(answer.pop("what"), **answer)
         yield answer

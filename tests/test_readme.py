@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
-import subprocess
-import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from ftcore.cli import COMMANDS
+from ftcore import errors
+from ftcore.cli import COMMANDS, main
 from ftcore.recipe import load_recipe
 
 REPO = Path(__file__).resolve().parents[1]
@@ -37,10 +39,11 @@ def words(command: str) -> list[str]:
 
 
 @cache
-def help_of(*program: str) -> str:
-    done = subprocess.run([sys.executable, *program, "--help"], cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def help_of(*command: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    return printed.getvalue()
 
 
 def test_there_is_something_to_check() -> None:
@@ -63,12 +66,10 @@ def test_an_ftcore_command_parses(command: str) -> None:
     if name.startswith("-"):
         return
     assert name in COMMANDS
-    program = ["-m", "ftcore.cli", name]
-    if name == "adapters":
-        program.append(rest.pop(0))
-    text = help_of(*program)
+    command_words = [name, rest.pop(0)] if name == "adapters" else [name]
+    text = help_of(*command_words)
     for flag in (word for word in rest if word.startswith("--")):
-        assert flag in text, f"`{' '.join(program[2:])}` has no {flag}"
+        assert flag in text, f"`ftcore {' '.join(command_words)}` has no {flag}"
 
 
 def check_overrides(recipe: str, arguments: list[str]) -> None:
@@ -95,8 +96,6 @@ def test_a_script_that_is_run_exists(command: str) -> None:
 
 
 def test_pip_extras_exist() -> None:
-    import tomllib
-
     extras = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     text = (REPO / "README.md").read_text(encoding="utf-8")
     asked = {name for group in re.findall(r'-e "?\.\[([\w,]+)\]', text) for name in group.split(",")}
@@ -124,8 +123,6 @@ def test_every_command_of_the_program_is_shown() -> None:
 
 
 def test_the_exit_codes_are_the_real_ones() -> None:
-    from ftcore import errors
-
     text = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
     told = dict(
         re.findall(

@@ -35,10 +35,12 @@ def building(cache: Folder, digest: str) -> Iterator[Folder]:
         return
     try:
         sweep(cache.path)
+        making = scratch.path.with_name(scratch.path.name.replace(PREFIX, ".making-"))
         for name in ("staged", "blocks"):
-            (scratch.path / name).mkdir(parents=True)
-        lock = os.open(scratch.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            (making / name).mkdir(parents=True)
+        lock = os.open(making / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        making.rename(scratch.path)  # only now visible to `sweep`, and locked already
     except OSError as error:
         raise explain_oserror(error, "write", str(scratch)) from error
     try:
@@ -52,10 +54,10 @@ def sweep(cache: Path) -> list[Path]:
     """Removes the building folders nobody holds; returns them."""
     swept = []
     for left in sorted(cache.glob(f"{PREFIX}*")):
-        lock_file = left / _LOCK
-        if not lock_file.exists():
-            continue  # its process is just making it (or removing it)
-        lock = os.open(lock_file, os.O_RDWR)
+        try:
+            lock = os.open(left / _LOCK, os.O_RDWR)
+        except FileNotFoundError:
+            continue  # its process is just removing it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,17 +15,19 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ftcore.data.families import GENERIC, family_of, read_template, template_names
 from ftcore.data.turns import Span, Turns
 from ftcore.data.types import ROLES, Conversation, Example, Message, Text
 from ftcore.errors import DataError, ModelError
 from ftcore.recipe import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TEMPLATE, _TEXT, _ASSISTANT = ROLES.index("template"), ROLES.index("text"), ROLES.index("assistant")
 _PROBE = ("user", "assistant", "user", "assistant")
@@ -65,12 +67,21 @@ class Chat:
     def render(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), generation_prompt: bool = False) -> str:
         """The template's text. Raises DataError with the template's own words where it refuses the messages."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
-            )
+            try:
+                return self._render(messages, tools, generation_prompt)
+            except TypeError:  # some templates (DeepSeek's) join a call's arguments as text, where most write the object out themselves
+                if not any("tool_calls" in message for message in messages):
+                    raise
+                return self._render([_text_arguments(message) for message in messages], tools, generation_prompt)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError("the chat template refuses the row", got=f"{type(error).__name__}: {error}"[:300]) from error
-        return str(text)
+
+    def _render(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        )
 
     def encode(self, conversation: Conversation) -> Example:
         """A conversation as ids with its mask. Raises DataError for a row the template refuses or cannot be split."""
@@ -244,6 +255,14 @@ def _plain(message: Message) -> dict[str, Any]:
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
     return turn
+
+
+def _text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _covering(text: str, span: Span, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:

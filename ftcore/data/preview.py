@@ -14,11 +14,11 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text as Line
-from transformers import PreTrainedTokenizerBase
 
 from ftcore.data.chat import Chat
 from ftcore.data.encode import encode_item
@@ -31,6 +31,9 @@ from ftcore.data.types import ROLES, Example, Rejected, Row
 from ftcore.errors import DataError
 from ftcore.recipe import Recipe, load_recipe
 from ftcore.storage import explain_oserror
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _HEAD_ROWS = 32
 _LONGEST_PIECE = 8

@@ -21,16 +21,16 @@ def escaped(text: object) -> str:
     return shown.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
-def front_matter(card: Card, *, library: str = "peft", extra_tags: tuple[str, ...] = ()) -> str:
+def front_matter(card: Card, *, library: str = "peft", base_model: str = "", extra_tags: tuple[str, ...] = ()) -> str:
     """The YAML head that a hub reads: base_model, library_name, tags."""
     tags = [printable(tag) for tag in (card.method.kind, card.stage, "ftcore", *extra_tags) if tag]
-    facts: dict[str, object] = {"base_model": printable(card.base.id), "library_name": library, "tags": tags}
+    facts: dict[str, object] = {"base_model": printable(base_model or card.base.id), "library_name": library, "tags": tags}
     facts["base_model_relation"] = "adapter" if library == "peft" else "finetune"
     return f"---\n{yaml.safe_dump(facts, sort_keys=True, allow_unicode=False)}---\n"
 
 
-def render_card(card: Card) -> str:
-    """README.md of an adapter version."""
+def render_card(card: Card, base_model: str = "") -> str:
+    """README.md of an adapter version; `base_model`: the base's name on a hub, where the card knows only a folder."""
     effect = {name: fact.effect for name, fact in card.probes.items()}
     rows = {
         "version": card.digest, "base": f"{card.base.id} (revision {card.base.revision}, weights {card.base.weights[:16]})",
@@ -43,7 +43,7 @@ def render_card(card: Card) -> str:
         "continues from": card.parent or "the base", "made": f"{card.created} by {card.tool}",
         "signed by": f"key {card.signature.key_id}" if card.signature else "nobody",
     }  # fmt: skip
-    lines = [front_matter(card), f"# {escaped(f'{card.tenant}/{card.name}')}", ""]
+    lines = [front_matter(card, base_model=base_model), f"# {escaped(f'{card.tenant}/{card.name}')}", ""]
     lines += ["| fact | value |", "|---|---|", *(f"| {name} | {escaped(value)} |" for name, value in rows.items()), ""]
     if card.metrics:
         lines += ["| metric | value |", "|---|---|"]

@@ -228,6 +228,13 @@ def test_a_tool_call_is_trained_and_its_result_is_not() -> None:
     assert marked(example).endswith("<|im_start|>assistant\n⟦Noon.<|im_end|>⟧\n")
 
 
+def test_a_template_that_joins_call_arguments_as_text_gets_text() -> None:
+    call = {"type": "function", "function": {"name": "time", "arguments": {"zone": "UTC"}}}
+    template = TOOLS.replace("call.function.arguments | tojson", "call.function.arguments")
+    example = inline_chat(template).encode(talk(TALK[1], Message("assistant", "", tool_calls=(call,))))
+    assert marked(example).endswith('<|im_start|>assistant\n⟦<call>time{"zone": "UTC"}</call><|im_end|>⟧\n')
+
+
 @pytest.mark.parametrize("part", ["tools", "tool calls"])
 def test_tools_a_template_has_no_place_for_reject_the_row(part: str) -> None:
     call = {"type": "function", "function": {"name": "time", "arguments": {}}}

@@ -143,6 +143,15 @@ def test_the_rest_of_the_line_goes_to_the_command_untouched(monkeypatch: pytest.
     assert seen == ["r.yaml", "a.b=c", "--flag", "-x"]
 
 
+def test_ftcore_sft_is_the_script(recipe: Path) -> None:
+    def run(*program: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, *program, str(recipe), "optim.rl=1"], cwd=REPO, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    told = run("-m", "ftcore.cli", "sft")
+    assert told == run("pipelines/sft.py") and told[0] == 2 and "optim.rl" in told[2]
+
+
 def test_completion_is_a_script_bash_accepts(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["completion", "bash"])
     script = capsys.readouterr().out + '\nCOMP_WORDS=(ftcore val); COMP_CWORD=1; _ftcore; echo "${COMPREPLY[@]}"\n'

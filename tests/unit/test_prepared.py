@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from pathlib import Path
 
@@ -135,6 +136,24 @@ def test_what_a_killed_build_left_is_swept_and_a_living_one_is_not(tmp_path: Pat
         assert not dead.exists()
         assert sweep(tmp_path) == []
         assert (scratch.path / "staged").is_dir()
+
+
+def test_many_builds_that_begin_and_end_at_once_never_sweep_each_other(tmp_path: Path) -> None:
+    lost: list[str] = []
+
+    def build(number: int) -> None:
+        for turn in range(20):
+            with building(Folder(tmp_path), f"{number}{turn}") as scratch:
+                if not (scratch.path / "blocks").is_dir():
+                    lost.append(scratch.url)
+
+    threads = [threading.Thread(target=build, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lost == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_blocks_on_remote_storage_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ftcore.registry import Registry
 from ftcore.section import Choice, Section, chosen, leaf_paths
 
-ANIMALS: Registry[type[Animal]] = Registry("animal", "ftcore.layers")  # an empty package: the registry is filled below
+ANIMALS: Registry[type[Animal]] = Registry("animal", "")
+ANIMALS._filled = True  # no package stands behind it; its only kind is registered below
 
 
 class Animal(Choice):

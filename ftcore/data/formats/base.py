@@ -34,7 +34,7 @@ ROLE_NAMES: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class Format:
-    """`recognises(value)` says why a row looks like this format, or "" if it does not; `make` builds the item."""
+    """`recognises(value)` says why a row looks like this format ("it has the keys ..."), or "" if it does not; `make` builds the item."""
 
     name: str
     item: type
