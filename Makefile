@@ -1,7 +1,8 @@
 # Two commands need nothing but Python 3.11+ and make: `make demo` and `make test`. Both make .venv once, under constraints.txt.
 #   make demo [HISTORY=FILE] [MODEL=FOLDER-OR-HUB-NAME]    the main job, end to end, on the embedded default
 #   make test [ARGS="-k name"]     the whole suite       make check   format, lint, types, import rules
-#   make proof                     the long proofs        make bench   the benchmarks       make clean
+#   make proof                     the long proofs        make bench   the benchmarks       make gpu   what needs CUDA
+#   make clean                     removes what runs made
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -22,16 +23,19 @@ BENCH_STAMP := $(VENV)/.installed-bench-$(WANTED)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test check proof bench clean
+.PHONY: help demo test gpu check proof bench clean
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 demo: $(DEMO_STAMP)
 	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: $(DEV_STAMP)
 	@$(RUN) -m pytest -q --durations=15 -m "not proof and not gpu" $(ARGS)
+
+gpu: $(DEV_STAMP)
+	@$(RUN) -m pytest -q --durations=15 -m gpu $(ARGS)
 
 check: $(DEV_STAMP)
 	@$(RUN) -m ruff format --check .

@@ -160,7 +160,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
-def _describe(kind: Kind, logs: str = "the logs of the Ray session") -> Connection:
+def _describe(kind: Kind, logs: str = "Ray's session folder") -> Connection:
     resources = ray.cluster_resources()
     nodes = sum(1 for node in ray.nodes() if node["Alive"])
     address = ray.get_runtime_context().gcs_address

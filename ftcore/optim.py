@@ -60,7 +60,7 @@ class Optim(Section):
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters, in `named_parameters` order; vectors (biases, norms) get no weight decay. Fused where it can."""
+        """AdamW over the trainable parameters, in `named_parameters` order, fused; vectors (biases, norms) get no weight decay."""
         import torch
 
         trainable = [p for _, p in model.named_parameters() if p.requires_grad]

@@ -13,8 +13,8 @@ Shapes: P prompts, K recorded ids a prompt (the tuned model's top 64, then the b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ftcore.errors import IntegrityError, ModelError
-from ftcore.layers import varlen
+from ftcore.plain_forward import can_widen, plain_forward
 from ftcore.safetensors_header import check_safetensors
 
 if TYPE_CHECKING:
@@ -199,36 +198,6 @@ def last_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
         rows = [model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0, -1] for ids in prompts]
     stacked = torch.stack(rows)
     return (stacked if stacked.dtype == torch.float64 else stacked.float()).cpu()
-
-
-@contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
-    """The model as plain PEFT and transformers run it, whatever the training loop made of it: no dropout, SDPA attention, LoRA in fp32.
-
-    The loop replaces the attention by one that wants segment lengths, and stops PEFT from widening inputs (autocast does it there, and is
-    off here; it stays on over whole modules trained in fp32, which a base in bf16 cannot run beside otherwise).
-    """
-    autocast: AbstractContextManager[None] = torch.autocast(_device_kind(model), enabled=False)
-    if any("modules_to_save" in name for name, _ in model.named_parameters()):
-        autocast = nullcontext()
-    was_training = model.training
-    casting = {module: flag for module in model.modules() if (flag := vars(module).get("cast_input_dtype_enabled")) is not None}
-    transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    attention = transformer.config._attn_implementation if transformer is not None else None
-    model.eval()
-    try:
-        for module in casting:
-            module.cast_input_dtype_enabled = True  # type: ignore[assignment]
-        if transformer is not None and attention == varlen.NAME:
-            transformer.set_attn_implementation("sdpa")
-        with autocast:
-            yield
-    finally:
-        if transformer is not None and attention == varlen.NAME:
-            transformer.set_attn_implementation(attention)
-        for module, flag in casting.items():
-            module.cast_input_dtype_enabled = flag
-        model.train(was_training)
 
 
 def record(

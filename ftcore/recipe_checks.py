@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ftcore.data.families import template_names
 from ftcore.data.formats.base import FORMATS
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    return [*_formats(recipe), *_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
+    return [*_formats(recipe), *_template(recipe), *_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
 
 
 def _formats(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -38,6 +39,14 @@ def _formats(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 at,
                 f"stage `{recipe.stage.kind}` learns from {wanted.__name__}; got {source.format}; wanted {' | '.join(fitting) or 'auto'}",
             )
+
+
+def _template(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    name = recipe.model.chat_template
+    if name != "auto" and not name.endswith(".jinja") and name not in template_names():
+        near = difflib.get_close_matches(name, template_names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield "model.chat_template", f"unknown template; got {name}; wanted auto | a .jinja file | {' | '.join(template_names())}{hint}"
 
 
 def _precision(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -90,7 +90,9 @@ class Folder:
         try:
             return json.loads(self.read(key))
         except ValueError as error:
-            raise IntegrityError("this file is not JSON", where=f"{self}/{key}", got=str(error), remedy="it was damaged; remove it") from error
+            raise IntegrityError(
+                "this file is not JSON", where=f"{self}/{key}", got=str(error), remedy="it was damaged; remove it"
+            ) from error
 
     def write_json(self, key: str, value: Any) -> None:
         self.write(key, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
@@ -260,7 +262,9 @@ def explain_oserror(error: OSError, verb: str, where: str) -> StorageError:
         number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EACCES if isinstance(error, PermissionError) else None
     wanted = {errno.ENOENT: "an existing path", errno.ENOSPC: "enough free space"}.get(number or 0, "")
     got = error.strerror or str(error) or type(error).__name__
-    raised = StorageError(f"cannot {verb} this", where=where, got=got, wanted=wanted, remedy=remedies.get(number or 0, "check the path and the storage"))
+    raised = StorageError(
+        f"cannot {verb} this", where=where, got=got, wanted=wanted, remedy=remedies.get(number or 0, "check the path and the storage")
+    )
     raised.errno = number
     return raised
 
@@ -288,15 +292,22 @@ def verify(folder: Folder) -> dict[str, Any]:
     Raises IntegrityError naming the file that is missing, cut or altered.
     """
     if not folder.exists(MANIFEST):
-        raise IntegrityError("this folder was never sealed", where=folder, wanted=MANIFEST, remedy="it was left half-written; use an older one")
+        raise IntegrityError(
+            "this folder was never sealed", where=folder, wanted=MANIFEST, remedy="it was left half-written; use an older one"
+        )
     manifest = folder.read_json(MANIFEST)
     for key, fact in manifest["files"].items():
         if not folder.exists(key):
-            raise IntegrityError("a file of this sealed folder is gone", where=f"{folder}/{key}", remedy="use an older one or copy it again")
+            raise IntegrityError(
+                "a file of this sealed folder is gone", where=f"{folder}/{key}", remedy="use an older one or copy it again"
+            )
         got = file_digest(folder.path / key) if folder.is_local else hashlib.sha256(folder.read(key)).hexdigest()
         if got != fact["sha256"]:
             raise IntegrityError(
-                "this file is not the one that was sealed", where=f"{folder}/{key}", got=f"sha256 {got[:16]}",
-                wanted=f"sha256 {fact['sha256'][:16]}", remedy="it was altered or damaged; use an older one or copy it again",
+                "this file is not the one that was sealed",
+                where=f"{folder}/{key}",
+                got=f"sha256 {got[:16]}",
+                wanted=f"sha256 {fact['sha256'][:16]}",
+                remedy="it was altered or damaged; use an older one or copy it again",
             )
     return dict(manifest)

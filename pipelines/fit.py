@@ -28,7 +28,7 @@ from ftcore.report import write_report
 from ftcore.rundir import RunDir
 from pipelines.launch import Post, launch, launch_here
 from pipelines.prepare import prepare
-from pipelines.runs import at_home, begin, parent_into, publish_once, recognise, same_command
+from pipelines.runs import at_home, began_with, begin, parent_into, publish_once, recognise, same_command
 
 Log = Callable[[str], None]
 
@@ -56,7 +56,7 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
         trained = read_result(run)
         log(f"run {recipe.name}: already finished at step {trained.steps} ({run.url}); nothing to train")
     else:
-        prepared = prepare(recipe, log=log)
+        prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
         begin(run, recipe, prepared)
         parent_into(run, recipe, log)
         trained = _trained(run, recipe, prepared, log)

@@ -18,7 +18,7 @@ from cluster.runtime_env import inside_job
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
 from ftcore.data.identity import identity
 from ftcore.data.prepared import Prepared
-from ftcore.errors import ConfigError, IntegrityError
+from ftcore.errors import ConfigError, IntegrityError, StorageError
 from ftcore.publish import publish_run
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
@@ -55,14 +55,31 @@ def at_home(recipe: Recipe, log: Log) -> Recipe:
     return moved
 
 
+def began_with(run: RunDir, recipe: Recipe, log: Log) -> Prepared | None:
+    """The blocks that the run's sealed steps were learned from; None before the first checkpoint.
+
+    Raises ConfigError when the rows, the tokenizer or the template changed since, or when those blocks are gone.
+    """
+    if not run.checkpoint_steps():
+        return None
+    record = run.folder.read_json(PREPARED)
+    refuse_other_data(run, recipe, record["identity"], identity(recipe, Folder(recipe.data.cache)))
+    try:
+        prepared = Prepared.open(record["url"])
+    except (IntegrityError, StorageError) as error:
+        raise ConfigError(
+            "the blocks this run learns from are gone", where=record["url"], got=error.what, remedy=f"put them back, or {_another(recipe)}"
+        ) from error
+    log(f"going on with the blocks in {prepared.url}")
+    return prepared
+
+
 def begin(run: RunDir, recipe: Recipe, prepared: Prepared) -> None:
-    """Writes what the run is about beside it. Raises ConfigError when the folder holds steps learned from other blocks."""
-    folder = run.folder
-    if folder.exists(PREPARED) and run.checkpoint_steps():
-        refuse_other_data(run, recipe, folder.read_json(PREPARED)["identity"], prepared.manifest["identity"], {"version"})
-    folder.write("recipe.yaml", dump_recipe(recipe).encode())
-    folder.write_json("audit.json", prepared.manifest["audit"])
-    folder.write_json(PREPARED, {"digest": prepared.digest, "url": prepared.url, "identity": prepared.manifest["identity"]})
+    """Writes what the run is about beside it."""
+    run.folder.write("recipe.yaml", dump_recipe(recipe).encode())
+    run.folder.write_json("audit.json", prepared.manifest["audit"])
+    url = str(prepared.folder.path.resolve()) if prepared.folder.is_local else prepared.url
+    run.folder.write_json(PREPARED, {"digest": prepared.digest, "url": url, "identity": prepared.manifest["identity"]})
 
 
 def recognise(run: RunDir, recipe: Recipe) -> bool:
@@ -72,21 +89,17 @@ def recognise(run: RunDir, recipe: Recipe) -> bool:
         refuse_changes(run, parse_recipe(text, f"{run.url}/recipe.yaml", plugins=recipe.plugins), recipe)
     if not run.is_finished():
         return False
-    now = identity(recipe, Folder(recipe.data.cache))
-    refuse_other_data(run, recipe, run.folder.read_json(PREPARED)["identity"], now, {"version", "code"})
+    refuse_other_data(run, recipe, run.folder.read_json(PREPARED)["identity"], identity(recipe, Folder(recipe.data.cache)))
     return True
 
 
-def refuse_other_data(run: RunDir, recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any], but: set[str]) -> None:
-    """Raises ConfigError naming what the blocks were made of that is another now; `but`: what does not matter here."""
-    names = {"data": "the rows or the data section", "code": "how this ftcore reads rows"}
-    changed = [names.get(key, key) for key in sorted({*before, *now} - but) if before.get(key) != now.get(key)]
+def refuse_other_data(run: RunDir, recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming what the blocks were made of that is another now. A newer ftcore is no reason: the old blocks are used."""
+    names = {"data": "the rows or the data section"}
+    changed = [names.get(key, key) for key in sorted({*before, *now} - {"version", "code"}) if before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(
-            "what this run learns from changed since it began",
-            where=run.url,
-            got=f"changed: {', '.join(changed)}",
-            remedy=_another(recipe),
+            "what this run learns from changed since it began", where=run.url, got=f"changed: {', '.join(changed)}", remedy=_another(recipe)
         )
 
 

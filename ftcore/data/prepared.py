@@ -71,10 +71,20 @@ def _table(blocks: list[Block]) -> pa.Table:
     columns = []
     for field in SCHEMA:
         arrays = [getattr(block, field.name) for block in blocks]
-        offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-        values = pa.array(np.concatenate(arrays), type=field.type.value_type)
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), values))
+        offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
+        values = _arrow(np.concatenate(arrays), field.type.value_type)
+        columns.append(pa.ListArray.from_arrays(_arrow(offsets, pa.int32()), values))
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _arrow(array: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Without `pa.array` and, the other way, `to_numpy`: either would import pandas, half a second in every process."""
+    return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(np.ascontiguousarray(array, kind.to_pandas_dtype()))])
+
+
+def _numpy(array: pa.Array) -> np.ndarray:
+    kind = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], kind)[array.offset : array.offset + len(array)]
 
 
 class PreparedWriter:
@@ -206,8 +216,8 @@ class Prepared:
             return self._groups[key]
         table = self._file(shard).read_row_group(number, use_threads=False)
         columns = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
-        values = {name: column.flatten().to_numpy() for name, column in columns.items()}
-        starts = {name: column.offsets.to_numpy() for name, column in columns.items()}
+        values = {name: _numpy(column.values) for name, column in columns.items()}
+        starts = {name: _numpy(column.offsets) for name, column in columns.items()}
         group = _Group(values, starts, table.nbytes)
         self._groups[key] = group
         self._held += group.bytes

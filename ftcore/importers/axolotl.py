@@ -52,6 +52,12 @@ TEMPLATES = {
     "gemma": "gemma",
     "mistral_v1": "mistral",
     "phi_3": "phi3",
+    "phi_35": "phi3",
+    "qwen_25": "chatml",
+    "qwen3": "auto",
+    "gemma3": "gemma",
+    "deepseek_v2": "deepseek",
+    "deepseek_v3": "deepseek3",
 }
 
 UNSUPPORTED = {
@@ -238,13 +244,7 @@ def _stage_and_data(importing: Importing) -> None:
         )
     if "train_on_inputs" in importing.config:
         importing.move("train_on_inputs", "data.train_on", "all" if importing.get("train_on_inputs") else "answers")
-    template = importing.get("chat_template")
-    if template in TEMPLATES:
-        importing.move("chat_template", "model.chat_template", TEMPLATES[template])
-    elif template:
-        importing.tell(
-            "chat_template", "not supported", "not a template name here; the tokenizer's own is used (model.chat_template: auto)"
-        )
+    hugging_face.template(importing, "chat_template", TEMPLATES)
 
 
 def _source(importing: Importing, at: str, entry: dict[str, Any], key: str) -> dict[str, Any]:

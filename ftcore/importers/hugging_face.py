@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ftcore.data.families import template_names
 from ftcore.importers.base import Importing, number
 from ftcore.methods.base import METHODS
 from ftcore.stages.base import STAGES
@@ -105,6 +106,16 @@ def stage(importing: Importing, key: str, kind: str) -> None:
         importing.tell(
             key, "not supported", f"this version has no stage `{kind}` (it has {', '.join(STAGES)}); the recipe will not validate"
         )
+
+
+def template(importing: Importing, key: str, known: dict[str, str]) -> None:
+    """A template's name there -> ours; where it has none here, the tokenizer's own is used."""
+    name = importing.get(key)
+    ours = known.get(str(name)) or (name if name in template_names() else None)
+    if ours:
+        importing.move(key, "model.chat_template", ours)
+    elif name:
+        importing.tell(key, "not supported", "not a template name here; the tokenizer's own is used (model.chat_template: auto)")
 
 
 def loggers(importing: Importing, key: str, value: Any) -> None:

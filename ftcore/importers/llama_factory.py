@@ -42,7 +42,6 @@ TEMPLATES = {
     "qwen2_5": "chatml",
     "qwen3": "auto",
     "qwen3_nothink": "auto",
-    "chatml": "chatml",
     "llama3": "llama3",
     "llama2": "llama2",
     "mistral": "mistral",
@@ -236,11 +235,7 @@ def _stage(importing: Importing) -> None:
         importing.move("train_on_prompt", "data.train_on", "all")
     if importing.get("mask_history"):
         importing.move("mask_history", "data.train_on", "last")
-    template = importing.get("template")
-    if template in TEMPLATES:
-        importing.move("template", "model.chat_template", TEMPLATES[template])
-    elif template:
-        importing.tell("template", "not supported", "not a template name here; the tokenizer's own is used (model.chat_template: auto)")
+    hugging_face.template(importing, "template", TEMPLATES)
     packs = bool(importing.get("packing") or importing.get("neat_packing") or stage == "pt")
     importing.put("data.pack", packs)
     for key in ("packing", "neat_packing"):

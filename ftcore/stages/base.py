@@ -34,7 +34,7 @@ class Models:
 
 @dataclass
 class Loss:
-    """`total`: a scalar sum over the batch (never a mean). `sums`: further sums over the batch to report, each divided by the same weight."""
+    """`total`: a scalar sum over the batch (never a mean). `sums`: further sums to report, each divided by the same weight."""
 
     total: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Stage(Choice):
 
     @abstractmethod
     def encode(self, item: Item, chat: Chat) -> list[Example]:
-        """Item -> Examples (one for most stages; chosen and rejected for a pairwise one). Raises DataError for a row that must be rejected."""
+        """Item -> Examples (one for most stages; chosen and rejected for a pairwise one). Raises DataError for a row to reject."""
 
     def models(self, policy: CausalModel, method: Method, model: nn.Module) -> Models:
         """Gathers who takes part; called once, after the method is applied."""
@@ -64,7 +64,10 @@ class Stage(Choice):
         return batches
 
     def weight(self, batch: Batch) -> float:
-        """What this batch adds to the window's divisor: trained tokens, unless the stage counts otherwise. Known before the forward pass."""
+        """What this batch adds to the window's divisor: trained tokens, unless the stage counts otherwise. Known before the forward pass.
+
+        A batch without any trained token (a short rank's part in a window) must weigh 0, and its loss must be 0.
+        """
         return float(batch.num_trained)
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,9 +20,10 @@ from cluster.relay import Message
 from ftcore.adapters import AdapterStore
 from ftcore.errors import ClusterError, ConfigError, Interrupted, ModelError, TrainingError
 from ftcore.recipe import Recipe, Resources
+from ftcore.storage import explain_oserror
 from pipelines import fit as fit_module
 from pipelines.fit import Outcome, fit
-from pipelines.launch import Post, launch
+from pipelines.launch import launch, would_happen_again
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]  # Ray warns of its own defaults
 WORDS = ["open", "close", "file", "report", "folder", "move", "rename", "archive", "quick", "fox", "jumps", "name", "answer", "question"]
@@ -147,7 +149,7 @@ def test_a_worker_that_dies_too_often_ends_the_run_and_names_worker_and_logs(
 ) -> None:
     with (
         at_step(7, lambda pids: os.kill(pids[1], signal.SIGKILL), monkeypatch),
-        pytest.raises(TrainingError, match=r"worker 1, pid \d+ on .*its process died.*logs") as failed,
+        pytest.raises(TrainingError, match=r"(?s)worker 1, pid \d+ on .*its process died.*logs") as failed,
     ):
         fit(recipe_of(place, "lost", resources={"max_failures": 0}), log=lambda line: None)
     assert "ActorDiedError" not in str(failed.value)
@@ -175,19 +177,10 @@ def test_an_error_that_would_only_repeat_is_not_retried_and_comes_out_as_itself(
     assert not [line for line in said if "restarting" in line]
 
 
-def test_a_disk_without_space_ends_the_run_and_keeps_what_is_sealed(local_ray: None) -> None:
-    with pytest.raises(OSError, match="what is sealed stays usable") as full:
-        launch(_full_disk, Resources(workers=2), connect(log=_silent), name="full", hear=_silent)
-    assert type(full.value).__name__ == "StorageError"
-
-
-def _full_disk(post: Post) -> None:
-    import errno
-
-    from ftcore.storage import explain_oserror
-
-    if post.world.is_main:
-        raise explain_oserror(OSError(errno.ENOSPC, "No space left on device"), "write a checkpoint", "runs/full/checkpoints")
+def test_a_full_disk_is_not_worth_a_retry_and_a_storage_that_stumbles_is() -> None:
+    full = explain_oserror(OSError(errno.ENOSPC, "No space left on device"), "write a checkpoint", "runs/full/checkpoints")
+    stumble = explain_oserror(OSError(errno.EIO, "503 Slow Down"), "write a checkpoint", "s3://runs")
+    assert (would_happen_again(full), would_happen_again(stumble)) == (True, False)
 
 
 def _silent(_: object) -> None:

@@ -24,6 +24,7 @@ SPECIAL = [
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|end|>", "[gMASK]", "<sop>"),
     *(f"<{BAR}User{BAR}>", f"<{BAR}Assistant{BAR}>"),
 ]
+CORPUS = "Hello! Who are you? A cat. A cat is a cat. Be brief. ASSISTANT: Hello! Hello!"
 ORIGIN = Origin("rows.jsonl", 1)
 TALK = (
     Message("system", "Be brief."),
@@ -57,14 +58,16 @@ EXPECTED = {
 }
 
 
-def make_tokenizer(*, vocab: int = 330, special: tuple[str, ...] = tuple(SPECIAL), **tokens: str | None) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    *, vocab: int = 330, corpus: str = CORPUS, special: tuple[str, ...] = tuple(SPECIAL), **tokens: str | None
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with few merges, so that a token is a character or a little more."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(["Hello! Who are you? A cat. A cat is a cat. Be brief. ASSISTANT: Hello! Hello!"], trainer)
+    bpe.train_from_iterator([corpus], trainer)
     chosen = {"bos_token": "<s>", "eos_token": "</s>", **tokens}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **{name: token for name, token in chosen.items() if token in special})
 
@@ -166,6 +169,19 @@ def test_roles_say_who_wrote_each_token() -> None:
 def test_contents_a_template_trims_are_found() -> None:
     example = open_chat("llama3").encode(talk(Message("user", "  Hi. \n"), Message("assistant", "\n Hello!  ")))
     assert marked(example).endswith("Hi.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello!<|eot_id|>⟧")
+
+
+def test_a_token_shared_by_header_and_answer_is_trained_only_if_it_says_something() -> None:
+    blanks = make_tokenizer(corpus="\n\n\n\n x \n\n\n\n " * 9)
+    example = open_chat("chatml", tokenizer=blanks).encode(talk(TALK[1], Message("assistant", "\n\nHello!")))
+    assert "assistant\n\n⟦\nHello!<|im_end|>⟧" in marked(example, blanks)
+    words = make_tokenizer(corpus="ASSISTANT: Hello! " * 9)
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    words.chat_template = template
+    example = open_chat("auto", tokenizer=words).encode(talk(TALK[1], TALK[2]))
+    assert marked(example, words).endswith("assistant:⟦ Hello!</s>⟧")
 
 
 def test_an_injected_system_turn_is_never_trained() -> None:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from ftcore import cli
+from ftcore.data.families import template_names
 from ftcore.errors import ConfigError
-from ftcore.importers import READERS, import_file
+from ftcore.importers import READERS, axolotl, import_file, llama_factory
 from ftcore.importers.base import Imported
 from ftcore.recipe import Recipe, parse_recipe
 
@@ -181,6 +182,15 @@ def test_what_is_not_supported_says_why_and_stands_in_the_recipe(tmp_path: Path)
     assert fates(result)["loraplus_lr_ratio"] == ("not supported", "LoRA+ is not in this version")
     assert fates(result)["brand_new_key"][0] == "not supported" and "not a key of axolotl" in fates(result)["brand_new_key"][1]
     assert "loraplus_lr_ratio" in result.text().splitlines()[0]
+
+
+def test_every_template_an_importer_chooses_exists() -> None:
+    chosen = {*axolotl.TEMPLATES.values(), *llama_factory.TEMPLATES.values()}
+    assert chosen <= {"auto", *template_names()}
+
+
+def test_a_template_that_has_the_same_name_here_is_taken(tmp_path: Path) -> None:
+    assert imported(tmp_path, LLAMA_FACTORY, template="zephyr")[1].model.chat_template == "zephyr"
 
 
 def test_a_key_that_is_off_is_kept_as_the_default(tmp_path: Path) -> None:

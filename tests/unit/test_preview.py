@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from ftcore.data.chat import Chat
-from ftcore.data.preview import main, preview, tokens_of, visible
+from ftcore.data.preview import Shown, Token, main, preview, to_html, tokens_of, visible
 from ftcore.data.types import Conversation, Message, Origin
 from ftcore.recipe import Data, Recipe, parse_recipe
 
@@ -68,6 +68,15 @@ def test_the_page_shows_markup_as_text_and_loads_nothing(tmp_path: Path, tiny_mo
         assert forbidden not in page
     assert "default-src 'none'" in page
     assert 'class="t0 assistant"' in page or 'class="t1 assistant"' in page
+
+
+def test_the_page_escapes_tokens_titles_and_reasons() -> None:
+    token = Token("<script>alert(1)</script>", (7,), "user", trained=False)
+    page = to_html("<b>name", ["<b>head"], [Shown("<b>title", (token,)), Shown("a", rejected="<b>reason \x1b")])
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;b&gt;reason \\x1b" in page
 
 
 def test_what_redaction_masks_is_not_shown(tmp_path: Path, tiny_model_dir: Path) -> None:

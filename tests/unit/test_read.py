@@ -117,6 +117,12 @@ def test_a_json_array_is_read_across_chunk_borders(tmp_path: Path, monkeypatch: 
         assert values_of(path) == values
 
 
+def test_a_number_across_a_chunk_border_is_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 3)
+    found = rows_of(written(tmp_path / "a.json", "[12345, 67890]"))
+    assert [row.reason for row in found if isinstance(row, Rejected)] == ["not an object", "not an object"]
+
+
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "txt"])
 def test_a_row_too_long_to_be_one_is_rejected_and_the_next_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(records, "MAX_ROW_BYTES", 10_000)

@@ -270,6 +270,7 @@ def test_differences_are_the_keys_off_their_defaults() -> None:
         (("model.dtype=fp16",), "model.dtype  fp16 trains on GPUs only"),
         (("data.sources.0.format=alpacca",), "data.sources.0.format  unknown format; got alpacca; wanted auto | alpaca | "),
         (("data.sources.0.format=text",), "data.sources.0.format  stage `sft` learns from Conversation; got text; wanted alpaca | "),
+        (("model.chat_template=lama3",), "did you mean llama3?"),
         (("model.attention=eager",), "model.attention  eager attention cannot keep packed segments apart"),
         (("method=full", "output.adapter=a/b"), "output.adapter  method `full` makes a whole model"),
         (("method=full", "model.adapter=a/b"), "model.adapter  method `full` cannot continue from an adapter"),
