@@ -56,7 +56,7 @@ def main() -> None:
     if args.one:
         print(*measure(args.one, args))
         return
-    print(f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, head {'trained' if args.trained_head else 'frozen'}")
+    print(f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, head {head}")
     figures = {}
     for case in ("plain", "chunked", "chunked, any head"):
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", case], capture_output=True, text=True, check=True)

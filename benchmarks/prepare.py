@@ -118,7 +118,8 @@ def _watch(root: int, found: dict[int, tuple[str, int]], done: threading.Event) 
             while ancestor not in (0, root):
                 ancestor = parents.get(ancestor, (0, "", 0))[0]
             if ancestor == root:
-                found[pid] = (name, max(peak, found.get(pid, ("", 0))[1]))
+                known, most = found.get(pid, ("", 0))
+                found[pid] = (name if name.startswith("ray::") else known or name, max(peak, most))  # an ending process has no name
 
 
 def speed(folder: Path, count: int) -> None:

@@ -3,8 +3,8 @@
     python benchmarks/train_speed.py [--rows alpaca.json] [--steps 12] [--dtype fp32] [--rounds 3]
 
 Every case is a process of its own; rounds are interleaved; the table gives the median of real (non-padding) tokens a second, after warm-up.
-Cases: trl-default (padded), trl-grouped (padded, like lengths together), trl-best (packed, its own best-fit), ours-packed, ours-grouped (padded, like lengths together), ours-padded
-(padded in random order). TRL must be installed (`pip install -c constraints.txt trl`).
+Cases: trl-default (padded), trl-grouped (padded, like lengths together), trl-best (packed, its own best-fit), and ours: packed, grouped,
+padded in random order. TRL must be installed (`pip install -c constraints.txt trl`).
 """
 
 from __future__ import annotations
@@ -48,15 +48,24 @@ def token_rows(pairs: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]
 def make_base(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
-    from tests.conftest import make_tiny_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from tests.conftest import make_tiny_model
 
     make_tiny_model(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
@@ -67,18 +76,32 @@ def run_trl(case: str, base: Path, rows: list[tuple[list[int], list[int]]], args
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    data = Dataset.from_dict({
-        "input_ids": [p + a for p, a in rows],
-        "completion_mask": [[0] * len(p) + [1] * len(a) for p, a in rows],
-    })  # fmt: skip
+    data = Dataset.from_dict(
+        {
+            "input_ids": [p + a for p, a in rows],
+            "completion_mask": [[0] * len(p) + [1] * len(a) for p, a in rows],
+        }
+    )
     packing = case == "trl-best"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=4 if packing else BATCH, max_steps=args.steps, logging_steps=1, save_strategy="no",
-        report_to=[], packing=packing, max_length=MAX_LENGTH, gradient_checkpointing=False, use_cpu=True, bf16=args.dtype == "bf16",
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=4 if packing else BATCH,
+        max_steps=args.steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        packing=packing,
+        max_length=MAX_LENGTH,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=args.dtype == "bf16",
         train_sampling_strategy="group_by_length" if case == "trl-grouped" else "random",
-        learning_rate=1e-4, disable_tqdm=True, completion_only_loss=True, dataloader_num_workers=0,
-    )  # fmt: skip
+        learning_rate=1e-4,
+        disable_tqdm=True,
+        completion_only_loss=True,
+        dataloader_num_workers=0,
+    )
     seen: list[tuple[float, int]] = []
 
     class Clock(TrainerCallback):
@@ -88,7 +111,12 @@ def run_trl(case: str, base: Path, rows: list[tuple[list[int], list[int]]], args
     counted = [0]
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
-        model=model, args=config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(base), peft_config=lora, callbacks=[Clock()]
+        model=model,
+        args=config,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=lora,
+        callbacks=[Clock()],
     )
     collate = trainer.data_collator
 
@@ -117,7 +145,12 @@ def run_ours(case: str, base: Path, rows: list[tuple[list[int], list[int]]], arg
     from tests.memory_blocks import MemoryBlocks
 
     examples = [
-        Example(np.array(p + a, np.int32), np.array([0] * len(p) + [1] * len(a), np.uint8), np.zeros(len(p) + len(a), np.uint8), Origin("rows", i))
+        Example(
+            np.array(p + a, np.int32),
+            np.array([0] * len(p) + [1] * len(a), np.uint8),
+            np.zeros(len(p) + len(a), np.uint8),
+            Origin("rows", i),
+        )
         for i, (p, a) in enumerate(rows)
     ]
     packed = case == "ours-packed"
@@ -125,14 +158,24 @@ def run_ours(case: str, base: Path, rows: list[tuple[list[int], list[int]]], arg
         blocks = list(pack(examples, MAX_LENGTH))
     else:
         blocks = [Block(e.ids, e.mask, np.array([len(e.ids)], np.int32), np.array([i])) for i, e in enumerate(examples)]
-    recipe = Recipe.model_validate({
-        "name": case, "model": {"path": str(base), "dtype": args.dtype, "attention": "auto" if packed else "sdpa"},
-        "data": {"sources": "memory", "pack": packed}, "method": {"kind": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"}, "stage": "sft",
-        "backend": {"kind": "plain", "micro_batch": 4 if packed else BATCH},
-        # like lengths can only share a micro-batch when the window holds several of them
-        "optim": {"lr": 1e-4, "batch_size": 4 if packed else BATCH * (8 if case == "ours-grouped" else 1), "max_steps": args.steps, "epochs": 1000},
-        "output": {"runs": tempfile.mkdtemp()},
-    })  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "name": case,
+            "model": {"path": str(base), "dtype": args.dtype, "attention": "auto" if packed else "sdpa"},
+            "data": {"sources": "memory", "pack": packed},
+            "method": {"kind": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"},
+            "stage": "sft",
+            "backend": {"kind": "plain", "micro_batch": 4 if packed else BATCH},
+            # like lengths can only share a micro-batch when the window holds several of them
+            "optim": {
+                "lr": 1e-4,
+                "batch_size": 4 if packed else BATCH * (8 if case == "ours-grouped" else 1),
+                "max_steps": args.steps,
+                "epochs": 1000,
+            },
+            "output": {"runs": tempfile.mkdtemp()},
+        }
+    )
     seen: list[tuple[float, int]] = []
     run = RunDir(recipe.output.runs, recipe.name)
     training = Training(recipe, World(), MemoryBlocks(blocks), run, lambda r: seen.append((time.perf_counter(), r["tokens"])), None)
@@ -165,7 +208,9 @@ def main() -> None:
         for _ in range(args.rounds):
             for case in args.cases:
                 command = [sys.executable, __file__, *sys.argv[1:], "--one", case, "--base", folder]
-                done = subprocess.run(command, env=os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    command, env=os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+                )
                 lines = [line for line in done.stdout.splitlines() if line.startswith("RATE")]
                 if not lines:
                     sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")
@@ -174,7 +219,9 @@ def main() -> None:
     print(f"\n{args.dtype}, LoRA r8 all-linear, 32k vocabulary, 1 thread, {args.steps} steps, median of {args.rounds}")
     for case, values in rates.items():
         middle = statistics.median(values)
-        versus = [f"{middle / statistics.median(rates[peer]):.2f}x {peer}" for peer in args.cases if peer != case and case.startswith("ours")]
+        versus = [
+            f"{middle / statistics.median(rates[peer]):.2f}x {peer}" for peer in args.cases if peer != case and case.startswith("ours")
+        ]
         print(f"{case:<14}{middle:>8.0f} tokens/s  {'  '.join(versus)}")
 
 

@@ -48,7 +48,7 @@ class CheckpointWriter:
     def __init__(self, run: RunDir, keep: int) -> None:
         self.run, self.keep = run, keep
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def save(self, position: Position, method: Method, model: nn.Module, stepper: Stepper, *, is_main: bool) -> None:
         """Every rank calls (gathering sharded weights is a collective); rank 0 writes."""

@@ -60,7 +60,12 @@ class Trained:
 
 
 def train(
-    recipe: Recipe, world: World, prepared: Blocks, run: RunDir, on_progress: Progress | None = None, should_stop: Callable[[], bool] | None = None
+    recipe: Recipe,
+    world: World,
+    prepared: Blocks,
+    run: RunDir,
+    on_progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Trained:
     """Trains to the end, from the newest sound checkpoint if there is one.
 
@@ -86,7 +91,13 @@ class Training:
     """One rank's part in a run, from the first step or a restored one to the sealed result."""
 
     def __init__(
-        self, recipe: Recipe, world: World, prepared: Blocks, run: RunDir, on_progress: Progress | None, should_stop: Callable[[], bool] | None
+        self,
+        recipe: Recipe,
+        world: World,
+        prepared: Blocks,
+        run: RunDir,
+        on_progress: Progress | None,
+        should_stop: Callable[[], bool] | None,
     ) -> None:
         self.recipe, self.world, self.prepared, self.run = recipe, world, prepared, run
         self.on_progress, self.should_stop = on_progress, should_stop or (lambda: False)
@@ -120,9 +131,12 @@ class Training:
                 self.at = replace(read_position(folder), world_size=self.world.size)
             if self.at.prepared != self.prepared.digest:
                 raise TrainingError(
-                    "the data changed since this run's checkpoint", where=self.run.url, got=self.prepared.digest[:12], wanted=self.at.prepared[:12],
+                    "the data changed since this run's checkpoint",
+                    where=self.run.url,
+                    got=self.prepared.digest[:12],
+                    wanted=self.at.prepared[:12],
                     remedy="give the run another name, or put the data back",
-                )  # fmt: skip
+                )
         if self.world.is_main:
             self.journal = Journal(self.run, step)
             log.info("starting at step %d of %d", step, self.num_steps)
@@ -140,7 +154,9 @@ class Training:
                     self.journal.flush()
             if stop and not last:
                 self.writer.wait()
-                raise Interrupted(f"stopped at step {step} of {self.num_steps}", where=self.run.url, remedy="run the same command again to go on")
+                raise Interrupted(
+                    f"stopped at step {step} of {self.num_steps}", where=self.run.url, remedy="run the same command again to go on"
+                )
             if stale:
                 log.info("no better validation loss for %d validations: stopping at step %d", self.at.stale, step)
                 break
@@ -157,7 +173,9 @@ class Training:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         sums: dict[str, float] = {}
         for index, batch in enumerate(batches):
-            total += self.stepper.micro_step(lambda batch=batch: self._loss(batch, sums), scale=1 / max(weight, 1.0), last=index + 1 == len(batches))
+            total += self.stepper.micro_step(
+                lambda batch=batch: self._loss(batch, sums), scale=1 / max(weight, 1.0), last=index + 1 == len(batches)
+            )
         tokens = sum(batch.num_tokens for batch in batches if batch.num_trained)
         names = sorted(sums)
         loss, tokens, stop, *rest = self.stepper.reduce([float(total), float(tokens), float(self.should_stop()), *(sums[n] for n in names)])
@@ -188,9 +206,12 @@ class Training:
             return
         blocks = ", ".join(str(int(b)) for b in self.order.window(step)[:16])
         raise TrainingError(
-            f"the loss of step {step + 1} is not finite", where=f"training blocks {blocks}", got=loss, wanted="a number",
+            f"the loss of step {step + 1} is not finite",
+            where=f"training blocks {blocks}",
+            got=loss,
+            wanted="a number",
             remedy="lower optim.lr, lengthen optim.warmup, or set optim.clip_norm; weights before this step are in the last checkpoint",
-        )  # fmt: skip
+        )
 
     def _window(self, step: int) -> list[Batch]:
         """This rank's batches; as many as the busiest rank's, silent ones at the end."""
@@ -231,9 +252,7 @@ class Training:
         total, weight = self.stepper.reduce([total, weight])
         loss = total / max(weight, 1.0)
         better = self.at.best_loss is None or loss < self.at.best_loss
-        self.at = (
-            replace(self.at, best_step=self.at.step, best_loss=loss, stale=0) if better else replace(self.at, stale=self.at.stale + 1)
-        )
+        self.at = replace(self.at, best_step=self.at.step, best_loss=loss, stale=0) if better else replace(self.at, stale=self.at.stale + 1)
         self._write({"step": self.at.step, "validation_loss": loss, "perplexity": math.exp(min(loss, 50)), "time": time.time()})
         return True
 
@@ -251,9 +270,13 @@ class Training:
                 self.recipe.method.load(self.model, folder / WEIGHTS)
         weights = self.stepper.whole()
         metrics = {
-            "steps": self.at.step, "tokens": self.at.tokens, "trained_tokens": self.at.trained_tokens, "train_seconds": self.at.seconds,
-            "validation_loss": self.at.best_loss if chosen == self.at.best_step else None, "layout": self.layout,
-        }  # fmt: skip
+            "steps": self.at.step,
+            "tokens": self.at.tokens,
+            "trained_tokens": self.at.trained_tokens,
+            "train_seconds": self.at.seconds,
+            "validation_loss": self.at.best_loss if chosen == self.at.best_step else None,
+            "layout": self.layout,
+        }
         trained = Trained(self.at.step, chosen, metrics, self.world.size)
         if self.world.is_main:
             with self.run.sealing("final", {"recipe": self.at.recipe, "step": chosen}) as folder:
@@ -283,4 +306,3 @@ def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
-

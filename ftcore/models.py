@@ -41,16 +41,20 @@ def autocast_dtype(dtype: str) -> torch.dtype | None:
 
 
 def load_base(model: Model, method: Method | None = None, *, device: str = "cpu", dtype: str | None = None) -> nn.Module:
-    """Loads the base with safetensors only; `dtype` overrules the recipe's. Raises ModelError for what is missing, damaged or not causal."""
+    """Loads the base with safetensors only; `dtype` overrules the recipe's. Raises ModelError for what is missing or damaged."""
     options: dict[str, Any] = {
-        "dtype": DTYPES[dtype or model.dtype], "use_safetensors": True, "trust_remote_code": model.trust_remote_code,
+        "dtype": DTYPES[dtype or model.dtype],
+        "use_safetensors": True,
+        "trust_remote_code": model.trust_remote_code,
         "attn_implementation": {"auto": None, "varlen": None}.get(model.attention, model.attention),
-    }  # fmt: skip
+    }
     folder = Path(model.path)
     if folder.is_dir():
         check_base(folder)
     elif model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
-        raise ModelError("there is no such model folder", where=model.path, wanted="a folder with config.json and *.safetensors, or a hub name")
+        raise ModelError(
+            "there is no such model folder", where=model.path, wanted="a folder with config.json and *.safetensors, or a hub name"
+        )
     else:
         options["revision"] = model.revision
     options |= method.load_options() if method else {}
@@ -77,7 +81,9 @@ def model_type(model: Model) -> str:
     try:
         return str(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).model_type)
     except (OSError, ValueError) as error:
-        raise ModelError("the base model's config.json cannot be read", where=model.path, got=_first_line(error), remedy=_load_remedy(model)) from error
+        raise ModelError(
+            "the base model's config.json cannot be read", where=model.path, got=_first_line(error), remedy=_load_remedy(model)
+        ) from error
 
 
 def choose_layout(model: nn.Module, attention: str, *, packs: bool) -> Layout:
@@ -101,9 +107,12 @@ def choose_layout(model: nn.Module, attention: str, *, packs: bool) -> Layout:
         model.set_attn_implementation(before)
     if packs or attention == "varlen":
         raise ModelError(
-            "this model's attention cannot keep packed segments apart", where=type(model).__name__, got=reason,
-            wanted="an attention path that isolates segments", remedy="set data.pack: false (examples are then padded, grouped by length)",
-        )  # fmt: skip
+            "this model's attention cannot keep packed segments apart",
+            where=type(model).__name__,
+            got=reason,
+            wanted="an attention path that isolates segments",
+            remedy="set data.pack: false (examples are then padded, grouped by length)",
+        )
     log.info("feeding padded rows: %s", reason)
     return "padded"
 

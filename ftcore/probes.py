@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftcore.errors import IntegrityError, ModelError
-from ftcore.plain_forward import can_widen, plain_forward
+from ftcore.plain_forward import plain_forward
 from ftcore.safetensors_header import check_safetensors
 
 if TYPE_CHECKING:

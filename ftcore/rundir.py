@@ -82,7 +82,7 @@ class RunDir:
             yield Path(copy)
 
     def newest_checkpoint(self, warn: object = None) -> int | None:
-        """The newest step whose checkpoint is sealed and whose files are the ones that were sealed; damaged ones are passed over, loudly."""
+        """The newest step whose checkpoint is sealed and whose files are the ones that were sealed; damaged ones are passed over."""
         for step in reversed(self.checkpoint_steps()):
             try:
                 verify(self.folder / checkpoint_key(step))

@@ -46,6 +46,19 @@ class Work:
     blocks: Folder
 
 
+class Progress:
+    """Says how far a long piece of work is, every few seconds."""
+
+    def __init__(self, total: int, log: Log) -> None:
+        self.total, self.log, self.done, self._spoke = total, log, 0, time.monotonic()
+
+    def step(self, what: str) -> None:
+        self.done += 1
+        if time.monotonic() - self._spoke > SPEAK_EVERY_S:
+            self._spoke = time.monotonic()
+            self.log(f"  {what} {self.done} of {self.total}")
+
+
 class Tasks(Protocol):
     """Whoever does the work; answers come in the order of the orders."""
 
@@ -110,14 +123,12 @@ def _tasks(work: Work, encoder: EncodeRows, pieces: list[Piece], log: Log) -> Ta
 def _encode(tasks: Tasks, work: Work, pieces: list[Piece], log: Log) -> Audit:
     audit, parts = Audit(), []
     orders = _orders(pieces)
-    spoke = started = time.monotonic()
-    for done, answer in enumerate(tasks.encode(orders), 1):
+    started = time.monotonic()
+    progress = Progress(len(orders), log)
+    for answer in tasks.encode(orders):
         audit.merge(Audit.from_json(answer["audit"]))
         parts += answer["parts"]
-        now = time.monotonic()
-        if now - spoke > SPEAK_EVERY_S:
-            spoke = now
-            log(f"  {audit.read:,} rows read, {audit.read / (now - started):,.0f} rows/s, {done} of {len(orders)} portions")
+        progress.step(f"{audit.read:,} rows read, {audit.read / (time.monotonic() - started):,.0f} rows/s, portion")
     work.staged.write_json(PARTS, parts)
     return audit
 
@@ -150,7 +161,9 @@ def _judge_and_pack(tasks: Tasks, work: Work, writer: PreparedWriter, audit: Aud
     for window in windows:
         segments = [[segment.part, segment.reading] for segment in window.segments]
         orders.append({"split": window.split, "key": writer.key(SPLITS[window.split], window.number), "segments": segments})
+    progress = Progress(len(orders), log)
     for answer in tasks.pack(orders):
+        progress.step("packing, window")
         shard = Shard(**answer["shard"])
         writer.add(answer["split"], shard, np.array(answer["tokens"], np.int32))
         facts = audit.split(answer["split"])

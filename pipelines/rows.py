@@ -32,7 +32,9 @@ class OnRay:
 
     def __init__(self, work: Work, log: Callable[[str], None]) -> None:
         self.work = work
-        connect(log=log)
+        connection = connect(log=log)
+        if connection.nodes > 1 and work.staged.is_local:
+            log(f"data.cache must be a folder that all {connection.nodes} nodes share, or a remote path: {work.staged.path.parents[1]}")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True

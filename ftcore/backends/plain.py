@@ -29,9 +29,11 @@ class Plain(Backend):
         from ftcore.data_parallel import PlainStepper
 
         if autocast == torch.float16 and world.device == "cpu":
-            raise ModelError("fp16 cannot be trained on a CPU", where="model.dtype", got="fp16", wanted="bf16 | fp32", remedy="model.dtype=bf16")
+            raise ModelError(
+                "fp16 cannot be trained on a CPU", where="model.dtype", got="fp16", wanted="bf16 | fp32", remedy="model.dtype=bf16"
+            )
         if self.gradient_checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.deterministic:
             torch.use_deterministic_algorithms(True)
         return PlainStepper(model, optim, num_steps, world, autocast)

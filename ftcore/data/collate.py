@@ -62,19 +62,14 @@ def collate(blocks: Sequence[Block], *, padded: bool, pad_id: int = 0) -> Batch:
     learnt = mask & (positions > 0)  # nothing comes before a segment's first token
     at = np.flatnonzero(learnt)
     targets[at - 1] = ids[at]
-    flat = {
-        "segment_lengths": tuple(int(n) for n in lengths),
-        "target_segments": torch.from_numpy(segments[at]),
-        "num_trained": len(at),
-    }
+    lengths_out, owners, count = tuple(int(n) for n in lengths), torch.from_numpy(segments[at]), len(at)
     if not padded:
-        rows = (torch.from_numpy(array)[None] for array in (ids, positions, targets))
-        return Batch(*rows, attention_mask=None, **flat)
+        rows = [torch.from_numpy(array)[None] for array in (ids, positions, targets)]
+        return Batch(rows[0], rows[1], rows[2], None, lengths_out, owners, count)
     shape = (len(lengths), int(lengths.max()))
-    wide = {
-        "ids": np.full(shape, pad_id, np.int64), "positions": np.zeros(shape, np.int64),
-        "targets": np.full(shape, IGNORED, np.int64), "attention_mask": np.zeros(shape, np.int64),
-    }  # fmt: skip
-    for name, values in (("ids", ids), ("positions", positions), ("targets", targets), ("attention_mask", np.ones_like(ids))):
-        wide[name][segments, positions] = values
-    return Batch(**{name: torch.from_numpy(array) for name, array in wide.items()}, **flat)
+    wide = []
+    for values, filler in ((ids, pad_id), (positions, 0), (targets, IGNORED), (np.ones_like(ids), 0)):
+        rows_BT = np.full(shape, filler, np.int64)
+        rows_BT[segments, positions] = values
+        wide.append(torch.from_numpy(rows_BT))
+    return Batch(wide[0], wide[1], wide[2], wide[3], lengths_out, owners, count)

@@ -6,8 +6,9 @@ Runs in: Ray Data actors (one tokenizer each), or the driver; no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain
 
 from ftcore.data.audit import Audit
 from ftcore.data.chat import Chat
@@ -27,7 +28,7 @@ from ftcore.recipe import Recipe, Source, parse_recipe
 from ftcore.storage import Folder
 
 HEAD_ROWS = 32
-"""Rows a format is recognised by, at the beginning of each piece."""
+"""Good rows a format is recognised by, at the beginning of each piece."""
 
 
 class EncodeRows:
@@ -58,7 +59,7 @@ class EncodeRows:
     def _encode_piece(self, piece: Piece, writer: PartWriter, audit: Audit) -> None:
         source = self.recipe.data.sources[piece.source]
         rows = read(piece)
-        head = list(islice(rows, HEAD_ROWS))
+        head = _head(rows)
         name = self._format(source, head, audit)
         for row in chain(head, rows):
             audit.read += 1
@@ -98,3 +99,13 @@ class EncodeRows:
         name, reason = recognise(rows, self.recipe.stage.item)
         audit.note(f"{source.path}: format {name}, because {reason}")
         return name
+
+
+def _head(rows: Iterator[Row | Rejected]) -> list[Row | Rejected]:
+    """The first rows, up to and with HEAD_ROWS good ones."""
+    head: list[Row | Rejected] = []
+    num_good = 0
+    while num_good < HEAD_ROWS and (row := next(rows, None)) is not None:
+        head.append(row)
+        num_good += isinstance(row, Row)
+    return head

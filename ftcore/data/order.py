@@ -43,7 +43,8 @@ def deal(window: np.ndarray, sizes: np.ndarray, ranks: int, micro_batch: int) ->
     """Window -> micro-batches of each rank: [ranks][micro-steps][<= micro_batch] block indices.
 
     Blocks of like size share a micro-batch (less padding), micro-batches go to the rank with the least work so far; every block exactly
-    once. `sizes`: tokens of each block of the window. Ranks may get unequal numbers of micro-steps; the loop evens them out with silent ones.
+    once. `sizes`: tokens of each block of the window. Ranks may get unequal numbers of micro-steps; the loop evens them out with
+    silent ones.
     """
     by_size = np.argsort(-sizes, kind="stable")
     micro_batches = [by_size[i : i + micro_batch] for i in range(0, len(by_size), micro_batch)]

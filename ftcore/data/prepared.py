@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from ftcore.data.types import Block, Split
 from ftcore.errors import IntegrityError
-from ftcore.storage import MANIFEST, Folder, file_digest, is_sealed
+from ftcore.storage import MANIFEST, Folder, explain_oserror, file_digest, is_sealed
 
 SCHEMA = pa.schema(
     {"ids": pa.list_(pa.int32()), "mask": pa.list_(pa.uint8()), "lengths": pa.list_(pa.int32()), "rows": pa.list_(pa.int64())}
@@ -52,19 +52,28 @@ class Shard:
 
 def write_shard(folder: Folder, key: str, blocks: Iterable[Block], block_tokens: int) -> tuple[Shard, np.ndarray]:
     """Streams blocks into one parquet file of the folder, a row group in memory at a time; returns its facts and each block's tokens."""
-    group_blocks = min(256, max(1, GROUP_TOKENS // block_tokens))
-    tokens: list[int] = []
+    if folder.is_local:  # nobody reads it before the folder is sealed, so it is written in its place
+        return _write_parquet(folder.path / key, key, blocks, block_tokens)
     with tempfile.TemporaryDirectory(prefix="ftcore-shard-") as temporary:
         local = Path(temporary) / "shard.parquet"
-        stream = iter(blocks)
-        how = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
-        with pq.ParquetWriter(local, SCHEMA, **how) as writer:
+        written = _write_parquet(local, key, blocks, block_tokens)
+        folder.put(local, key)
+        return written
+
+
+def _write_parquet(path: Path, key: str, blocks: Iterable[Block], block_tokens: int) -> tuple[Shard, np.ndarray]:
+    group_blocks = min(256, max(1, GROUP_TOKENS // block_tokens))
+    tokens: list[int] = []
+    stream = iter(blocks)
+    how = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
+    try:
+        with pq.ParquetWriter(path, SCHEMA, **how) as writer:
             while group := list(islice(stream, group_blocks)):
                 writer.write_table(_table(group), row_group_size=group_blocks)
                 tokens += [block.num_tokens for block in group]
-        folder.put(local, key)
-        shard = Shard(key, len(tokens), group_blocks, local.stat().st_size, file_digest(local))
-        return shard, np.array(tokens, np.int32)
+    except OSError as error:
+        raise explain_oserror(error, "write", str(path)) from error
+    return Shard(key, len(tokens), group_blocks, path.stat().st_size, file_digest(path)), np.array(tokens, np.int32)
 
 
 def _table(blocks: list[Block]) -> pa.Table:

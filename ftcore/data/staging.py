@@ -149,7 +149,10 @@ class StagedPart:
     def _load(self, name: str, dtype: np.dtype) -> np.ndarray:
         key = f"{self.part.key}.{name}"
         if self.folder.is_local:
-            return np.asarray(np.memmap(self.folder.path / key, dtype, mode="r"))
+            try:
+                return np.asarray(np.memmap(self.folder.path / key, dtype, mode="r"))
+            except OSError as error:
+                raise explain_oserror(error, "read", f"{self.folder}/{key}") from error
         return np.frombuffer(self.folder.read(key), dtype)
 
 

@@ -16,7 +16,7 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row came from, for every message about it: `file` as the person named it, `row` counted from 1 (its line in JSONL and CSV)."""
+    """Where a row came from, for every message about it: `file` as the person named it, `row` from 1 (its line in JSONL and CSV)."""
 
     file: str
     row: int

@@ -1,6 +1,7 @@
 """Varlen attention: causal attention over segments laid end to end, none of which sees another.
 
-In: queries, keys, values [1, H, T, D] and the segments' lengths. Out: [1, T, H, D]. Runs in: train workers, through transformers' attention interface.
+In: queries, keys, values [1, H, T, D] and the segments' lengths. Out: [1, T, H, D]. Runs in: train workers, through transformers'
+attention interface.
 
 The work is the sum of the segments' squared lengths, not the square of the block's, and no [T, T] mask is ever made.
 """
@@ -34,11 +35,13 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; `segment_lengths` sums to T. query [1, H, T, D], key and value [1, H_kv, T, D].
 
-    Raises ModelError for what it would have to ignore: soft-capping, sinks, position biases, bidirectional layers, a missing `segment_lengths`.
+    Raises ModelError for what it would have to ignore: soft-capping, sinks, position biases, bidirectional layers, no `segment_lengths`.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if extra.get(name) is not None:
-            raise ModelError(f"this model's attention uses `{name}`, which the segment-isolating path does not have", remedy="set data.pack: false")
+            raise ModelError(
+                f"this model's attention uses `{name}`, which the segment-isolating path does not have", remedy="set data.pack: false"
+            )
     if segment_lengths is None or query.shape[0] != 1:
         raise ModelError("this model does not hand the segments' lengths to its attention", remedy="set data.pack: false")
     if extra.get("is_causal") is False or not getattr(module, "is_causal", True):
@@ -49,7 +52,9 @@ def varlen_attention(
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         band = _band(q.shape[2], sliding_window, q.device) if sliding_window and q.shape[2] > sliding_window else None
         parts.append(
-            scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped)
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
+            )
         )
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 

@@ -40,7 +40,7 @@ class Full(Method):
         raise ModelError("a fully fine-tuned model cannot be switched off to give the base", remedy="use a PEFT method such as `lora`")
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-        model.save_pretrained(folder, state_dict=dict(weights))  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=dict(weights))
         config = folder / "config.json"  # transformers writes the dtype the model trains in, not that of the weights it was handed
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": dtypes[0]}, indent=2))

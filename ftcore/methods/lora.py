@@ -54,7 +54,7 @@ class Lora(Method):
         whole = any(name.endswith(("embed_tokens", "lm_head")) for name in self.modules_to_save)
         tied = whole and model.config.tie_word_embeddings  # a head trained apart from its embedding cannot be merged
         config = LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self._targets(model), use_rslora=self.rslora,  # type: ignore[arg-type]
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self._targets(model), use_rslora=self.rslora,
             use_dora=self.dora, modules_to_save=list(self.modules_to_save) or None, task_type="CAUSAL_LM",
             base_model_name_or_path=model.config._name_or_path,
             ensure_weight_tying=tied,
@@ -74,7 +74,9 @@ class Lora(Method):
         linear -= {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
         for name in self.modules_to_save:
             if not any(module == name or module.endswith("." + name) for module, _ in model.named_modules()):
-                raise ModelError("modules_to_save matches nothing in this model", where="method.modules_to_save", got=name, wanted=_endings(model))
+                raise ModelError(
+                    "modules_to_save matches nothing in this model", where="method.modules_to_save", got=name, wanted=_endings(model)
+                )
         wanted: str | list[str] = self.targets if isinstance(self.targets, str) else list(self.targets)
         if wanted == "auto":
             family = family_of(model.config.model_type).targets  # names of all its versions: those this model has
@@ -92,7 +94,7 @@ class Lora(Method):
         return wanted
 
     def without(self, model: nn.Module) -> AbstractContextManager[None]:
-        return model.disable_adapter()  # type: ignore[operator,no-any-return]
+        return model.disable_adapter()
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
         from peft import get_peft_model_state_dict
@@ -104,9 +106,9 @@ class Lora(Method):
         whole = {alias: weights[name] for alias, name in aliases if name in weights}  # a tied head goes by two names
         tensors = get_peft_model_state_dict(model, state_dict=whole)
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = model.peft_config["default"]  # type: ignore[index,union-attr]
+        config = model.peft_config["default"]
         was, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(str(folder))  # type: ignore[union-attr]
+        config.save_pretrained(str(folder))
         config.inference_mode = was
 
     def load(self, model: nn.Module, folder: Path) -> None:
@@ -126,7 +128,7 @@ class Lora(Method):
         set_peft_model_state_dict(model, tensors)
 
     def merge(self, model: nn.Module) -> nn.Module:
-        return model.merge_and_unload(safe_merge=True)  # type: ignore[operator,no-any-return]
+        return model.merge_and_unload(safe_merge=True)
 
 
 def _matches(name: str, targets: str | list[str]) -> bool:
@@ -139,4 +141,6 @@ def _matches(name: str, targets: str | list[str]) -> bool:
 def _endings(model: nn.Module) -> str:
     from torch import nn
 
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}))
+    return ", ".join(
+        sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)})
+    )

@@ -1,4 +1,4 @@
-"""Every method, by its registry: something moves and nothing else, the saved result gives the trained logits in plain PEFT or transformers."""
+"""Every method of the registry: something moves and nothing else; the saved result gives the trained logits without our code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.memory_blocks import MemoryBlocks, packed_blocks
 from transformers import AutoModelForCausalLM
 
 from ftcore.backends.base import World
@@ -18,6 +17,7 @@ from ftcore.methods.base import METHODS
 from ftcore.models import CausalModel
 from ftcore.recipe import Recipe
 from ftcore.rundir import RunDir
+from tests.memory_blocks import MemoryBlocks, packed_blocks
 
 BLOCKS = MemoryBlocks(packed_blocks(12, seed=3))
 VARIANTS: list[dict[str, Any]] = [
@@ -31,10 +31,18 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def trained(base: Path, runs: Path, method: dict[str, Any], dtype: str = "fp32") -> Training:
-    recipe = Recipe.model_validate({
-        "name": "run", "model": {"path": str(base), "dtype": dtype}, "data": {"sources": "unused.jsonl"}, "method": method, "stage": "sft",
-        "backend": {"kind": "plain", "micro_batch": 4}, "optim": {"lr": 2e-2, "batch_size": 4, "max_steps": 4, "epochs": 9}, "output": {"runs": str(runs)},
-    })  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "name": "run",
+            "model": {"path": str(base), "dtype": dtype},
+            "data": {"sources": "unused.jsonl"},
+            "method": method,
+            "stage": "sft",
+            "backend": {"kind": "plain", "micro_batch": 4},
+            "optim": {"lr": 2e-2, "batch_size": 4, "max_steps": 4, "epochs": 9},
+            "output": {"runs": str(runs)},
+        }
+    )
     training = Training(recipe, World(), BLOCKS, RunDir(runs, "run"), None, None)
     training.restore()
     training.run_steps()
@@ -81,7 +89,9 @@ def test_switched_off_the_model_is_the_base(tiny_model_dir: Path, tmp_path: Path
     training.model.eval()
     with torch.no_grad(), training.recipe.method.without(training.model):
         off = CausalModel(training.model, training.layout).logits(batch)[:, : batch.segment_lengths[0]]
-        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)(input_ids=batch.ids[:, : batch.segment_lengths[0]]).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)(
+            input_ids=batch.ids[:, : batch.segment_lengths[0]]
+        ).logits
     torch.testing.assert_close(off, base, rtol=0, atol=1e-5)
     training.close()
 

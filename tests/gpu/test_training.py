@@ -7,24 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from tests.memory_blocks import MemoryBlocks, packed_blocks
 
 from ftcore.backends.base import World
 from ftcore.journal import read_lines
 from ftcore.loop import train
 from ftcore.recipe import Recipe
 from ftcore.rundir import RunDir
+from tests.memory_blocks import MemoryBlocks, packed_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 BLOCKS = MemoryBlocks(packed_blocks(24, seed=3))
 
 
 def losses(base: Path, runs: Path, name: str, device: str, dtype: str, **backend: Any) -> list[float]:
-    recipe = Recipe.model_validate({
-        "name": name, "model": {"path": str(base), "dtype": dtype}, "data": {"sources": "unused.jsonl"}, "method": {"kind": "lora", "rank": 4},
-        "stage": "sft", "backend": {"kind": "plain", "micro_batch": 4, **backend}, "optim": {"lr": 5e-3, "batch_size": 8, "epochs": 10, "max_steps": 10},
-        "output": {"runs": str(runs)},
-    })  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "name": name,
+            "model": {"path": str(base), "dtype": dtype},
+            "data": {"sources": "unused.jsonl"},
+            "method": {"kind": "lora", "rank": 4},
+            "stage": "sft",
+            "backend": {"kind": "plain", "micro_batch": 4, **backend},
+            "optim": {"lr": 5e-3, "batch_size": 8, "epochs": 10, "max_steps": 10},
+            "output": {"runs": str(runs)},
+        }
+    )
     run = RunDir(runs, name)
     train(recipe, World(device=device), BLOCKS, run)
     return [line["loss"] for line in read_lines(run) if "loss" in line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from tests.ray.test_fit import write_rows
 pytestmark = pytest.mark.ray
 REPO = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
+TOKEN = secrets.token_hex(32)
 MAX_UPLOAD_BYTES = 20 << 20
 """Code, recipes and the demo's base (at most 10 MB)."""
 
@@ -44,7 +46,15 @@ class Head:
 def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "PYTHONPATH"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**kept, "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **more}
+    return {
+        **kept,
+        "PATH": path,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
 
 
 def free_ports(count: int) -> list[int]:
@@ -70,11 +80,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         wait_for(dashboard, process)
         yield Head(f"http://127.0.0.1:{dashboard}", temporary, home)
     finally:
-        process.send_signal(signal.SIGTERM)  # `--block` takes the processes it started with it
+        process.send_signal(signal.SIGTERM)
         try:
-            process.communicate(timeout=30)
+            process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.kill()  # with `--block` the kernel ends what it started with it
             process.communicate()
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -107,7 +117,8 @@ def test_a_submitted_job_streams_its_log_and_publishes_into_the_home_of_the_clus
 
 
 def test_what_was_uploaded_is_small_and_only_what_runs(head: Head) -> None:
-    [package] = [path for path in head.temporary.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*") if path.is_dir()]
+    [package, *others] = [path for path in head.temporary.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*") if path.is_dir()]
+    print("PK", package, others, [[p.name for p in o.iterdir()] for o in others])
     files = {path.relative_to(package) for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert sum((package / file).stat().st_size for file in files) < MAX_UPLOAD_BYTES
     assert Path("pipelines/sft.py") in files

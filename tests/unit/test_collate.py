@@ -8,7 +8,9 @@ from ftcore.data.types import Block
 
 def block(lengths: list[int], mask: list[int], start: int = 10) -> Block:
     total = sum(lengths)
-    return Block(np.arange(start, start + total, dtype=np.int32), np.array(mask, np.uint8), np.array(lengths, np.int32), np.arange(len(lengths)))
+    return Block(
+        np.arange(start, start + total, dtype=np.int32), np.array(mask, np.uint8), np.array(lengths, np.int32), np.arange(len(lengths))
+    )
 
 
 TWO = [block([3, 2], [0, 1, 1, 1, 1]), block([2], [0, 1], start=20)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.memory_blocks import MemoryBlocks, block_of, packed_blocks, random_segments
-from tests.worlds import in_world
 from transformers import AutoModelForCausalLM
 
 from ftcore.backends.base import World
@@ -21,6 +20,8 @@ from ftcore.loop import Training, train
 from ftcore.models import CausalModel, choose_layout, load_base
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir
+from tests.memory_blocks import MemoryBlocks, block_of, packed_blocks, random_segments
+from tests.worlds import in_world
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 BLOCKS = packed_blocks(50, per_block=2, seed=3)
@@ -28,12 +29,15 @@ BLOCKS = packed_blocks(50, per_block=2, seed=3)
 
 def recipe_for(base: Path, runs: Path, name: str, **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "name": name, "model": {"path": str(base), "dtype": changes.pop("dtype", "fp64")}, "data": {"sources": "unused.jsonl"}, "stage": "sft",
+        "name": name,
+        "model": {"path": str(base), "dtype": changes.pop("dtype", "fp64")},
+        "data": {"sources": "unused.jsonl"},
+        "stage": "sft",
         "method": changes.pop("method", {"kind": "lora", "rank": 4, "targets": "all-linear"}),
         "backend": {"kind": "plain", "micro_batch": changes.pop("micro_batch", 8)},
         "optim": {"lr": 5e-3, "batch_size": 8, "epochs": 10, "max_steps": 20, "seed": 1, "weight_decay": 0.01},
         "output": {"runs": str(runs), "checkpoint_every": 1000},
-    }  # fmt: skip
+    }
     return Recipe.model_validate(tree | changes)
 
 
@@ -76,9 +80,13 @@ def test_packed_and_unpacked_rows_give_the_same_losses(tiny_model_dir: Path, tmp
     """Packed: blocks of two segments end to end. Unpacked: the same two segments as padded rows under a padding mask."""
     packed = losses_of(recipe_for(tiny_model_dir, tmp_path, "packed", dtype=dtype), MemoryBlocks(BLOCKS))
     padded = recipe_for(
-        tiny_model_dir, tmp_path, "padded", dtype=dtype, model={"path": str(tiny_model_dir), "dtype": dtype, "attention": "sdpa"},
+        tiny_model_dir,
+        tmp_path,
+        "padded",
+        dtype=dtype,
+        model={"path": str(tiny_model_dir), "dtype": dtype, "attention": "sdpa"},
         data={"sources": "unused.jsonl", "pack": False},
-    )  # fmt: skip
+    )
     assert spread(packed, losses_of(padded, MemoryBlocks(BLOCKS))) <= TOLERANCE[dtype]
 
 
@@ -91,7 +99,7 @@ def test_changing_one_segment_moves_no_other_segments_logits(tiny_model_dir: Pat
     with torch.no_grad():
         before, after = (causal.logits(collate([block_of(s)], padded=False))[0] for s in (segments, changed))
     starts = np.cumsum([0, *(len(ids) for ids, _ in segments)])
-    moved = [float((before[a:b] - after[a:b]).abs().max()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    moved = [float((before[a:b] - after[a:b]).abs().max()) for a, b in pairwise(starts)]
     assert moved[1] > 0.01
     assert [moved[0], moved[2], moved[3]] == [0.0, 0.0, 0.0]
 
@@ -109,7 +117,9 @@ def plain_loop(base: Path, recipe: Recipe, dtype: torch.dtype) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
     torch.manual_seed(recipe.optim.seed)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay
+    )
     losses = []
     for step in range(20):
         rows = []
@@ -123,7 +133,9 @@ def plain_loop(base: Path, recipe: Recipe, dtype: torch.dtype) -> list[float]:
         labels, attention = torch.full_like(ids, -100), torch.zeros_like(ids)
         for row, (tokens, mask) in enumerate(rows):
             ids[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
-            labels[row, : len(tokens)][torch.as_tensor(mask, dtype=torch.bool)] = ids[row, : len(tokens)][torch.as_tensor(mask, dtype=torch.bool)]
+            labels[row, : len(tokens)][torch.as_tensor(mask, dtype=torch.bool)] = ids[row, : len(tokens)][
+                torch.as_tensor(mask, dtype=torch.bool)
+            ]
             attention[row, : len(tokens)] = 1
         logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)

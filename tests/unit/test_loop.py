@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.memory_blocks import MemoryBlocks, packed_blocks
 from transformers import AutoModelForCausalLM
 
 from ftcore.backends.base import World
@@ -22,16 +21,23 @@ from ftcore.loop import Trained, train
 from ftcore.models import load_base
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir, checkpoint_key
+from tests.memory_blocks import MemoryBlocks, packed_blocks
 
 BLOCKS = MemoryBlocks(packed_blocks(24, seed=3), packed_blocks(5, seed=4))
 
 
 def recipe_for(base: Path, runs: Path, **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "name": "run", "model": {"path": str(base), "dtype": "fp32"}, "data": {"sources": "unused.jsonl"}, "method": {"kind": "lora", "rank": 4},
-        "stage": "sft", "backend": {"kind": "plain", "micro_batch": 4}, "optim": {"lr": 5e-3, "batch_size": 8, "epochs": 10, "max_steps": 10},
-        "output": {"runs": str(runs), "checkpoint_every": 4, "keep": 2}, "eval": {"every_steps": 5},
-    }  # fmt: skip
+        "name": "run",
+        "model": {"path": str(base), "dtype": "fp32"},
+        "data": {"sources": "unused.jsonl"},
+        "method": {"kind": "lora", "rank": 4},
+        "stage": "sft",
+        "backend": {"kind": "plain", "micro_batch": 4},
+        "optim": {"lr": 5e-3, "batch_size": 8, "epochs": 10, "max_steps": 10},
+        "output": {"runs": str(runs), "checkpoint_every": 4, "keep": 2},
+        "eval": {"every_steps": 5},
+    }
     for key, value in changes.items():
         tree[key] = tree[key] | value if isinstance(tree.get(key), dict) and isinstance(value, dict) and "kind" not in value else value
     return Recipe.model_validate(tree)
@@ -68,7 +74,9 @@ def test_old_checkpoints_go_but_the_newest_and_the_best_stay(tiny_model_dir: Pat
     recipe = recipe_for(tiny_model_dir, tmp_path, output={"runs": str(tmp_path), "checkpoint_every": 2, "keep": 2}, eval={"every_steps": 3})
     run(recipe)
     steps = RunDir(tmp_path, "run").checkpoint_steps()
-    best = min((line for line in read_lines(RunDir(tmp_path, "run")) if "validation_loss" in line), key=lambda line: line["validation_loss"])["step"]
+    best = min(
+        (line for line in read_lines(RunDir(tmp_path, "run")) if "validation_loss" in line), key=lambda line: line["validation_loss"]
+    )["step"]
     assert best in steps and steps[-1] == 10 and len(steps) <= 3
 
 
@@ -124,7 +132,14 @@ def test_data_that_changed_under_a_run_is_refused(tiny_model_dir: Path, tmp_path
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss of step \d+ is not finite"):
-        run(recipe_for(tiny_model_dir, tmp_path, method={"kind": "full"}, optim={"lr": 1e30, "batch_size": 8, "max_steps": 10, "epochs": 10, "clip_norm": 0}))
+        run(
+            recipe_for(
+                tiny_model_dir,
+                tmp_path,
+                method={"kind": "full"},
+                optim={"lr": 1e30, "batch_size": 8, "max_steps": 10, "epochs": 10, "clip_norm": 0},
+            )
+        )
 
 
 def test_a_full_disk_while_a_checkpoint_is_written_says_so_and_spoils_nothing(

@@ -47,7 +47,7 @@ def test_bf16_hidden_states_give_the_loss_in_fp32_within_bf16s_precision() -> No
 
 
 def test_log_probabilities_of_any_head_are_those_of_its_whole_logits() -> None:
-    hidden, weight, targets = drawn(torch.float64)
+    hidden, _, targets = drawn(torch.float64)
     head = nn.Linear(12, 50, bias=True, dtype=torch.float64)
     ours = losses.token_logps(hidden, head, targets, 50)
     plain = torch.log_softmax(head(hidden), -1)[torch.arange(70), targets]
@@ -57,7 +57,10 @@ def test_log_probabilities_of_any_head_are_those_of_its_whole_logits() -> None:
 
 def test_a_batch_without_targets_adds_nothing_and_still_reaches_the_weights() -> None:
     hidden, weight, targets = drawn(torch.float32)
-    total = losses.linear_cross_entropy(hidden[:0], weight, targets[:0]) + losses.token_logps(hidden[:0], lambda h: h @ weight.T, targets[:0], 50).sum()
+    total = (
+        losses.linear_cross_entropy(hidden[:0], weight, targets[:0])
+        + losses.token_logps(hidden[:0], lambda h: h @ weight.T, targets[:0], 50).sum()
+    )
     total.backward()
     assert float(total.detach()) == 0.0
     assert hidden.grad is not None and float(hidden.grad.abs().sum()) == 0.0

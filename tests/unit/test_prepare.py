@@ -19,6 +19,7 @@ from ftcore.data.audit import Audit
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, DataError
 from ftcore.recipe import Recipe
+from ftcore.stages.base import STAGES
 from pipelines.prepare import main, prepare
 
 Make = Callable[..., Recipe]
@@ -254,6 +255,36 @@ def test_many_small_parts_pack_like_one(make: Make, monkeypatch: pytest.MonkeyPa
     parts = prepare(make(rows, cache=f"{whole.folder.path.parent}-parts"), log=quiet)
     assert segments(parts, "train") == segments(whole, "train")
     assert parts.manifest["audit"] == whole.manifest["audit"]
+
+
+def test_a_format_is_recognised_by_the_first_good_rows(make: Make) -> None:
+    rows = ["{broken"] * 40 + [row(i) for i in range(10)]
+    assert audit_of(prepare(make(rows, max_rejected=0.9), log=quiet)).kept == 10
+
+
+def test_a_file_without_one_good_row_is_refused_by_the_audit(make: Make) -> None:
+    with pytest.raises(DataError, match=r"100\.00% of rows rejected"):
+        prepare(make(["{broken"] * 3), log=quiet)
+
+
+def test_a_remote_cache_holds_the_same_blocks(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows = [row(i) for i in range(50)]
+    cache = f"memory://cache-{tmp_path.name}"
+    here, there = prepare(make(rows), log=quiet), prepare(make(rows, cache=cache), log=quiet)
+    assert segments(there, "train") == segments(here, "train")
+    assert prepare(make(rows, cache=cache), log=quiet).url == there.url == f"{cache}/{here.digest}"
+
+
+def test_documents_become_blocks_of_text(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Chapter {i}. " + "It was a dark night. " * (3 * i) for i in range(1, 30)))
+    recipe = make(sources=[{"path": str(path)}], overlong="split").model_copy(update={"stage": STAGES["pretrain"]()})
+    prepared = prepare(recipe, log=quiet)
+    audit = audit_of(prepared)
+    assert audit.kept == 29
+    assert audit.num_examples > 29
+    assert set(audit.trained) == {"text"}
 
 
 def test_a_cached_start_loads_neither_torch_nor_transformers_nor_ray(make: Make, tmp_path: Path) -> None:
