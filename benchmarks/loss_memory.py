@@ -56,6 +56,7 @@ def main() -> None:
     if args.one:
         print(*measure(args.one, args))
         return
+    head = "trained" if args.trained_head else "frozen"
     print(f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, head {head}")
     figures = {}
     for case in ("plain", "chunked", "chunked, any head"):
