@@ -35,10 +35,11 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `fit` made. `ref` is None when the recipe publishes nothing."""
+    """What `fit` made. `ref` is None when the recipe publishes nothing; `store` is where it was published."""
 
     run: RunDir
     ref: AdapterRef | None
+    store: str
     trained: Trained
     report: str
 
@@ -61,7 +62,7 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
         parent_into(run, recipe, log)
         trained = _trained(run, recipe, prepared, log)
     ref = publish_once(run, recipe, log)
-    return Outcome(run, ref, trained, write_report(run))
+    return Outcome(run, ref, recipe.output.store, trained, write_report(run))
 
 
 def _trained(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> Trained:

@@ -1,6 +1,6 @@
 """Prepare: from the rows a recipe names to packed blocks at rest, once; the same rows again are taken from the cache.
 
-    ray job submit --working-dir . -- python -m pipelines.prepare pipelines/recipes/sft-lora.yaml data.cache=s3://bucket/prepared
+    ray job submit --working-dir . -- python pipelines/prepare.py pipelines/recipes/sft-lora.yaml data.cache=s3://bucket/prepared
 
 In: a recipe and `path=value` overrides. Out: a sealed folder of blocks, the audit on the terminal. Runs in: the driver.
 """
@@ -10,12 +10,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
+if not __package__:  # run as a file: the rooms are siblings of this script's folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ftcore.cli import guarded
 from ftcore.data.audit import Audit
 from ftcore.data.identity import identity
 from ftcore.data.prepared import Prepared
-from ftcore.errors import FtcoreError, IntegrityError
+from ftcore.errors import IntegrityError
 from ftcore.recipe import Recipe, load_recipe
 from ftcore.storage import Folder, digest_of, is_sealed
 
@@ -52,19 +57,15 @@ def _cached(folder: Folder, log: Log) -> Prepared | None:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="prepare", description="Prepare the rows of a recipe: audit, tokens, packed blocks.")
-    parser.add_argument("recipe", help="a recipe file")
-    parser.add_argument("overrides", nargs="*", metavar="path=value", help="for example data.max_length=1024")
-    arguments = parser.parse_args(argv)
-    try:
-        prepared = prepare(load_recipe(arguments.recipe, arguments.overrides))
-    except FtcoreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="prepare", description="Prepares the rows of a recipe: audit, tokens, packed blocks.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, like pipelines/recipes/sft-lora.yaml")
+    parser.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="a key set over the file's, like data.max_length=1024")
+    options = parser.parse_args(argv)
+    prepared = prepare(load_recipe(options.recipe, options.overrides))
     print(prepared.url)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a file: the rooms are siblings of this script's folder
@@ -18,7 +19,6 @@ from cluster.connect import connect_early
 from cluster.resources import needs_ray
 from ftcore.cli import guarded
 from ftcore.recipe import load_recipe
-from ftcore.report.journal_view import figures, read_journal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,16 +30,18 @@ def main(argv: list[str] | None = None) -> int:
     if needs_ray(recipe.resources):
         connect_early()
 
-    from pipelines.fit import fit  # late: a wrong recipe is refused at once, and Ray starts while torch is loaded
+    # late: a wrong recipe is refused at once, and Ray starts while torch is loaded
+    from ftcore.report.journal_view import figures, read_journal
+    from pipelines.fit import fit
 
-    outcome = fit(recipe)
+    outcome = fit(recipe, log=partial(print, flush=True))
     print()
     for label, value in figures(read_journal(outcome.run.folder)).items():
         print(f"{label:<32}{value}")
     print(f"{'run':<32}{outcome.run.url}\n{'report':<32}{outcome.report}")
     if outcome.ref:
-        print(f"{'adapter':<32}{outcome.ref}\n\nnext:  ftcore adapters show {outcome.ref} --store {recipe.output.store}")
-        print(f"       ftcore merge {outcome.ref} --out merged")
+        print(f"{'adapter':<32}{outcome.ref}\n\nnext:  ftcore adapters show {outcome.ref} --store {outcome.store}")
+        print(f"       ftcore merge {outcome.ref} --store {outcome.store} --out merged")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -20,9 +19,10 @@ from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, DataError
 from ftcore.recipe import Recipe
 from ftcore.stages.base import STAGES
-from pipelines.prepare import main, prepare
+from pipelines.prepare import prepare
 
 Make = Callable[..., Recipe]
+REPO = Path(__file__).resolve().parents[2]
 
 
 def row(number: int, answer: str = "", **extra: Any) -> dict[str, Any]:
@@ -297,13 +297,14 @@ from pipelines.prepare import main
 assert main([{str(tmp_path / "recipe.yaml")!r}]) == 0
 print([name for name in ("torch", "transformers", "ray", "scipy", "datasketch") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
     assert done.stdout.splitlines()[0].startswith("prepared before")
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_script_says_what_is_wrong_and_exits_with_its_code(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = make(["{broken"] * 3)
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
-    assert main([str(tmp_path / "recipe.yaml")]) == 3
-    assert "broken JSON 3x" in capsys.readouterr().err
+def test_the_script_says_what_is_wrong_and_exits_with_its_code(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(make(["{broken"] * 3).model_dump(mode="json")))
+    command = [sys.executable, str(REPO / "pipelines/prepare.py"), str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 3
+    assert "broken JSON 3x" in done.stderr
