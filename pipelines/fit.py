@@ -4,6 +4,8 @@ In: a Recipe. Out: an Outcome; the run folder, the adapter. Runs in: the driver 
 
 Safe to repeat: the same recipe goes on from what is sealed, a finished run is only published and reported where that is missing, and a
 recipe that changed under the same name is refused unless the change cannot make the run's record a lie.
+
+The driver of a run on Ray loads neither transformers nor peft before its workers do: what needs them is imported where it is used.
 """
 
 from __future__ import annotations
@@ -21,10 +23,8 @@ from ftcore.adapters import AdapterRef
 from ftcore.data.prepared import Prepared
 from ftcore.errors import Interrupted
 from ftcore.loggers import Loggers, check_loggers
-from ftcore.loop import Trained, read_result, train
 from ftcore.progress import ProgressLine
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
-from ftcore.report import write_report
 from ftcore.rundir import RunDir
 from pipelines.launch import Post, launch, launch_here
 from pipelines.prepare import prepare
@@ -40,12 +40,8 @@ class Outcome:
     run: RunDir
     ref: AdapterRef | None
     store: str
-    trained: Trained
+    metrics: dict[str, Any]
     report: str
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.trained.metrics
 
 
 def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
@@ -54,26 +50,30 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
     run = RunDir(recipe.output.runs, recipe.name)
     check_loggers(recipe.output.loggers, run)
     if recognise(run, recipe):
-        trained = read_result(run)
-        log(f"run {recipe.name}: already finished at step {trained.steps} ({run.url}); nothing to train")
+        log(f"run {recipe.name}: already finished ({run.url}); nothing to train")
     else:
         prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
         begin(run, recipe, prepared)
         parent_into(run, recipe, log)
-        trained = _trained(run, recipe, prepared, log)
+        _train(run, recipe, prepared, log)
     ref = publish_once(run, recipe, log)
-    return Outcome(run, ref, recipe.output.store, trained, write_report(run))
+
+    from ftcore.report import write_report
+
+    metrics = run.folder.read_json("final/result.json")["metrics"]
+    return Outcome(run, ref, recipe.output.store, metrics, write_report(run))
 
 
-def _trained(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> Trained:
+def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:
     work = partial(_work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
     ear = _Ear(run, recipe, log)
     try:
         if not needs_ray(recipe.resources):
             log("training in this process (one worker, no Ray cluster)")
             keep_memory()
-            return launch_here(work, hear=ear.hear)
-        return launch(work, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear)
+            launch_here(work, hear=ear.hear)
+        else:
+            launch(work, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear)
     except (Interrupted, KeyboardInterrupt) as error:
         sealed = run.checkpoint_steps()
         raise Interrupted(
@@ -85,12 +85,14 @@ def _trained(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> Train
         ear.close()
 
 
-def _work(recipe_yaml: str, plugins: tuple[str, ...], prepared_url: str, run: RunDir, post: Post) -> Trained:
+def _work(recipe_yaml: str, plugins: tuple[str, ...], prepared_url: str, run: RunDir, post: Post) -> None:
     """What each worker does. The recipe travels as text and is validated again, so that every process fills the same tables."""
+    from ftcore.loop import train
+
     recipe = parse_recipe(recipe_yaml, plugins=plugins)
     outbox = Outbox(post.say)
     try:
-        return train(recipe, post.world, Prepared.open(prepared_url), run, outbox.add, post.should_stop)
+        train(recipe, post.world, Prepared.open(prepared_url), run, outbox.add, post.should_stop)
     finally:
         outbox.flush()
 

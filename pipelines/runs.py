@@ -19,7 +19,6 @@ from ftcore.adapters import AdapterRef, AdapterStore, split_ref
 from ftcore.data.identity import identity
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, IntegrityError, StorageError
-from ftcore.publish import publish_run
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
 from ftcore.storage import MANIFEST, Folder, digest_of
@@ -175,6 +174,9 @@ def publish_once(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
         if AdapterStore(recipe.output.store).is_sealed(ref):
             log(f"already published: {ref}")
             return ref
+
+    from ftcore.publish import publish_run  # loads peft: the first step must not wait for it
+
     ref = publish_run(run, recipe, Prepared.open(run.folder.read_json(PREPARED)["url"]), log=log)
     run.folder.write_json(PUBLISHED, {**fact, "ref": ref.full})
     return ref

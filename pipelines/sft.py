@@ -8,6 +8,7 @@ In: RECIPE and PATH=VALUE overrides. Out: the run folder, the adapter, an exit c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ if not __package__:  # run as a file: the rooms are siblings of this script's fo
 
 from cluster.connect import connect_early
 from cluster.resources import needs_ray
+from cluster.runtime_env import compute_threads
 from ftcore.cli import guarded
 from ftcore.recipe import load_recipe
 
@@ -29,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if needs_ray(recipe.resources):
         connect_early()
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads(recipe.resources)))
 
     # late: a wrong recipe is refused at once, and Ray starts while torch is loaded
     from ftcore.report.journal_view import figures, read_journal

@@ -27,7 +27,8 @@ def folder(tmp_path: Path, tiny_model_dir: Path) -> Path:
     write_rows(tmp_path / "rows.jsonl", count=80)
     recipe = {
         "name": "script", "model": {"path": str(tiny_model_dir), "dtype": "fp32"}, "method": {"kind": "lora", "rank": 2}, "stage": "sft",
-        "data": {"sources": ["rows.jsonl"], "max_length": 64, "validation": 0}, "optim": {"batch_size": 4, "epochs": 1000, "max_steps": 200},
+        "data": {"sources": ["rows.jsonl"], "max_length": 64, "validation": 0},
+        "optim": {"batch_size": 4, "epochs": 1000, "max_steps": 200},
         "output": {"adapter": "acme/script", "checkpoint_every": 1000},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
