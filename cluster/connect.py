@@ -91,7 +91,7 @@ def connect_early(log: Callable[[str], None] = print) -> None:
     """Begins to connect in a thread while the caller loads torch; the `connect` that follows waits for it, or says what failed."""
 
     def begin() -> None:
-        with contextlib.suppress(FtcoreError, RayError, OSError, RuntimeError):  # `connect` meets the same error, where it can be raised
+        with contextlib.suppress(FtcoreError):  # `connect` meets the same error, where it can be raised
             connect(log=log)
             threading.Event().wait()  # Linux ends a Ray started here with the thread that started it, not with the process
 
@@ -124,15 +124,18 @@ def _start_local(local_cpus: float, dashboard: bool) -> str:
     for name, value in SINGLE_MACHINE_DEFAULTS.items():
         os.environ.setdefault(name, value)
     code_for_here()
-    context: Any = ray.init(
-        address="local",
-        num_cpus=max(local_num_cpus(), int(local_cpus)),
-        include_dashboard=dashboard,
-        log_to_driver=_wants_ray_logs(),
-        logging_level=logging.ERROR,
-        configure_logging=True,
-        _temp_dir=str(_temporary_folder()),
-    )
+    try:
+        context: Any = ray.init(
+            address="local", num_cpus=max(local_num_cpus(), int(local_cpus)), include_dashboard=dashboard, log_to_driver=_wants_ray_logs(),
+            logging_level=logging.ERROR, configure_logging=True, _temp_dir=str(_temporary_folder()),
+        )  # fmt: skip
+    except FtcoreError:
+        raise
+    except Exception as error:  # Ray raises plain Exception when its processes are too slow to come up
+        raise ClusterError(
+            "a Ray of our own did not start on this machine", where=_temporary_folder(), got=_first_line(error),
+            remedy="look for a full disk or an overloaded machine, and try again; its logs are in the newest session folder there",
+        ) from error  # fmt: skip
     return str(context.address_info["session_dir"])
 
 

@@ -32,7 +32,7 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
     model.eval()
     try:
         for module in casting:
-            module.cast_input_dtype_enabled = True  # type: ignore[assignment]
+            module.cast_input_dtype_enabled = True
         if transformer is not None and attention == varlen.NAME:
             transformer.set_attn_implementation("sdpa")
         with autocast:

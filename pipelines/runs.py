@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.runtime_env import inside_job
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
+from ftcore.card import Card
 from ftcore.data.identity import identity
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, IntegrityError, StorageError
@@ -178,5 +179,19 @@ def publish_once(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
     from ftcore.publish import publish_run  # loads peft: the first step must not wait for it
 
     ref = publish_run(run, recipe, Prepared.open(run.folder.read_json(PREPARED)["url"]), log=log)
-    run.folder.write_json(PUBLISHED, {**fact, "ref": ref.full})
+    card = AdapterStore(recipe.output.store).card(ref)
+    run.folder.write_json(PUBLISHED, {**fact, "ref": ref.full, "card": card_facts(card)})
     return ref
+
+
+def card_facts(card: Card) -> dict[str, str]:
+    """What the report says of a card: what the adapter belongs to, what it learned from, and what proves it."""
+    probes = [f"{name}: effect {fact.effect:.4g} on {fact.device}" for name, fact in card.probes.items() if fact.effect is not None]
+    return {
+        "base": f"{card.base.id} ({card.base.dtype}), weights {card.base.weights[:12]}",
+        "tokenizer, template": f"{card.tokenizer[:12]}, {card.template[:12] or 'none'}",
+        "data": card.data.digest[:12] if card.data else "none",
+        "recipe, seed": f"{card.recipe.digest[:12] if card.recipe else 'none'}, {card.seed}",
+        "proven by probes": "; ".join(probes) or "none",
+        "signed": card.signature.key_id if card.signature else "no",
+    } | ({"continues from": card.parent} if card.parent else {})

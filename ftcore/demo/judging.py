@@ -1,6 +1,6 @@
 """Judging: the demo's predictors over one base, its adapters loaded side by side, and the sentences under the table.
 
-In: a base, adapter folders, conversations. Out: predictors for `ftcore.evals`; a Table; a verdict. Runs in: the driver.
+In: a base, adapter folders, conversations. Out: predictors for `ftcore.evals`; goals met or missed. Runs in: the driver.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -88,21 +89,32 @@ def first_of_each(conversations: Sequence[Conversation], count: int) -> list[Con
     return [conversation for mine in by_user.values() for conversation in mine[:count]]
 
 
-def verdict(table: Table, ceiling: str | None) -> tuple[bool, list[str]]:
-    """(all goals met, one sentence a goal)."""
+@dataclass(frozen=True)
+class Goal:
+    """Something the own adapter is to achieve: whether it did, what was seen, what was wanted."""
+
+    met: bool
+    fact: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"  {'met   ' if self.met else 'MISSED'}  {self.fact} (goal: {self.wanted})"
+
+
+def goals(table: Table, ceiling: str | None) -> list[Goal]:
+    """The demo's goals for one table; those that need the ceiling only where there is one."""
     own = table[OWN].exact_match
     names = [line.name for line in table.lines]
-    goals = []
+    found = []
     for rival in [name for name in (BASE, OTHER) if name in names]:
         theirs = table[rival].exact_match
-        lead = own.value - theirs.value
-        apart = own.above(theirs)
-        text = f"{100 * lead:+.1f} points over {rival}, 95 % intervals {'apart' if apart else 'touch'} (goal: +{100 * LEAD:.0f}, apart)"
-        goals.append((lead >= LEAD and apart, text))
+        lead, apart = own.value - theirs.value, own.above(theirs)
+        fact = f"{100 * lead:+.1f} points over {rival}, 95 % intervals {'apart' if apart else 'touch'}"
+        found.append(Goal(lead >= LEAD and apart, fact, f"+{100 * LEAD:.0f}, apart"))
     lead = own.value - table[NGRAM].exact_match.value
-    goals.append((lead > 0, f"{100 * lead:+.1f} points over the {NGRAM} (goal: ahead)"))
+    found.append(Goal(lead > 0, f"{100 * lead:+.1f} points over the {NGRAM}", "ahead"))
     if ceiling:
         closed = table.closed(OWN, BASE, ceiling)
-        text = f"{100 * closed:.0f} % of the way from base to ceiling (goal: {100 * CLOSED:.0f} %)"
-        goals.append((not math.isnan(closed) and closed >= CLOSED, text))
-    return all(met for met, _ in goals), [f"  {'met   ' if met else 'MISSED'}  {text}" for met, text in goals]
+        fact = f"{100 * closed:.0f} % of the way from base to ceiling"
+        found.append(Goal(not math.isnan(closed) and closed >= CLOSED, fact, f"{100 * CLOSED:.0f} %"))
+    return found

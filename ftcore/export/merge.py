@@ -147,7 +147,7 @@ def _untie(model: nn.Module, tensors: dict[str, Tensor], keeps_tied: bool) -> No
 def _write(merged: nn.Module, folder: Path, card: Card, model: Model, dtype: str) -> None:
     assert isinstance(merged, PreTrainedModel)
     merged.config.use_cache = True  # training loads it switched off
-    merged.to(DTYPES[dtype])  # type: ignore[arg-type]
+    merged.to(DTYPES[dtype])
     merged.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     load_tokenizer(model).save_pretrained(folder)
     (folder / "ftcore_adapter.json").write_text(

