@@ -82,9 +82,15 @@ class CheckpointWriter:
         if error:
             raise storage_error(error, self.run.url) from error
 
+    def close(self) -> None:
+        """Lets a checkpoint that is being written finish. Errors are not raised: the run is over, or has one of its own."""
+        if self._thread:
+            self._thread.join()
+
     def _prune(self, position: Position) -> None:
+        """Keeps the newest and the best; a later step's is a damaged one that this run passed over."""
         steps = self.run.checkpoint_steps()
-        kept = {*steps[-self.keep :], position.best_step}
+        kept = {*[step for step in steps if step <= position.step][-self.keep :], position.best_step}
         for step in steps:
             if step not in kept:
                 self.run.folder.delete(checkpoint_key(step))

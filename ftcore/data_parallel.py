@@ -98,7 +98,7 @@ class PlainStepper:
             self._reducing = False
         return total.detach()
 
-    def update(self, step: int) -> StepInfo:
+    def update(self, step: int, check: Callable[[str, float, int], None]) -> StepInfo:
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
@@ -110,7 +110,10 @@ class PlainStepper:
             group["lr"] = lr
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        norm = math.sqrt(sum(float(bucket.flat.norm()) ** 2 for bucket in self.buckets))
+        # in fp64: fp32 sums of 100 million squares are off in the second digit
+        norm = math.sqrt(sum(float(torch.linalg.vector_norm(bucket.flat, dtype=torch.float64)) ** 2 for bucket in self.buckets))
+        if not self.scaler.is_enabled():
+            check("gradient", norm, step)
         if self.optim.clip_norm and math.isfinite(norm) and norm > self.optim.clip_norm:
             for bucket in self.buckets:
                 bucket.flat.mul_(self.optim.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_, to the last digit
@@ -133,7 +136,8 @@ class PlainStepper:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """AdamW's moments by parameter name (copied), and the counts that go with them."""
-        tensors, numbers = {}, {"scaler": self.scaler.get_scale() if self.scaler.is_enabled() else 0.0, "steps": 0.0}
+        tensors: dict[str, Tensor] = {}
+        numbers = {"steps": 0.0, **{f"scaler.{key}": float(value) for key, value in self.scaler.state_dict().items()}}
         for name, parameter in self.trainable:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if key == "step":
@@ -143,7 +147,9 @@ class PlainStepper:
         return tensors, numbers
 
     def snapshot(self) -> Callable[[Path], None]:
-        """Copies the state now; the returned function writes it (from any thread)."""
+        """Copies the state now; the returned function writes it (from any thread). Every rank holds the same: rank 0 alone copies."""
+        if not self.world.is_main:
+            return lambda folder: None
         tensors, numbers = self.state()
 
         def write(folder: Path) -> None:
@@ -164,7 +170,8 @@ class PlainStepper:
             state: dict[str, Tensor] = {key: moment.to(parameter.device) for key, moment in moments.items() if moment is not None}
             self.optimizer.state[parameter] = {"step": torch.tensor(numbers["steps"], device=parameter.device), **state}
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": numbers["scaler"]})
+            known = self.scaler.state_dict()
+            self.scaler.load_state_dict({key: type(value)(numbers[f"scaler.{key}"]) for key, value in known.items()})
 
     def close(self) -> None:
         for _, parameter in self.trainable:

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from ftcore.rundir import RunDir
+from ftcore.storage import explain_oserror
 
 FILE = "metrics.jsonl"
 
@@ -25,11 +26,14 @@ class Journal:
 
     def write(self, record: dict[str, Any]) -> None:
         line = _dumped(record)
-        if self._file:
+        if not self._file:
+            self._text += line
+            return
+        try:
             self._file.write(line)
             self._file.flush()
-        else:
-            self._text += line
+        except OSError as error:
+            raise explain_oserror(error, "write the journal", f"{self._folder}/{FILE}") from error
 
     def flush(self) -> None:
         """Makes the lines durable; remote folders get the whole file."""

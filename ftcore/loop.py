@@ -111,7 +111,7 @@ class Training:
         self.layout = choose_layout(base, model.attention, packs=recipe.data.pack and recipe.stage.packs)
         _seed_all(optim.seed)
         self.model: nn.Module = recipe.method.apply(base)
-        if run.folder.exists("parent"):
+        if model.adapter is not None:
             with run.opened("parent") as folder:
                 recipe.method.load(self.model, folder)
         self.stepper = recipe.backend.open(self.model, optim, self.num_steps, world, self.autocast)
@@ -138,29 +138,37 @@ class Training:
                     remedy="give the run another name, or put the data back",
                 )
         if self.world.is_main:
+            self.run.sweep()
             self.journal = Journal(self.run, step)
             log.info("starting at step %d of %d", step, self.num_steps)
 
     def run_steps(self) -> None:
-        output, patience = self.recipe.output, self.recipe.eval.patience
-        while self.at.step < self.num_steps:
+        while self.at.step < self.num_steps and not self._is_stale():
             stop = self._step()
-            step, last = self.at.step, self.at.step == self.num_steps
+            step = self.at.step
             validated = self._is_validation_step(step) and self._validate()
-            stale = patience is not None and self.at.stale >= patience
-            if last or stop or stale or step % output.checkpoint_every == 0 or (validated and self.at.best_step == step):
+            over = step == self.num_steps or self._is_stale()
+            if over or stop or step % self.recipe.output.checkpoint_every == 0 or (validated and self.at.best_step == step):
                 self.writer.save(self.at, self.recipe.method, self.model, self.stepper, is_main=self.world.is_main)
                 if self.journal:
                     self.journal.flush()
-            if stop and not last:
-                self.writer.wait()
+            if stop and not over:
+                self._settle()
                 raise Interrupted(
                     f"stopped at step {step} of {self.num_steps}", where=self.run.url, remedy="run the same command again to go on"
                 )
-            if stale:
-                log.info("no better validation loss for %d validations: stopping at step %d", self.at.stale, step)
-                break
+        if self._is_stale():
+            log.info("no better validation loss for %d validations: stopping at step %d", self.at.stale, self.at.step)
         self.writer.wait()
+
+    def _is_stale(self) -> bool:
+        patience = self.recipe.eval.patience
+        return patience is not None and self.at.stale >= patience
+
+    def _settle(self) -> None:
+        """Every rank waits until rank 0's checkpoint is sealed: the first process to leave takes the others with it."""
+        self.writer.wait()
+        self.stepper.reduce([0.0])
 
     def _step(self) -> bool:
         """One optimizer step. Returns whether any rank was asked to stop."""
@@ -179,8 +187,8 @@ class Training:
         tokens = sum(batch.num_tokens for batch in batches if batch.num_trained)
         names = sorted(sums)
         loss, tokens, stop, *rest = self.stepper.reduce([float(total), float(tokens), float(self.should_stop()), *(sums[n] for n in names)])
-        self._check_finite(loss, step)
-        info = self.stepper.update(step)
+        self._check_finite("loss", loss, step)
+        info = self.stepper.update(step, self._check_finite)
         self.recipe.method.after_step(self.model, step)
         seconds = time.perf_counter() - started
         at = self.at
@@ -201,14 +209,16 @@ class Training:
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         return loss.total
 
-    def _check_finite(self, loss: float, step: int) -> None:
-        if math.isfinite(loss):
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        """Every rank sees the same reduced value, so all of them raise, before any weight is touched."""
+        if math.isfinite(value):
             return
+        self._settle()
         blocks = ", ".join(str(int(b)) for b in self.order.window(step)[:16])
         raise TrainingError(
-            f"the loss of step {step + 1} is not finite",
+            f"the {what} of step {step + 1} is not finite",
             where=f"training blocks {blocks}",
-            got=loss,
+            got=value,
             wanted="a number",
             remedy="lower optim.lr, lengthen optim.warmup, or set optim.clip_norm; weights before this step are in the last checkpoint",
         )
@@ -250,8 +260,11 @@ class Training:
                 total += float(loss) * counts
                 weight += self.recipe.stage.weight(batch) * counts
         total, weight = self.stepper.reduce([total, weight])
-        loss = total / max(weight, 1.0)
-        better = self.at.best_loss is None or loss < self.at.best_loss
+        if not weight:
+            log.warning("the validation blocks looked at hold no trained token: nothing to validate with")
+            return False
+        loss = total / weight
+        better = math.isfinite(loss) and (self.at.best_loss is None or loss < self.at.best_loss)
         self.at = replace(self.at, best_step=self.at.step, best_loss=loss, stale=0) if better else replace(self.at, stale=self.at.stale + 1)
         self._write({"step": self.at.step, "validation_loss": loss, "perplexity": math.exp(min(loss, 50)), "time": time.time()})
         return True
@@ -288,18 +301,19 @@ class Training:
     def _save_final(self, weights: dict[str, torch.Tensor], folder: Any) -> None:
         method, dtype = self.recipe.method, self.recipe.model.dtype
         if method.is_adapter:
-            method.save(self.model, weights, folder)
+            method.export(self.model, weights, folder)
             self.model.eval()
             with autocasting(self.world.device, self.autocast):
                 record(self.model, self.tokenizer, lambda: method.without(self.model), precision=dtype).save(folder)
         else:
-            method.save(self.model, {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}, folder)
+            method.export(self.model, {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}, folder)
             self.tokenizer.save_pretrained(folder)
 
     def close(self) -> None:
+        self.writer.close()
+        self.stepper.close()
         if self.journal:
             self.journal.close()
-        self.stepper.close()
 
 
 def _seed_all(seed: int) -> None:

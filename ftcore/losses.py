@@ -72,6 +72,9 @@ class _LinearCrossEntropy(Function):
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Summed cross-entropy of a plain linear head. Two matmuls a chunk (three when the head is trained), as many as the unchunked loss."""
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device) and hidden_ND.dtype == torch.float32:
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))  # as nn.Linear would under autocast
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
 
 

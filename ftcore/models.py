@@ -59,9 +59,18 @@ def load_base(model: Model, method: Method | None = None, *, device: str = "cpu"
         options["revision"] = model.revision
     options |= method.load_options() if method else {}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.path, **options)
+        loaded, report = AutoModelForCausalLM.from_pretrained(model.path, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError("the base model cannot be loaded", where=model.path, got=_first_line(error), remedy=_load_remedy(model)) from error
+    lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lost:
+        raise ModelError(
+            "the base model's files lack weights, which would be made up at random",
+            where=model.path,
+            got=f"{len(lost)} tensors, first {lost[0]}",
+            wanted="every tensor of its config.json",
+            remedy="copy or download the folder again, or take the causal language model, not a part of it",
+        )
     loaded.config.use_cache = False
     return loaded.to(device)
 
@@ -94,6 +103,8 @@ def choose_layout(model: nn.Module, attention: str, *, packs: bool) -> Layout:
     """
     if attention in ("sdpa", "eager"):
         reason = f"model.attention is `{attention}`"
+    elif getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        reason = "its attention is cut into chunks by a mask that segments laid end to end do not have"
     else:
         before = model.config._attn_implementation
         try:
@@ -120,7 +131,7 @@ def choose_layout(model: nn.Module, attention: str, *, packs: bool) -> Layout:
 @torch.no_grad()
 def isolation_error(model: nn.Module) -> float:
     """Largest change of a segment's hidden states when it is laid behind another one, relative to their size; 0 is perfect."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     first, second = (torch.arange(1, n + 1, device=device) * 37 % vocabulary for n in (5, 9))
@@ -138,6 +149,12 @@ def isolation_error(model: nn.Module) -> float:
     return float((alone - behind).abs().max() / alone.abs().max())
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part below the head."""
+    decoder = model.get_decoder()
+    return model.base_model if decoder is model else decoder
+
+
 class CausalModel:
     """A causal language model as stages see it: losses and log-probabilities at the trained positions of a Batch."""
 
@@ -145,7 +162,7 @@ class CausalModel:
         """`model`: the trained module (a PEFT wrapper or a transformers model)."""
         self.model, self.layout = model, layout
         self.lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = self.lm.get_decoder()
+        self.decoder = decoder_of(self.lm)
         self.head = self.lm.get_output_embeddings()
         self.vocabulary = int(self.lm.config.get_text_config().vocab_size)
         self.head_exact = self._head_is_exact()
@@ -188,13 +205,17 @@ class CausalModel:
     @torch.no_grad()
     def _head_is_exact(self) -> bool:
         """Whether head(hidden) gives the model's own logits (no soft-capping, no logit scale); asked of the model itself."""
+        config = self.lm.config.get_text_config()
+        if any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
+            return False  # at a fresh model's small logits a soft cap cannot be seen
         device = next(self.lm.parameters()).device
         ids = (torch.arange(1, 7, device=device) * 31 % self.vocabulary)[None]
         inputs = {"input_ids": ids, "position_ids": torch.arange(6, device=device)[None], "use_cache": False}
         inputs |= {"segment_lengths": (6,)} if self.layout == "varlen" else {"attention_mask": torch.ones_like(ids)}
-        was_training, dtype = self.lm.training, self.lm.get_input_embeddings().weight.dtype
+        was_training = self.lm.training
+        half = next((p.dtype for p in self.lm.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
         self.lm.eval()
-        with autocasting(device.type, dtype if dtype in (torch.bfloat16, torch.float16) else None):
+        with autocasting(device.type, half):
             ours = self.head(self.decoder(**inputs).last_hidden_state).float()
             theirs = self.lm(**inputs).logits.float()
         self.lm.train(was_training)

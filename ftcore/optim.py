@@ -25,9 +25,9 @@ class Optim(Section):
     batch_size: int = Field(8, ge=1)
     """Blocks per optimizer step over all workers together (with `data.pack: false`, a block is one example)."""
     epochs: float = Field(1.0, gt=0)
-    """Passes over the training blocks; ignored past `max_steps`."""
+    """Passes over the training blocks; ignored when `max_steps` is set."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Train this many optimizer steps, whatever `epochs` says: fewer than an epoch, or several."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup: float = Field(0.03, ge=0)

@@ -64,8 +64,15 @@ class RunDir:
                 local = Folder(building)
                 for name in [*(n for n in local.files() if n != MANIFEST), MANIFEST]:
                     self.folder.put(building / name, f"{key}/{name}")
+                verify(self.folder / key)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Removes what a killed process left half-written. Only the one writer of a run may call this, before it writes."""
+        if self.folder.is_local:
+            for litter in [*self.folder.path.glob(".*.tmp"), *(self.folder.path / "checkpoints").glob(".*.tmp")]:
+                shutil.rmtree(litter, ignore_errors=True)
 
     @contextmanager
     def opened(self, key: str) -> Iterator[Path]:

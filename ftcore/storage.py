@@ -301,7 +301,7 @@ def verify(folder: Folder) -> dict[str, Any]:
             raise IntegrityError(
                 "a file of this sealed folder is gone", where=f"{folder}/{key}", remedy="use an older one or copy it again"
             )
-        got = file_digest(folder.path / key) if folder.is_local else hashlib.sha256(folder.read(key)).hexdigest()
+        got = folder.digest(key)
         if got != fact["sha256"]:
             raise IntegrityError(
                 "this file is not the one that was sealed",

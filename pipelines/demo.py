@@ -23,7 +23,7 @@ from cluster.connect import connect
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.cli import guarded
 from ftcore.demo.history import write_history
-from ftcore.demo.judging import Bench, goals, lineup, use_all_cores
+from ftcore.demo.judging import Bench, goals, lineup
 from ftcore.demo.tenants import CEILING, Ceiling, TenantDay, demo_teams, new_habits, write_day
 from ftcore.evals.predictors import Predictor
 from ftcore.evals.tasks.next_operation import Table, judge
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     started = time.monotonic()
     connection = connect(local_cpus=2)
-    use_all_cores()  # for judging; training has its own processes
     try:
         own_history(options, options.history.expanduser()) if options.history else two_tenants(options)
     finally:

@@ -22,7 +22,7 @@ from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, IntegrityError, StorageError
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
-from ftcore.storage import MANIFEST, Folder, digest_of
+from ftcore.storage import MANIFEST, Folder, digest_of, is_sealed
 
 Log = Callable[[str], None]
 
@@ -138,22 +138,26 @@ def same_command() -> str:
 def parent_into(run: RunDir, recipe: Recipe, log: Log) -> None:
     """Puts the adapter this run continues from into `parent/`, once: a name that moves on later does not move a run that began."""
     named = recipe.model.adapter
-    if named is None or run.folder.exists("parent"):
+    if named is None:
         return
+    if is_sealed(run.folder / "parent"):
+        if run.folder.read_json(f"parent/{MANIFEST}").get("named") == named:
+            return
+        run.folder.delete("parent")  # another adapter was named before this run began to train
     if Path(named, "adapter_config.json").is_file():
-        _seal_parent(run, Path(named), None)
+        _seal_parent(run, Path(named), None, named)
         log(f"continuing from the adapter in {named}")
         return
     split_ref(named)  # raises ConfigError for what is neither a folder nor a name
     store = AdapterStore(recipe.output.store)
     ref = store.resolve(named)
     with tempfile.TemporaryDirectory(prefix="ftcore-parent-") as scratch:
-        _seal_parent(run, store.fetch(ref, scratch), ref.full)
+        _seal_parent(run, store.fetch(ref, scratch), ref.full, named)
     log(f"continuing from {ref}")
 
 
-def _seal_parent(run: RunDir, source: Path, ref: str | None) -> None:
-    with run.sealing("parent", {"ref": ref}) as folder:
+def _seal_parent(run: RunDir, source: Path, ref: str | None, named: str) -> None:
+    with run.sealing("parent", {"ref": ref, "named": named}) as folder:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (source / name).is_file():
                 raise IntegrityError(

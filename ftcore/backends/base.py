@@ -53,8 +53,11 @@ class Stepper(Protocol):
         """Runs `loss()` (a sum) forward and backward, gradients scaled by `scale` (1 / global weight of the window); `last` starts the
         gradient reduction. Returns the detached, unscaled sum."""
 
-    def update(self, step: int) -> StepInfo:
-        """Clips, steps the optimizer with the learning rate of `step` (0-based), clears gradients."""
+    def update(self, step: int, check: Callable[[str, float, int], None]) -> StepInfo:
+        """Clips, steps the optimizer with the learning rate of `step` (0-based), clears gradients.
+
+        `check(what, value, step)` raises when the global gradient norm is not finite and no loss scaler is there to skip the step.
+        """
 
     def reduce(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""

@@ -25,8 +25,8 @@ class Order:
         return math.ceil(self.num_blocks / self.batch_size)
 
     def num_steps(self, epochs: float, max_steps: int | None) -> int:
-        wanted = max(1, round(epochs * self.steps_per_epoch))
-        return wanted if max_steps is None else min(wanted, max_steps)
+        """`max_steps` alone when it is set, else `epochs` (at least one step)."""
+        return max_steps or max(1, round(epochs * self.steps_per_epoch))
 
     def window(self, step: int) -> np.ndarray:
         """Global block indices of 0-based optimizer step `step`, int64 [<= batch_size]."""

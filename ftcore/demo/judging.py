@@ -6,13 +6,11 @@ In: a base, adapter folders, conversations. Out: predictors for `ftcore.evals`; 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 
 from ftcore.data.chat import Chat
@@ -62,11 +60,6 @@ class Bench:
 
     def predictor(self, name: str, adapter: str | None = None, *, examples: Sequence[Conversation] = ()) -> LanguageModel:
         return LanguageModel(name, self.model, self.chat, examples=examples, active=lambda: self._with(adapter))
-
-
-def use_all_cores() -> None:
-    """Judging runs alone in this process, whatever OMP_NUM_THREADS says to the workers."""
-    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def lineup(bench: Bench, train: Sequence[Conversation], own: str, other: str | None) -> list[Predictor]:

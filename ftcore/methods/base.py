@@ -56,8 +56,12 @@ class Method(Choice):
 
     @abstractmethod
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes `weights` (the stepper's `whole()`: every trainable parameter, by its name in `model`) so that `load` and plain
-        PEFT or transformers can read them. safetensors only."""
+        """Writes `weights` (the stepper's `whole()`: every trainable parameter, by its name in `model`) so that `load` can read them.
+        safetensors only."""
+
+    def export(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes the result as plain PEFT or transformers read it; raises IntegrityError when what is read back is not `weights`."""
+        self.save(model, weights, folder)
 
     @abstractmethod
     def load(self, model: nn.Module, folder: Path) -> None:

@@ -96,8 +96,8 @@ def test_switched_off_the_model_is_the_base(tiny_model_dir: Path, tmp_path: Path
     training.close()
 
 
-@pytest.mark.parametrize("kind", list(METHODS))
-def test_bf16_bases_train_in_fp32(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
-    training = trained(tiny_model_dir, tmp_path, {"kind": kind}, dtype="bf16")
+@pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(str(v) for v in m.values()))
+def test_bf16_bases_train_in_fp32(tiny_model_dir: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    training = trained(tiny_model_dir, tmp_path, method, dtype="bf16")
     assert {p.dtype for p in training.model.parameters() if p.requires_grad} == {torch.float32}
     training.close()

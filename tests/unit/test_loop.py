@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, Qwen3MoeConfig
 
 from ftcore.backends.base import World
+from ftcore.data.collate import collate
 from ftcore.errors import IntegrityError, Interrupted, ModelError, StorageError, TrainingError
 from ftcore.journal import Journal, read_lines
-from ftcore.loop import Trained, train
-from ftcore.models import load_base
+from ftcore.loop import Trained, Training, train
+from ftcore.models import CausalModel, load_base
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir, checkpoint_key
 from tests.memory_blocks import MemoryBlocks, packed_blocks
@@ -195,3 +196,76 @@ def test_a_missing_base_is_refused_by_name() -> None:
 def test_fp16_on_a_cpu_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fp16"):
         run(recipe_for(tiny_model_dir, tmp_path, model={"path": str(tiny_model_dir), "dtype": "fp16"}))
+
+
+def test_early_stopping_is_remembered_by_a_run_killed_before_its_result(tiny_model_dir: Path, tmp_path: Path) -> None:
+    optim = {"lr": 0.5, "batch_size": 8, "epochs": 10, "max_steps": 40, "warmup": 0}
+    recipe = recipe_for(tiny_model_dir, tmp_path, optim=optim, eval={"every_steps": 1, "patience": 2})
+    first = run(recipe)
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert run(recipe) == first
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_touches_the_weights(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_model_dir, tmp_path, output={"runs": str(tmp_path), "checkpoint_every": 1})
+    training = Training(recipe, World(), BLOCKS, RunDir(tmp_path, "run"), None, None)
+    training.restore()
+    training._step()
+    before = training.stepper.whole()
+    next(p for p in training.model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="the gradient of step 2 is not finite"):
+        training._step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.stepper.whole().items())
+    training.close()
+
+
+def test_a_base_that_lacks_a_tensor_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lack weights") as error:
+        load_base(Model(path=str(tmp_path / "base"), dtype="fp32"))
+    assert "q_proj" in error.value.got
+
+
+def test_a_soft_capped_head_is_not_taken_for_a_plain_one(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=5.0,
+        attn_logit_softcapping=None,
+    )
+    model = Gemma2ForCausalLM(config)
+    model.get_output_embeddings().weight.data.mul_(50)
+    causal, batch = CausalModel(model, "padded"), collate([BLOCKS.block("train", 0)], padded=True)
+    plain = torch.nn.functional.cross_entropy(causal.logits(batch).flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    torch.testing.assert_close(causal.cross_entropy(batch), plain)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_neox"])
+def test_full_fine_tuning_resumes_models_whose_files_name_their_tensors_otherwise(
+    tiny_model_dir: Path, tmp_path: Path, architecture: str
+) -> None:
+    """transformers splits fused experts and renames layers when it saves; checkpoints must bind all the same, and the result must load."""
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    common = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    if architecture == "qwen3_moe":
+        config: Any = Qwen3MoeConfig(
+            **common, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+        )
+    else:
+        config = GPTNeoXConfig(**common)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    recipe = recipe_for(tmp_path / "base", tmp_path, method={"kind": "full"}, model={"path": str(tmp_path / "base"), "dtype": "fp32"})
+    whole = run(recipe)
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert run(recipe) == whole
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.model_type == config.model_type
