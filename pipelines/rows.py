@@ -50,6 +50,8 @@ class OnRay:
         return _answers(_dataset(orders).map(encoder, fn_constructor_args=arguments, compute=pool, num_cpus=1))
 
     def find_copies(self, orders: Sequence[Order]) -> Iterator[Answer]:
+        if not orders:
+            return iter(())  # copies are kept: nothing to look for
         task = partial(find_copies, self.work.staged)
         return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1))
 

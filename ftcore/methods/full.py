@@ -63,9 +63,9 @@ class Full(Method):
 
     def export(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
         model.save_pretrained(folder, state_dict=dict(weights) | _buffers(model))
-        config = folder / "config.json"  # transformers writes the dtype the model trains in, not that of the weights it was handed
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": dtypes[0]}, indent=2))
+        # transformers writes what the model trains with: its dtype, no cache; its users want that of the weights, and the cache
+        config, dtypes = folder / "config.json", sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": dtypes[0], "use_cache": True}, indent=2))
         again = type(model).from_pretrained(folder, dtype="auto").state_dict()
         odd = [name for name, tensor in (dict(weights) | _buffers(model)).items() if name not in again or not again[name].equal(tensor)]
         if odd:

@@ -56,6 +56,11 @@ def test_ray_makes_the_same_blocks_to_the_byte(make: Make, local_ray: None, thre
     assert there.manifest == here.manifest  # every file's SHA-256, the audit, counts and digests
 
 
+def test_rows_whose_copies_are_kept_are_prepared_on_ray_too(make: Make, local_ray: None, three_orders: None) -> None:
+    here, there = (prepare(make(lines(60), engine, duplicates="keep"), log=quiet) for engine in ("process", "ray"))
+    assert there.manifest == here.manifest
+
+
 def test_an_error_in_a_task_arrives_with_its_place(make: Make, local_ray: None, three_orders: None) -> None:
     rows = [*lines(20), json.dumps({"instruction": "Say it", "output": "very long " * 900})]
     with pytest.raises(DataError, match=r"rows-2\.jsonl, row 7"):
