@@ -29,7 +29,7 @@ from cluster.loopback import Loopback
 from ftcore.errors import ClusterError, FtcoreError
 
 PORT, DASHBOARD_PORT = 6379, 8265
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
 QUICK_TO_NOTICE = {
     # a node that is gone is known within seconds; Ray's own defaults take half a minute
     "RAY_health_check_initial_delay_ms": "1000",
