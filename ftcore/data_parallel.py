@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftcore.backends.base import StepInfo, World
-from ftcore.errors import IntegrityError
 from ftcore.models import autocasting
 from ftcore.optim import Optim
+from ftcore.optimizer_state import read_state, write_state
 
 BUCKET_BYTES = 32 << 20
 OPTIMIZER_WEIGHTS, OPTIMIZER_STATE = "optimizer.safetensors", "optimizer.json"
@@ -135,15 +135,9 @@ class PlainStepper:
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable} if self.world.is_main else {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """AdamW's moments by parameter name (copied), and the counts that go with them."""
-        tensors: dict[str, Tensor] = {}
-        numbers = {"steps": 0.0, **{f"scaler.{key}": float(value) for key, value in self.scaler.state_dict().items()}}
-        for name, parameter in self.trainable:
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if key == "step":
-                    numbers["steps"] = float(value)
-                else:
-                    tensors[f"{name}.{key}"] = value.detach().to("cpu", copy=True)
+        """The optimizer's tensors by parameter name (copied), and the counts that go with them."""
+        tensors, steps = read_state(self.optimizer, self.trainable)
+        numbers = {"steps": float(steps), **{f"scaler.{key}": float(value) for key, value in self.scaler.state_dict().items()}}
         return tensors, numbers
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -161,14 +155,7 @@ class PlainStepper:
 
     def load(self, folder: Path) -> None:
         tensors, numbers = load_file(folder / OPTIMIZER_WEIGHTS), json.loads((folder / OPTIMIZER_STATE).read_text())
-        for name, parameter in self.trainable:
-            moments = {key: tensors.pop(f"{name}.{key}", None) for key in ("exp_avg", "exp_avg_sq")}
-            if numbers["steps"] == 0:
-                continue
-            if any(moment is None or moment.shape != parameter.shape for moment in moments.values()):
-                raise IntegrityError("the optimizer's state does not bind to this model", where=folder, got=f"nothing that fits {name}")
-            state: dict[str, Tensor] = {key: moment.to(parameter.device) for key, moment in moments.items() if moment is not None}
-            self.optimizer.state[parameter] = {"step": torch.tensor(numbers["steps"], device=parameter.device), **state}
+        write_state(self.optimizer, self.trainable, tensors, int(numbers["steps"]), folder)
         if self.scaler.is_enabled():
             known = self.scaler.state_dict()
             self.scaler.load_state_dict({key: type(value)(numbers[f"scaler.{key}"]) for key, value in known.items()})

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ from ftcore.data.types import Block
 from ftcore.errors import Interrupted, TrainingError
 from ftcore.journal import Journal
 from ftcore.models import DTYPES, CausalModel, autocast_dtype, autocasting, choose_layout, load_base
-from ftcore.probes import record
+from ftcore.probes import IN_FP32, is_exact, record
 from ftcore.recipe import Recipe, recipe_digest
 from ftcore.rundir import RunDir, checkpoint_key
 
@@ -303,8 +304,13 @@ class Training:
         if method.is_adapter:
             method.export(self.model, weights, folder)
             self.model.eval()
+            held, without = method.held(dtype), partial(method.without, self.model)
             with autocasting(self.world.device, self.autocast):
-                record(self.model, self.tokenizer, lambda: method.without(self.model), precision=dtype).save(folder)
+                probes = record(self.model, self.tokenizer, without, precision=held)
+            if not is_exact(held) and not self.recipe.backend.shards_weights:
+                with method.in_fp32(self.model):
+                    probes = probes.merged(record(self.model, self.tokenizer, without, precision=held + IN_FP32))
+            probes.save(folder)
         else:
             method.export(self.model, {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}, folder)
             self.tokenizer.save_pretrained(folder)

@@ -57,7 +57,8 @@ def load_base(model: Model, method: Method | None = None, *, device: str = "cpu"
         )
     else:
         options["revision"] = model.revision
-    options |= method.load_options() if method else {}
+    if method is not None:
+        options |= method.load_options() | ({"device_map": {"": device}} if method.quantises else {})  # quantised where it will stay
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(model.path, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
@@ -72,6 +73,8 @@ def load_base(model: Model, method: Method | None = None, *, device: str = "cpu"
             remedy="copy or download the folder again, or take the causal language model, not a part of it",
         )
     loaded.config.use_cache = False
+    if method is not None:
+        method.loaded(loaded, dtype or model.dtype)
     return loaded.to(device)
 
 

@@ -32,10 +32,29 @@ class Method(Choice):
     """What is saved is a small PEFT folder over a base, not a whole model."""
     keeps_base: ClassVar[bool] = True
     """The base stays underneath: `without` can give it back (what a stage that needs a reference relies on)."""
+    quantises: ClassVar[bool] = False
+    """The base is held quantised: its weights cannot be sharded."""
 
     def load_options(self) -> dict[str, Any]:
         """Extra keyword arguments for `from_pretrained` (quantisation, for one)."""
         return {}
+
+    def loaded(self, model: nn.Module, dtype: str) -> None:
+        """Called once on a base just loaded with `load_options`, before anything runs through it. `dtype`: what is not quantised is in."""
+
+    def held(self, dtype: str) -> str:
+        """What the base's weights are held in, as probes name it: `dtype`, or a quantised form (`nf4`, `int8`)."""
+        return dtype
+
+    def quantisation(self, dtype: str) -> str:
+        """How the base is quantised, for cards."""
+        return "none"
+
+    def in_fp32(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the model computes in fp32 with its weights as they are held: what any other device gives too."""
+        from ftcore.plain_forward import computed_in_fp32
+
+        return computed_in_fp32(model)
 
     @abstractmethod
     def apply(self, model: nn.Module) -> nn.Module:
