@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftcore.backends.base import StepInfo, World
+from ftcore.crew import Crew
 from ftcore.errors import IntegrityError
 from ftcore.methods.base import Method
 from ftcore.models import autocasting, keep_masters
@@ -61,7 +62,7 @@ def bucketed(parameters: list[nn.Parameter]) -> list[GradientBucket]:
 class PlainStepper:
     """See `backends.base.Stepper`."""
 
-    crew = None
+    crew: Crew | None = None
 
     def __init__(self, model: nn.Module, optim: Optim, num_steps: int, world: World, autocast: torch.dtype | None) -> None:
         keep_masters(model)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    return [*_formats(recipe), *_template(recipe), *_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
+    found = [*_formats(recipe), *_template(recipe), *_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
+    return [*found, *recipe.backend.refusals(recipe)]
 
 
 def _formats(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -6,9 +6,9 @@ Ours: what is accumulated and divided by (windows of global weight), the learnin
 gathering and releasing weights, reducing gradients in fp32, clipping, the masters. The update itself is torch's fused AdamW on both kinds
 of device, offloaded or not, so nothing has to be compiled.
 
-Precision. Adapters, and everything under stages 1 and 2: fp32 weights under autocast, exactly as the plain backend holds them. A whole model
-in bf16 under stage 3: DeepSpeed holds bf16 weights and fp32 masters (autocast would keep a bf16 copy of every gathered weight for the
-backward pass, which is the whole model).
+Precision. Adapters, and everything under stages 1 and 2: fp32 weights under autocast, exactly as the plain backend holds them. A whole
+model in bf16 under stage 3: DeepSpeed holds bf16 weights and fp32 masters (autocast would keep a bf16 copy of every gathered weight for
+the backward pass, which is the whole model).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """What DeepSpeed is given. Its forward is whatever our stages want of the model, so that DeepSpeed sees where a pass starts and ends."""
+    """What DeepSpeed is given. Its forward is whatever our stages want of the model, so that it sees where a pass starts and ends."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ZeroStepper:
         )
         self.zero: Any = zero
         self.state = ZeroState(self.trainable, zero, self.adam, backend.zero, world.rank)
-        self.crew = Crew(world)
+        self.crew: Crew | None = Crew(world)
         self.stage = backend.zero
 
     def run(self, forward: Callable[[], T]) -> T:

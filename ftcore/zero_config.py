@@ -32,9 +32,10 @@ DEFAULTS: dict[str, JsonValue] = {
     "wall_clock_breakdown": False,
 }
 BELONGS = {
-    "optimizer": "optim", "scheduler": "optim.schedule", "train_batch_size": "optim.batch_size", "torch_autocast": "model.dtype",
-    "amp": "model.dtype", "tensor_parallel": "resources.workers", "sequence_parallel_size": "resources.workers",
-    "zero_optimization.zenflow": "optim", "zero_optimization.super_offload": "optim", "compile": "backend.kind",
+    "optimizer": "optim", "scheduler": "optim.schedule", "train_batch_size": "optim.batch_size", "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "torch_autocast": "model.dtype", "amp": "model.dtype", "tensor_parallel": "resources.workers",
+    "sequence_parallel_size": "resources.workers", "zero_optimization.zenflow": "optim", "compile": "backend.kind",
 }  # fmt: skip
 """Keys with a home elsewhere in the recipe, or that would change who computes what; the raw section may not hold them at all."""
 
@@ -75,9 +76,9 @@ def configuration(backend: DeepSpeed, optim: Optim, *, bf16: bool) -> Tree:
     return tree
 
 
-def conflicts(backend: DeepSpeed, optim: Optim, *, bf16: bool) -> Iterator[tuple[str, str]]:
+def conflicts(backend: DeepSpeed, optim: Optim) -> Iterator[tuple[str, str]]:
     """(path in the recipe, sentence) for every raw key that contradicts the recipe."""
-    ours = derived(backend, optim, bf16=bf16)
+    ours = derived(backend, optim, bf16=False)
     for path, value in leaves(backend.deepspeed):
         home = next((BELONGS[key] for key in BELONGS if path == key or path.startswith(f"{key}.")), None)
         if home:

@@ -21,7 +21,7 @@ from ftcore.errors import IntegrityError, ModelError
 from ftcore.export.modelcard import render_trained
 from ftcore.safetensors_stream import TensorFile, TensorPlan
 from ftcore.weights import INDEX, SINGLE
-from ftcore.zero_runtime import gathering, is_sharded, shape_of
+from ftcore.zero_runtime import gathering, is_sharded, own_run, shape_of
 
 SHARD_BYTES = 5 << 30
 Reduce = Callable[[list[float]], list[float]]
@@ -35,8 +35,7 @@ def gathered(parameters: Named, world: World, reduce: Reduce) -> Iterator[tuple[
     and saving those is how adapters trained under stage 3 come out empty.
     """
     for name, parameter in parameters:
-        held = parameter.ds_tensor if is_sharded(parameter) else parameter
-        squares = _squares(held) if is_sharded(parameter) or world.is_main else 0.0
+        squares = _squares_held(parameter, world)
         with gathering(parameter):
             whole = parameter.detach().to("cpu", copy=True) if world.is_main else torch.empty(0)
         fits = not world.is_main or tuple(whole.shape) == shape_of(parameter)
@@ -49,6 +48,17 @@ def gathered(parameters: Named, world: World, reduce: Reduce) -> Iterator[tuple[
                 remedy="nothing was saved; the last checkpoint holds the trained weights. Please report this",
             )  # fmt: skip
         yield name, whole
+
+
+def _squares_held(parameter: nn.Parameter, world: World) -> float:
+    """This rank's addend to the parameter's sum of squares: of its shard (without the padding), or on rank 0 of a replicated one."""
+    if not is_sharded(parameter):
+        return _squares(parameter) if world.is_main else 0.0
+    start, numel = own_run(parameter, world.rank)
+    if parameter.ds_tensor.numel() < numel:  # it rests on NVMe
+        with gathering(parameter):
+            return _squares(parameter.reshape(-1)[start : start + numel])
+    return _squares(parameter.ds_tensor.reshape(-1)[:numel])
 
 
 def _squares(tensor: Tensor) -> float:
@@ -86,7 +96,7 @@ def _written_as(model: nn.Module, name: str, shape: tuple[int, ...], dtype: torc
 
 
 def _refuse_merges(model: nn.Module, plans: dict[str, list[TensorPlan]], dtype: torch.dtype) -> None:
-    """Raises ModelError when the files of this architecture merge several parameters into one tensor: those cannot be written one by one."""
+    """Raises ModelError when this architecture's files merge several parameters into one tensor: those cannot be written one by one."""
     shapes = {name: torch.empty(shape_of(p), dtype=dtype, device="meta") for name, p in model.named_parameters()}
     together = {key: tuple(tensor.shape) for key, tensor in revert_weight_conversion(model, shapes).items()}
     alone = {plan.name: plan.shape for outputs in plans.values() for plan in outputs}

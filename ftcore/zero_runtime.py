@@ -78,6 +78,13 @@ def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(parameter.ds_shape) if is_sharded(parameter) else tuple(parameter.shape)
 
 
+def own_run(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
+    """(start, numel) of the run of the flattened parameter that `rank` holds; the last ranks' shards are padded beyond it."""
+    held, total = parameter.ds_tensor.ds_numel, parameter.ds_numel
+    start = min(rank * held, total)
+    return start, min(held, total - start)
+
+
 def gathering(parameter: nn.Parameter) -> AbstractContextManager[None]:
     """A context in which a sharded parameter is whole, on every rank; all ranks enter it together."""
     if not is_sharded(parameter):

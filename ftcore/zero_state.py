@@ -13,7 +13,6 @@ twice.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from ftcore.errors import IntegrityError
 from ftcore.safetensors_stream import TensorFile, TensorPlan
-from ftcore.zero_runtime import shape_of
+from ftcore.zero_runtime import own_run, shape_of
 
 FOLDER, MOMENTS = "zero", ("exp_avg", "exp_avg_sq")
 BUFFER = "buffer:"
@@ -62,10 +61,8 @@ class ZeroState:
     def _sharded(self, trainable: list[tuple[str, nn.Parameter]], rank: int) -> Iterator[Fragment]:
         """Stage 3 cuts every parameter into equal runs, the last one padded."""
         for name, parameter in trainable:
-            group, offset, held = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            shape = shape_of(parameter)
-            start = rank * held
-            yield Fragment(name, shape, start, max(0, min(held, math.prod(shape) - start)), group, offset)
+            group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            yield Fragment(name, shape_of(parameter), *own_run(parameter, rank), group, offset)
 
     def _replicated(self, trainable: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
         """Stages 1 and 2 cut the concatenation of all parameters; DeepSpeed links each parameter to its part of this rank's cut."""

@@ -6,11 +6,11 @@ In: an applied model, the optimizer section, the world. Out: updated weights. Ru
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ftcore.registry import Registry
 from ftcore.section import Choice
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ftcore.crew import Crew
     from ftcore.methods.base import Method
     from ftcore.optim import Optim
+    from ftcore.recipe import Recipe
 
 T = TypeVar("T")
 BACKENDS: Registry[type[Backend]] = Registry("backend", "ftcore.backends")
@@ -79,14 +80,15 @@ class Stepper(Protocol):
         """Copies weights and optimizer (and scaler) state now; the returned function writes this rank's part of them into a folder, as
         safetensors + JSON, from any thread. Where there is a `crew` every rank writes, else rank 0 alone."""
 
-    crew: Crew | None
-    """The ranks that write a checkpoint together; None where rank 0 holds all there is to write."""
+    @property
+    def crew(self) -> Crew | None:
+        """The ranks that write a checkpoint together; None where rank 0 holds all there is to write."""
 
     def load(self, method: Method, folder: Path) -> None:
         """Puts a checkpoint's weights and optimizer state back, written at whatever number of ranks."""
 
     def export(self, method: Method, folder: Path, dtype: torch.dtype) -> None:
-        """Writes the result as plain PEFT or transformers read it (a whole model in `dtype`) and reads it back. `folder` counts on rank 0."""
+        """Writes the result as plain PEFT or transformers read it (a whole model in `dtype`) and reads it back, into rank 0's `folder`."""
 
     def close(self) -> None: ...
 
@@ -100,6 +102,10 @@ class Backend(Choice):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     deterministic: bool = False
     """Bit-identical reruns on a GPU, slower (CPU runs always are)."""
+
+    def refusals(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        """(path, what and what to do) for each combination with the rest of the recipe that cannot work; no torch."""
+        yield from ()
 
     def loading(self, dtype: torch.dtype, world: World) -> AbstractContextManager[None]:
         """Held while the base is loaded and the method applied: a backend that shards weights has them sharded as they are read."""
