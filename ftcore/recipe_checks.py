@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
     checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _resources)
-    return [problem for check in checks for problem in check(recipe)]
+    return [*(problem for check in checks for problem in check(recipe)), *recipe.backend.refusals(recipe)]
 
 
 def _formats(recipe: Recipe) -> Iterator[tuple[str, str]]:

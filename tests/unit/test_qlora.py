@@ -14,8 +14,7 @@ from torch import nn
 from ftcore.adapter_commands import main as adapters_main
 from ftcore.adapters import AdapterStore
 from ftcore.backends.base import World
-from ftcore.checkpoint import WEIGHTS
-from ftcore.data_parallel import OPTIMIZER_WEIGHTS
+from ftcore.data_parallel import OPTIMIZER_WEIGHTS, WEIGHTS
 from ftcore.errors import IntegrityError, ModelError
 from ftcore.export.merge import merge_adapter
 from ftcore.journal import read_lines
