@@ -141,7 +141,7 @@ def test_a_resumed_run_is_bit_identical_and_its_checkpoint_holds_adapter_and_opt
     training.restore()
     for _ in range(3):
         training._step()
-    training.writer.save(training.at, recipe.method, training.model, training.stepper, is_main=True)
+    training.writer.save(training.at, recipe.method, training.stepper, is_main=True)
     training.writer.wait()
     training._step()  # lost with the kill
     training.close()
