@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run (at least 2)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens kept of each block")
     parser.add_argument("--only", default="", metavar="TEXT", help="only checks whose name holds this, like accumulation")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     log = partial(print, flush=True)
     recipe = load_recipe(options.recipe, options.overrides)
     findings = run_invariants(recipe, log, steps=max(2, options.steps), num_tokens=max(16, options.tokens), only=options.only)
