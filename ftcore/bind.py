@@ -43,6 +43,15 @@ def bind_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     return model
 
 
+def widen_whole_modules(model: PeftModel, folder: Path) -> None:
+    """Gives `modules_to_save` the file's own dtype: PEFT holds them in the base's, which rounds what was trained in fp32."""
+    tensors = load_file(folder / WEIGHTS)
+    for name, parameter in model.named_parameters():
+        saved = tensors.get(name.replace(".modules_to_save.default", ""))
+        if ".modules_to_save." in name and saved is not None:
+            parameter.data = saved.to(parameter.device)
+
+
 def require_bound(model: PeftModel, tensors: dict[str, Tensor], where: object) -> None:
     """Every tensor of the file is in the model with its value (in the model's dtype), and the model's adapter holds no other."""
     bound = get_peft_model_state_dict(model, save_embedding_layers=False)

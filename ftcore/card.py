@@ -39,8 +39,23 @@ class BaseFacts(Section):
     dtype: Text
     """What it was held in while training."""
     quantisation: Text = "none"
-    """How it was quantised while training ("none", "nf4 double", "int8")."""
+    """How it was quantised while training ("none", "nf4, double quantised, computed in bf16")."""
     model_type: Text = ""
+
+
+class QuantisationFacts(Section):
+    """What quantising the base did: logits at the probes on the quantised base it was trained on, against the full-precision base."""
+
+    how: Text
+    """("nf4, double quantised, computed in bf16")"""
+    difference_bare: float = Field(ge=0)
+    """Largest difference of a logit of the bare base."""
+    difference_tuned: float = Field(ge=0)
+    """Largest difference of a logit with the adapter on."""
+    effect: float = Field(ge=0)
+    """Largest difference the adapter makes to the quantised base."""
+    share: float = Field(ge=0)
+    """difference_tuned / effect: near or above 1, the adapter means something else on a base that is not quantised."""
 
 
 class DataFacts(Section):
@@ -105,6 +120,8 @@ class Card(Section):
     seed: int | None = None
     world_size: int | None = Field(None, ge=1)
     metrics: dict[str, float | int | str | None] = Field(default_factory=dict)
+    quantisation: QuantisationFacts | None = None
+    """None where the base was not quantised."""
     probes: dict[str, ProbeFacts]
     packages: dict[str, Text]
     parent: Text | None = None

@@ -1,7 +1,7 @@
 """Checkpoints: step-000200/ with weights, optimizer and position; copied at once, written beside the training, sealed, read back.
 
 In: the stepper's and method's state at a step boundary. Out: sealed folders, of which the newest and the best are kept.
-Runs in: train workers; rank 0 writes, all ranks read.
+Runs in: train workers; rank 0 writes (every rank its part, where the backend shards), all ranks read.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import nn
 
 from ftcore.backends.base import Stepper
+from ftcore.crew import seal_together
 from ftcore.errors import StorageError
 from ftcore.methods.base import Method
 from ftcore.rundir import RunDir, checkpoint_key
 from ftcore.storage import explain_oserror
 
-WEIGHTS, STATE = "weights", "state.json"
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,27 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, position: Position, method: Method, model: nn.Module, stepper: Stepper, *, is_main: bool) -> None:
-        """Every rank calls (gathering sharded weights is a collective); rank 0 writes."""
+    def save(self, position: Position, method: Method, stepper: Stepper, *, is_main: bool) -> None:
+        """Every rank calls; rank 0 writes, or each rank its part where the backend shards (then every rank waits for the whole)."""
         self.wait()
-        weights, write_optimizer = stepper.whole(), stepper.snapshot()
-        if not is_main:
+        part, crew = stepper.snapshot(method), stepper.crew
+        if not is_main and crew is None:
             return
 
-        def write() -> None:
-            with self.run.sealing(checkpoint_key(position.step), {"step": position.step}) as folder:
-                method.save(model, weights, folder / WEIGHTS)
-                write_optimizer(folder)
+        def write_part(folder: Path) -> None:
+            part(folder)
+            if is_main:
                 (folder / STATE).write_text(json.dumps(asdict(position)))
-            self._prune(position)
+
+        def write() -> None:
+            key = checkpoint_key(position.step)
+            if crew is None:
+                with self.run.sealing(key, {"step": position.step}) as folder:
+                    write_part(folder)
+            else:
+                seal_together(self.run, key, {"step": position.step}, crew, write_part)
+            if is_main:
+                self._prune(position)
 
         self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint-writer")
         self._thread.start()

@@ -57,7 +57,8 @@ def load_base(model: Model, method: Method | None = None, *, device: str = "cpu"
         )
     else:
         options["revision"] = model.revision
-    options |= method.load_options() if method else {}
+    if method is not None:
+        options |= method.load_options() | ({"device_map": {"": device}} if method.quantises else {})  # quantised where it will stay
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(model.path, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
@@ -72,6 +73,8 @@ def load_base(model: Model, method: Method | None = None, *, device: str = "cpu"
             remedy="copy or download the folder again, or take the causal language model, not a part of it",
         )
     loaded.config.use_cache = False
+    if method is not None:
+        method.loaded(loaded, dtype or model.dtype)
     return loaded.to(device)
 
 
@@ -188,7 +191,7 @@ class CausalModel:
         """Summed over the trained targets."""
         targets = batch.targets[batch.targets != IGNORED]
         if self._is_linear():
-            return linear_cross_entropy(self.hidden(batch), self.head.weight, targets)
+            return called_as(self.head, lambda hidden: linear_cross_entropy(hidden, self.head.weight, targets), self.hidden(batch))
         return -self.logps(batch).sum()
 
     def logps(self, batch: Batch) -> Tensor:
@@ -222,6 +225,15 @@ class CausalModel:
         return ours.shape == theirs.shape and bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4))
 
 
+def called_as(module: nn.Module, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Calls `module` with `forward` in place of its own: what hangs on its calls (hooks that gather sharded weights) takes part."""
+    module.forward = forward
+    try:
+        return module(inputs)
+    finally:
+        del module.forward
+
+
 class ReferenceModel(CausalModel):
     """The untouched base behind a policy: the same weights with the method switched off, and no gradients."""
 
@@ -238,6 +250,13 @@ class ReferenceModel(CausalModel):
     def cross_entropy(self, batch: Batch) -> Tensor:
         with self._without():
             return super().cross_entropy(batch)
+
+
+def keep_masters(model: nn.Module) -> None:
+    """Widens trainable parameters in half precision to fp32: updates below bf16's 3 digits would be lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def autocasting(device: str, dtype: torch.dtype | None) -> AbstractContextManager[None]:

@@ -6,10 +6,12 @@ In: the recipe's `optim`. Out: a torch optimizer with weight-decay groups, a lea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ftcore.errors import ModelError
 from ftcore.section import Section
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 class Optim(Section):
     """The optimizer, its schedule, and how long to train."""
 
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW's state: fp32; in 8 bits (a quarter of the memory, tensors of 4096 numbers or more); paged to the host when a GPU is full."""
     lr: float = Field(2e-4, gt=0)
     """Peak learning rate. LoRA: 1e-4 to 3e-4; full fine-tuning: 1e-5 to 2e-5."""
     batch_size: int = Field(8, ge=1)
@@ -59,13 +63,28 @@ class Optim(Section):
         shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters, in `named_parameters` order, fused; vectors (biases, norms) get no weight decay."""
+    def build(self, model: nn.Module, ndim: Callable[[nn.Parameter], int] = lambda parameter: parameter.ndim) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters, in `named_parameters` order; vectors (biases, norms) get no weight decay.
+
+        `ndim`: a parameter's true number of dimensions, where a shard of it shows another. Raises ModelError for a paged kind where there
+        is no GPU to page from.
+        """
         import torch
 
         trainable = [p for _, p in model.named_parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trainable if ndim(p) >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if ndim(p) < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        groups = [group for group in groups if group["params"]]
+        if self.kind == "adamw":
+            return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        from bitsandbytes.optim import AdamW
+
+        if self.kind.startswith("paged") and any(p.device.type == "cpu" for p in trainable):
+            raise ModelError(
+                "a paged optimizer moves its state between a GPU and the host; on a CPU there is nothing to page", where="optim.kind",
+                got=self.kind, wanted="adamw | adamw_8bit", remedy=f"optim.kind={self.kind.removeprefix('paged_')}",
+            )  # fmt: skip
+        paged, bits = self.kind.startswith("paged"), 8 if self.kind.endswith("8bit") else 32
+        return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, optim_bits=bits, is_paged=paged)

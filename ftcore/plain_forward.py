@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ftcore.layers import varlen
@@ -43,3 +44,36 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
         for module, flag in casting.items():
             module.cast_input_dtype_enabled = flag
         model.train(was_training)
+
+
+@contextmanager
+def computed_in_fp32(model: nn.Module) -> Iterator[None]:
+    """The model's numbers without the rounding of bf16 or fp16 arithmetic: weights as they are held, each widened while its module runs.
+
+    One module at a time, so that memory does not double. Not for weights that are sharded over ranks.
+    """
+    narrow = (torch.bfloat16, torch.float16)
+    held: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in narrow and parameter not in held:
+                held[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def narrow_again(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in held:
+                parameter.data = held.pop(parameter)
+
+    hooks: list[Any] = []
+    for module in model.modules():
+        if any(parameter.dtype in narrow for parameter in module.parameters(recurse=False)):
+            hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow_again)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, data in held.items():  # a forward that raised
+            parameter.data = data

@@ -7,6 +7,9 @@ The rule. In fp32 (or fp64) on the same kind of device: absolute error <= 1e-4. 
 effect, the largest difference it makes to the bare base. An adapter without effect is refused. `noise` is what the precision itself does to
 the bare base; where that alone exceeds the budget the report says `inconclusive`, and the caller verifies in fp32.
 
+A base held in bf16, fp16 or quantised is read twice: computed as it trained ("bf16", "nf4", ...), and computed in fp32 with the weights as
+they are held ("bf16 in fp32", "nf4 in fp32"), which any device repeats to fp32's last digits however faint the adapter is.
+
 Shapes: P prompts, K recorded ids a prompt (the tuned model's top 64, then the bare base's top 64).
 """
 
@@ -42,6 +45,8 @@ SHARE = 0.10
 ZERO_EFFECT = 1e-6
 """An adapter that moves no logit by more than this does nothing."""
 EXACT = ("fp32", "fp64")
+IN_FP32 = " in fp32"
+"""Ends the name of a reading of a narrow base that was computed in fp32."""
 PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 PROMPTS = (
@@ -262,7 +267,7 @@ def compare(probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, 
     error = _distance(tuned.gather(1, record.ids), record.tuned)
     effect = record.effect
     noise = None if base is None or record.base is None else _distance(base.gather(1, record.ids), record.base)
-    same = name == precision and precision in EXACT and record.device == device
+    same = name == precision and is_exact(precision) and record.device == device
     limit = ABSOLUTE if effect is None else min(ABSOLUTE, SHARE * effect) if same else SHARE * effect
     facts = f"error {error:.3g} of at most {limit:.3g} ({precision} on {device} against {name} on {record.device}"
     facts += ")" if effect is None else f"; the adapter's own effect is {effect:.3g})"
@@ -278,6 +283,11 @@ def compare(probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, 
     else:
         reason = f"another adapter, or one bound in part: {facts}"
     return ProbeReport(passed, error, effect, noise, limit, precision, name, bool(not passed and noisy and not same), reason)
+
+
+def is_exact(precision: str) -> bool:
+    """Computed in fp32 or better: a device repeats itself to `ABSOLUTE`."""
+    return precision in EXACT or precision.endswith(IN_FP32)
 
 
 def precision_of(model: nn.Module) -> str:

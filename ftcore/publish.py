@@ -2,8 +2,9 @@
 
 In: `final/` of a run, its recipe and prepared data. Out: an AdapterRef; or an IntegrityError and nothing in the store. Runs in: the driver.
 
-The written adapter is bound to a fresh base through plain PEFT, every tensor read back, and its probe logits compared with those that the
-trained model gave; then probes are recorded in fp32 too, the card is made, signed when asked, and written last.
+The written adapter is bound to a fresh base, held as the trained one was, through plain PEFT, every tensor read back, and its probe logits
+compared with those that the trained model gave; then probes are recorded on the full-precision base too, the card is made, signed when
+asked, and written last.
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ftcore.adapter_files import CONTENT, TOKENIZER, WEIGHTS, content_digest, content_files, read_config
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
-from ftcore.bind import bind_adapter
-from ftcore.card import BaseFacts, Card, DataFacts, MethodFacts, ProbeFacts, package_versions, recipe_facts, utc_now
+from ftcore.bind import bind_adapter, widen_whole_modules
+from ftcore.card import BaseFacts, Card, DataFacts, MethodFacts, ProbeFacts, QuantisationFacts, package_versions, recipe_facts, utc_now
 from ftcore.data.chat import Chat
 from ftcore.data.prepared import Prepared
 from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
 from ftcore.errors import ConfigError, IntegrityError
 from ftcore.models import load_base, model_type
-from ftcore.probes import Probes, check, record
+from ftcore.probes import EXACT, IN_FP32, Probes, check, record
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir
 from ftcore.safetensors_header import check_safetensors
@@ -75,15 +78,15 @@ def publish_final(
     tokenizer = load_tokenizer(recipe.model)
     with tempfile.TemporaryDirectory(prefix="ftcore-publish-") as scratch:
         folder = stage_content(final, Path(scratch) / "adapter")
-        probes = prove(recipe, folder, tokenizer, Probes.load(final), log)
-        probes.save(folder)
+        proof = prove(recipe, folder, tokenizer, Probes.load(final), log)
+        proof.probes.save(folder)
         tenant, name, _ = split_ref(recipe.output.adapter)
         template = _template_digest(recipe, tokenizer, manifest)
         card = make_card(
-            folder, tenant, name, base_facts(recipe), tokenizer_digest(tokenizer), template, probes,
+            folder, tenant, name, base_facts(recipe), tokenizer_digest(tokenizer), template, proof.probes,
             method=recipe.method.kind, data=data_facts(manifest), recipe=recipe_facts(recipe.model_dump(mode="json")),
             stage=recipe.stage.kind, seed=recipe.optim.seed, world_size=world_size, metrics=plain_metrics(metrics),
-            parent=parent.full if isinstance(parent, AdapterRef) else parent,
+            quantisation=proof.quantisation, parent=parent.full if isinstance(parent, AdapterRef) else parent,
         )  # fmt: skip
         if recipe.output.sign_key:
             card = sign_card(card, recipe.output.sign_key)
@@ -114,28 +117,73 @@ def import_adapter(
     return ref
 
 
-def prove(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, trained: Probes, log: Log) -> Probes:
-    """Binds the written adapter to a fresh base and compares with what the trained model gave; returns the probes with fp32 added.
+@dataclass(frozen=True)
+class Proof:
+    """What a proof leaves for the card: the probes, with full precision's, and what quantising the base did."""
 
-    First in the precision it was trained in; where that precision's own noise (another kind of device) exceeds the budget, in fp32.
+    probes: Probes
+    quantisation: QuantisationFacts | None
+
+
+def prove(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, trained: Probes, log: Log) -> Proof:
+    """Binds the written adapter to fresh bases and compares with what the trained model gave. Raises IntegrityError where it differs.
+
+    First on a base held as it trained (bf16, nf4, ...), by both readings. Then on the full-precision base: checked there where the readings
+    above could not tell, recorded there always. How far a quantised base is from it is a fact for the card, not a fault of the adapter.
     """
-    precision = trained.nearest_name(recipe.model.dtype)
-    report = None
-    if precision not in ("fp32", "fp64"):
-        tuned = bind_adapter(load_base(recipe.model, recipe.method, device=_device()), folder)
-        report = check(tuned, tokenizer, trained, precision, tuned.disable_adapter)
-        if not report.inconclusive:
-            report.require(folder)
-        log(f"proof in {precision}: {report.reason}")
-        del tuned
-        gc.collect()
-    exact = "fp64" if precision == "fp64" else "fp32"
+    held, dtype = recipe.method.held(recipe.model.dtype), recipe.model.dtype
+    proven = held not in EXACT and _prove_as_held(recipe, folder, tokenizer, trained, held, log)
+    exact = "fp64" if dtype == "fp64" else "fp32"
+    gc.collect()
     tuned = bind_adapter(load_base(recipe.model, dtype=exact, device=_device()), folder)
-    if report is None or report.inconclusive:
+    if not proven:
         report = check(tuned, tokenizer, trained, exact, tuned.disable_adapter)
         report.require(folder)
         log(f"proof in {exact}: {report.reason}")
-    return trained if exact in trained.by_precision else trained.merged(record(tuned, tokenizer, tuned.disable_adapter, exact))
+    probes = trained if exact in trained.by_precision else trained.merged(record(tuned, tokenizer, tuned.disable_adapter, exact))
+    return Proof(probes, _quantisation(recipe, trained, held, tuned, log))
+
+
+def _prove_as_held(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, trained: Probes, held: str, log: Log) -> bool:
+    """Proves the adapter on a base held as it was trained. Returns False when only full precision can tell.
+
+    The reading computed in fp32 decides where there is one. The other is what the device's own arithmetic gave: it binds on the same kind
+    of device, or where it is all there is.
+    """
+    tuned, method = bind_adapter(load_base(recipe.model, recipe.method, device=_device()), folder), recipe.method
+    as_trained = check(tuned, tokenizer, trained, held, tuned.disable_adapter)
+    log(f"proof in {held}: {as_trained.reason}")
+    twice = held + IN_FP32 in trained.by_precision
+    if not as_trained.inconclusive and (not twice or trained.nearest(held).device == _device()):
+        as_trained.require(folder)
+    if not twice:
+        if as_trained.inconclusive and method.quantises:  # the full-precision base is another model: it cannot tell
+            as_trained.require(folder)
+        return not as_trained.inconclusive
+    widen_whole_modules(tuned, folder)
+    with method.in_fp32(tuned):
+        exact = check(tuned, tokenizer, trained, held + IN_FP32, tuned.disable_adapter)
+    log(f"proof in {held}{IN_FP32}: {exact.reason}")
+    exact.require(folder)
+    return True
+
+
+def _quantisation(recipe: Recipe, trained: Probes, held: str, full: PeftModel, log: Log) -> QuantisationFacts | None:
+    """How far the full-precision model is from the logits recorded on the quantised one; None where nothing was quantised."""
+    if not recipe.method.quantises:
+        return None
+    only = Probes(trained.prompts, {held: trained.by_precision[held]})
+    report = check(full, None, only, "fp32", full.disable_adapter)
+    assert report.noise is not None and report.effect is not None, "an adapter can be switched off"
+    share = report.max_abs_error / report.effect
+    log(
+        f"quantised base against full precision: logits differ by {report.noise:.3g} bare, {report.max_abs_error:.3g} with the adapter on, "
+        f"{share:.0%} of the adapter's own effect ({report.effect:.3g})"
+    )
+    return QuantisationFacts(
+        how=recipe.method.quantisation(recipe.model.dtype), difference_bare=report.noise, difference_tuned=report.max_abs_error,
+        effect=report.effect, share=share,
+    )  # fmt: skip
 
 
 def make_card(
@@ -179,10 +227,9 @@ def method_facts(folder: Path, kind: str) -> MethodFacts:
 
 
 def base_facts(recipe: Recipe) -> BaseFacts:
-    options = recipe.method.load_options()
     return BaseFacts(
         id=recipe.model.path, revision=recipe.model.revision, weights=_weights(recipe.model), dtype=recipe.model.dtype,
-        quantisation=str(options.get("quantization_config", "none"))[:4000] if options else "none", model_type=model_type(recipe.model),
+        quantisation=recipe.method.quantisation(recipe.model.dtype), model_type=model_type(recipe.model),
     )  # fmt: skip
 
 

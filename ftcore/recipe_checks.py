@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftcore.data.families import template_names
 from ftcore.data.formats.base import FORMATS
+from ftcore.methods.qlora import Qlora
 
 if TYPE_CHECKING:
     from ftcore.recipe import Recipe
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    return [*_formats(recipe), *_template(recipe), *_precision(recipe), *_adapters(recipe), *_schedule(recipe), *_resources(recipe)]
+    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _resources)
+    return [*(problem for check in checks for problem in check(recipe)), *recipe.backend.refusals(recipe)]
 
 
 def _formats(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -57,6 +59,39 @@ def _precision(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "model.attention",
             f"{recipe.model.attention} attention cannot keep packed segments apart; take auto or varlen, or set data.pack: false",
         )
+
+
+def _quantised(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What a quantised base can be computed in: autocast brings everything to model.dtype, and only it scales fp16's losses."""
+    method, dtype = recipe.method, recipe.model.dtype
+    if method.quantises and dtype == "fp64":
+        yield (
+            "model.dtype",
+            f"method `{method.kind}` holds the base in {method.held(dtype)}, and fp64 has no quantised form; take fp32 or bf16",
+        )
+    if not isinstance(method, Qlora) or method.computes_in(dtype) in (dtype, "bf16" if dtype == "fp32" else dtype):
+        return
+    at, wanted = "method.compute_dtype", method.compute_dtype
+    if wanted == "fp16" and recipe.resources.gpus_per_worker == 0:
+        yield at, "fp16 computes on GPUs only and resources.gpus_per_worker is 0; take auto, or ask for a GPU and set model.dtype: fp16"
+    elif wanted == "fp16":
+        yield (
+            at,
+            f"gradients in fp16 need the loss scaling that comes with model.dtype: fp16; got model.dtype: {dtype}; set it, or take auto",
+        )
+    else:
+        yield at, f"under model.dtype: {dtype} everything is computed in {dtype}, so {wanted} would do nothing; set model.dtype: {wanted}"
+
+
+def _optimizer(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    kind = recipe.optim.kind
+    if kind.startswith("paged") and recipe.resources.gpus_per_worker == 0:
+        plain = kind.removeprefix("paged_")
+        yield "optim.kind", f"{kind} pages between a GPU and the host, and resources.gpus_per_worker is 0; take {plain}, or ask for a GPU"
+    if kind != "adamw" and recipe.backend.kind == "deepspeed":
+        yield "optim.kind", f"backend `deepspeed` has its own sharded AdamW; got {kind}; take adamw, or backend: plain"
+    if kind != "adamw" and recipe.model.dtype == "fp64":
+        yield "optim.kind", f"{kind} keeps its state in fp32 or less; with model.dtype: fp64 take adamw"
 
 
 def _adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -46,27 +46,45 @@ class RunDir:
     @contextmanager
     def sealing(self, key: str, extra: dict[str, object] | None = None) -> Iterator[Path]:
         """Yields an empty local folder; on leaving it is sealed, read back against its digests, and put at `key` as a whole."""
+        building = self.building(key)
+        try:
+            yield building
+            self.put_in_place(building, key, extra)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+    def building(self, key: str) -> Path:
+        """A new, empty local folder to write what is to be sealed at `key` into; its caller removes what is left of it."""
         if self.folder.is_local:
             target = self.folder.path / key
             building = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         else:
             building = Path(tempfile.mkdtemp(prefix="ftcore-seal-")) / "folder"
         building.mkdir(parents=True)
-        try:
-            yield building
-            seal(Folder(building), extra)
-            verify(Folder(building))
-            if self.folder.is_local:
-                shutil.rmtree(target, ignore_errors=True)
-                building.rename(target)
-            else:
-                self.folder.delete(key)
-                local = Folder(building)
-                for name in [*(n for n in local.files() if n != MANIFEST), MANIFEST]:
-                    self.folder.put(building / name, f"{key}/{name}")
-                verify(self.folder / key)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        return building
+
+    def put_in_place(
+        self, building: Path, key: str, extra: dict[str, object] | None = None, others: dict[str, dict[str, object]] | None = None
+    ) -> None:
+        """Seals `building`, reads it back, and puts it at `key` as a whole.
+
+        `others`: facts of the files that other writers have put under a remote `key` already (see `crew.seal_together`).
+        """
+        manifest = seal(Folder(building), extra)
+        verify(Folder(building))
+        if self.folder.is_local:
+            target = self.folder.path / key
+            shutil.rmtree(target, ignore_errors=True)
+            building.rename(target)
+            return
+        if others is None:
+            self.folder.delete(key)
+        else:
+            Folder(building).write_json(MANIFEST, {**manifest, "files": {**manifest["files"], **others}})
+        local = Folder(building)
+        for name in [*(n for n in local.files() if n != MANIFEST), MANIFEST]:
+            self.folder.put(building / name, f"{key}/{name}")
+        verify(self.folder / key)
 
     def sweep(self) -> None:
         """Removes what a killed process left half-written. Only the one writer of a run may call this, before it writes."""

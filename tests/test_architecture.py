@@ -93,7 +93,7 @@ def is_in(name: str, package: str) -> bool:
 
 
 def defines_section(module: Module) -> bool:
-    bases = {"Section", "Choice", "Method", "Stage", "Backend", "Engine"}
+    bases = {"Section", "Choice", "Method", "Stage", "Backend", "Engine", "Lora"}
     classes = (node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef))
     return any(isinstance(base, ast.Name) and base.id in bases for node in classes for base in node.bases)
 

@@ -30,6 +30,8 @@ class Method(Choice):
     """`merge` folds it into the base."""
     is_adapter: ClassVar[bool] = False
     """What is saved is a small PEFT folder over a base, not a whole model."""
+    quantises: ClassVar[bool] = False
+    """The base is held in 8 or 4 bits (what a backend that shards the base's weights cannot take)."""
     keeps_base: ClassVar[bool] = True
     """The base stays underneath: `without` can give it back (what a stage that needs a reference relies on)."""
 
@@ -37,9 +39,27 @@ class Method(Choice):
         """Extra keyword arguments for `from_pretrained` (quantisation, for one)."""
         return {}
 
+    def loaded(self, model: nn.Module, dtype: str) -> None:
+        """Called once on a base just loaded with `load_options`, before anything runs through it. `dtype`: what is not quantised is in."""
+
+    def held(self, dtype: str) -> str:
+        """What the base's weights are held in, as probes name it: `dtype`, or a quantised form (`nf4`, `int8`)."""
+        return dtype
+
+    def quantisation(self, dtype: str) -> str:
+        """How the base is quantised, for cards."""
+        return "none"
+
+    def in_fp32(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the model computes in fp32 with its weights as they are held: what any other device gives too."""
+        from ftcore.plain_forward import computed_in_fp32
+
+        return computed_in_fp32(model)
+
     @abstractmethod
     def apply(self, model: nn.Module) -> nn.Module:
-        """Returns the model to train: the right parameters require gradients and no others. Raises ModelError when nothing would move."""
+        """Returns the model to train: the right parameters require gradients and no others. Their fp32 masters
+        are the backend's business. Raises ModelError when nothing would move."""
 
     def resume(self, model: nn.Module, folder: Path) -> nn.Module:
         """Like `apply`, starting from weights saved in `folder` (a checkpoint or an adapter this run continues from)."""

@@ -49,7 +49,6 @@ class Lora(Method):
     """Whole modules trained and saved beside the adapter (`embed_tokens`, `lm_head`)."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        import torch
         from peft import LoraConfig, get_peft_model
 
         whole = any(name.endswith(("embed_tokens", "lm_head")) for name in self.modules_to_save)
@@ -64,9 +63,6 @@ class Lora(Method):
         for module in applied.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False  # autocast brings A and B to the input's dtype; PEFT would widen the input instead
-        for parameter in applied.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()  # whole modules too: bf16 would round small updates away
         return applied
 
     def _targets(self, model: nn.Module) -> str | list[str]:
@@ -77,7 +73,7 @@ class Lora(Method):
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         linear -= {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
         for name in self.modules_to_save:
-            if not any(module == name or module.endswith("." + name) for module, _ in model.named_modules()):
+            if not any(names_module(name, module) for module, _ in model.named_modules()):
                 raise ModelError(
                     "modules_to_save matches nothing in this model", where="method.modules_to_save", got=name, wanted=_endings(model)
                 )
@@ -135,11 +131,16 @@ class Lora(Method):
         return model.merge_and_unload(safe_merge=True)
 
 
+def names_module(name: str, module: str) -> bool:
+    """Whether `modules_to_save`'s `name` means `module`: the whole name or its ending."""
+    return module == name or module.endswith("." + name)
+
+
 def _matches(name: str, targets: str | list[str]) -> bool:
     """PEFT's rule: a string is a regular expression over the whole name, a list holds names or endings."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
+    return any(names_module(target, name) for target in targets)
 
 
 def _endings(model: nn.Module) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ftcore.backends.base import World
 from ftcore.data.collate import collate
 from ftcore.loop import Training
-from ftcore.methods.base import METHODS
+from ftcore.methods.base import METHODS, Method
 from ftcore.models import CausalModel
 from ftcore.recipe import Recipe
 from ftcore.rundir import RunDir
@@ -27,6 +28,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "lora", "dora": True},
     {"kind": "lora", "modules_to_save": ["lm_head"]},
     {"kind": "lora", "modules_to_save": ["embed_tokens"]},
+    {"kind": "qlora", "bits": 8, "targets": "all-linear"},
+    {"kind": "qlora", "dora": True, "rslora": True, "quant_type": "fp4", "double_quant": False},
+    {"kind": "qlora", "bits": 8, "modules_to_save": ["lm_head"]},
 ]
 
 
@@ -50,15 +54,21 @@ def trained(base: Path, runs: Path, method: dict[str, Any], dtype: str = "fp32")
     return training
 
 
+def plain_base(folder: Path, method: Method) -> nn.Module:
+    """As plain transformers loads it; quantised where the method holds it so."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **method.load_options())
+
+
 @pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(str(v) for v in m.values()))
 def test_the_saved_result_gives_the_trained_logits_without_our_code(tiny_model_dir: Path, tmp_path: Path, method: dict[str, Any]) -> None:
     training = trained(tiny_model_dir, tmp_path, method)
     ids = torch.arange(3, 20)[None]
     training.model.eval()
     kind, final = METHODS[method["kind"]], tmp_path / "run" / "final"
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir if kind.is_adapter else final, dtype=torch.float32)
+    plain = plain_base(tiny_model_dir if kind.is_adapter else final, training.recipe.method)
     base = plain(input_ids=ids).logits.detach()
     reloaded = PeftModel.from_pretrained(plain, final).eval() if kind.is_adapter else plain
+    reloaded.train(method.get("bits") == 8)  # bitsandbytes itself: in evaluation it quantises activations too, on a CPU not in training
     with torch.no_grad():
         batch = collate([BLOCKS.block("train", 0)], padded=False)
         ours = CausalModel(training.model, training.layout).logits(batch)[:, : batch.segment_lengths[0]]
@@ -72,7 +82,7 @@ def test_the_saved_result_gives_the_trained_logits_without_our_code(tiny_model_d
 @pytest.mark.parametrize("kind", list(METHODS))
 def test_only_what_the_method_trains_is_changed(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
     training = trained(tiny_model_dir, tmp_path, {"kind": kind})
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).state_dict()
+    base = plain_base(tiny_model_dir, training.recipe.method).state_dict()
     frozen = {name: p for name, p in training.model.named_parameters() if not p.requires_grad}
     trainable = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
     assert trainable
@@ -89,9 +99,7 @@ def test_switched_off_the_model_is_the_base(tiny_model_dir: Path, tmp_path: Path
     training.model.eval()
     with torch.no_grad(), training.recipe.method.without(training.model):
         off = CausalModel(training.model, training.layout).logits(batch)[:, : batch.segment_lengths[0]]
-        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)(
-            input_ids=batch.ids[:, : batch.segment_lengths[0]]
-        ).logits
+        base = plain_base(tiny_model_dir, training.recipe.method)(input_ids=batch.ids[:, : batch.segment_lengths[0]]).logits
     torch.testing.assert_close(off, base, rtol=0, atol=1e-5)
     training.close()
 

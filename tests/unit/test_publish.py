@@ -21,7 +21,7 @@ from ftcore.data.tokenizer import load_tokenizer
 from ftcore.errors import ConfigError, IntegrityError, ModelError
 from ftcore.loop import train
 from ftcore.models import load_base
-from ftcore.probes import Probes, check, last_logits, record
+from ftcore.probes import EXACT, IN_FP32, Probes, check, last_logits, record
 from ftcore.publish import import_adapter, publish_final, publish_run
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir
@@ -54,7 +54,11 @@ def train_something(recipe: Recipe, folder: Path, *, scale: float = 0.3, seed: i
     weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     recipe.method.save(model, weights, folder)
     tokenizer = load_tokenizer(recipe.model)
-    record(model, tokenizer, lambda: recipe.method.without(model), recipe.model.dtype).save(folder)
+    probes = record(model, tokenizer, lambda: recipe.method.without(model), recipe.method.held(recipe.model.dtype))
+    if recipe.model.dtype not in EXACT:
+        with recipe.method.in_fp32(model):
+            probes = probes.merged(record(model, tokenizer, lambda: recipe.method.without(model), recipe.model.dtype + IN_FP32))
+    probes.save(folder)
     return model
 
 
@@ -85,7 +89,7 @@ def test_what_was_trained_is_published_with_its_facts(tiny_model_dir: Path, tmp_
     assert (card.method.kind, card.method.rank, card.world_size, card.stage) == ("lora", 4, 2, "sft")
     assert card.metrics == {"steps": 3, "bad": None} and card.data is not None and card.data.counts == {"rows.train": 7, "tokens": 90}
     assert card.recipe is not None and card.recipe.resolved["name"] == "run"
-    assert {"fp64" if dtype == "fp64" else "fp32", dtype} == set(card.probes)
+    assert {"fp64" if dtype == "fp64" else "fp32", dtype, *(["bf16 in fp32"] if dtype == "bf16" else [])} == set(card.probes)
     assert any("proof in" in line for line in lines)
 
 
@@ -107,7 +111,10 @@ def test_what_the_loop_leaves_is_published(tiny_model_dir: Path, tmp_path: Path,
     train(recipe, World(), MemoryBlocks(packed_blocks(12, seed=3), packed_blocks(2, seed=4)), RunDir(tmp_path / "runs", "run"))
     ref, store, lines = publish(recipe, tmp_path / "runs" / "run" / "final")
     probes = store.card(ref).probes
-    assert sorted(probes) == sorted({"fp32", dtype}) and min(fact.effect or 0 for fact in probes.values()) > 0.01, lines
+    assert (
+        set(probes) == {"fp32", dtype, *(["bf16 in fp32"] if dtype == "bf16" else [])}
+        and min(fact.effect or 0 for fact in probes.values()) > 0.01
+    ), lines
 
 
 def test_modules_to_save_and_dora_survive_publishing(tiny_model_dir: Path, tmp_path: Path) -> None:

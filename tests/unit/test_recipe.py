@@ -61,7 +61,8 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_key() -> None:
 
 def test_an_unknown_kind_is_refused_with_the_nearest_kind() -> None:
     assert (
-        problem(GOOD.replace("lora", "loro")) == "r.yaml:5  method.kind  unknown method; wanted full | lora; did you mean `lora`?; got loro"
+        problem(GOOD.replace("lora", "loro"))
+        == "r.yaml:5  method.kind  unknown method; wanted full | lora | qlora; did you mean `lora`?; got loro"
     )
 
 
