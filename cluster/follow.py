@@ -36,6 +36,7 @@ class Follower:
         self.shown = 0
         self.asked_to_stop = False
         self._silent_since: float | None = None
+        self._said_so = False
 
     def to_the_end(self) -> int:
         """Returns the exit code: the job's own; 75 when it was stopped; 130 when we left it to itself."""
@@ -80,7 +81,7 @@ class Follower:
                 self.write(new)
                 sys.stdout.flush()
             self.shown = max(self.shown, seen)
-            self._silent_since = None
+            self._silent_since, self._said_so = None, False
 
     def _stop(self) -> None:
         try:
@@ -110,6 +111,8 @@ class Follower:
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
+        if not self._said_so:
+            self._said_so = True
             print(
                 f"the cluster does not answer ({type(error).__name__}); trying again, the job is not affected", file=sys.stderr, flush=True
             )

@@ -5,7 +5,6 @@ In: where a worker ran. Out: one sentence. Runs in: the driver, and a task witho
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -78,7 +77,7 @@ def verdict(logs: Logs, pid: int) -> str:
         return f"its process died of {found[1]}{_where(logs.err)}"
     for text in (logs.err, logs.out):
         if traced := _last_traceback(text):
-            return f"its process died after {traced}"
+            return f"its process died; the last error in its log: {traced}"
     said = [line.strip() for line in f"{logs.out}\n{logs.err}".splitlines() if line.strip() and not line.startswith(MARKERS)]
     if not said:
         return "its process died without a word (SIGKILL, or it ended itself)"
@@ -87,7 +86,7 @@ def verdict(logs: Logs, pid: int) -> str:
 
 def _last_traceback(text: str) -> str:
     """`Error: message (file:line in function)` of the last one."""
-    head, mark, rest = text.rpartition("Traceback (most recent call last):")
+    _, mark, rest = text.rpartition("Traceback (most recent call last):")
     if not mark:
         return ""
     frames = [found for line in rest.splitlines() if (found := FRAME.match(line))]
@@ -105,7 +104,7 @@ def _where(text: str) -> str:
 
 def _logs_of(pid: int) -> Logs:
     """On the worker's node: this task's own log lies beside the worker's."""
-    folder = Path(os.readlink("/proc/self/fd/2")).parent
+    folder = Path("/proc/self/fd/2").readlink().parent
     parts = {kind: "".join(_tail(path) for path in sorted(folder.glob(f"worker-*-{pid}.{kind}"))) for kind in ("err", "out")}
     raylet = "\n".join(line for line in _tail(folder / "raylet.out").splitlines() if re.search(rf"\b{pid}\b", line))
     return Logs(parts["err"], parts["out"], _kernel_lines(pid), raylet)
