@@ -43,12 +43,24 @@ def runnable(findings: Iterable[Finding], *, strict: bool = False) -> bool:
     return not any(finding.level == "problem" or (strict and finding.level == "warning") for finding in findings)
 
 
+def together(findings: Iterable[Finding], num_nodes: int) -> list[Finding]:
+    """What is the same on several nodes as one finding, problems first."""
+    by_text: dict[tuple[Level, str, str, str], list[str]] = {}
+    for found in findings:
+        by_text.setdefault((found.level, found.check, found.text, found.remedy), []).append(found.node)
+    merged = []
+    for (level, check, text, remedy), nodes in by_text.items():
+        where = EVERYWHERE if len(nodes) == num_nodes > 1 else ", ".join(nodes)
+        merged.append(Finding(level, check, where, text, remedy))
+    return sorted(merged, key=lambda found: ORDER.index(found.level))
+
+
 def table(findings: Sequence[Finding]) -> str:
-    """Problems first; under a line that is not in order, what to do."""
+    """Under a line that is not in order, what to do."""
     lines = []
     width = max((len(finding.check) for finding in findings), default=0)
     where = max((len(finding.node) for finding in findings), default=0)
-    for finding in sorted(findings, key=lambda found: ORDER.index(found.level)):
+    for finding in findings:
         lines.append(f"{finding.level:<8} {finding.check:<{width}}  {finding.node:<{where}}  {finding.text}")
         if finding.remedy and finding.level != "ok":
             lines.append(f"{'':<8} {'':<{width}}  {'':<{where}}  -> {finding.remedy}")
@@ -98,10 +110,13 @@ def machines(nodes: Mapping[str, NodeFacts], counted: Mapping[str, Counted]) -> 
 def disks(nodes: Mapping[str, NodeFacts], wanted_gib: float) -> list[Finding]:
     findings = []
     for node, facts in nodes.items():
+        low: dict[str, list[str]] = {}
         for folder, free in facts.free_gib.items():
             if free < wanted_gib:
-                text = f"{free:.1f} GiB free at {folder}, {wanted_gib:g} wanted"
-                findings.append(Finding("problem", "disk", node, text, "free space there or choose another place (output.*, data.cache)"))
+                low.setdefault(f"{free:.1f}", []).append(folder)
+        for free_text, folders in low.items():
+            text = f"{free_text} GiB free at {', '.join(folders)}; {wanted_gib:g} wanted"
+            findings.append(Finding("problem", "disk", node, text, "free space there or choose another place (output.*, data.cache)"))
     least = min((free for facts in nodes.values() for free in facts.free_gib.values()), default=0.0)
     return findings or [Finding("ok", "disk", EVERYWHERE, f"at least {least:.1f} GiB free at every folder")]
 

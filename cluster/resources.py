@@ -47,15 +47,19 @@ def alive_nodes() -> list[Node]:
     return nodes
 
 
-def check_fits(asked: Resources, nodes: list[Node]) -> None:
-    """Raises ClusterError unless all workers can stand at once: a run that cannot start must say so instead of waiting for ever.
-
-    Totals are counted, not what is free now: another run's workers end, missing CPUs do not appear.
-    """
+def num_that_fit(asked: Resources, nodes: list[Node]) -> int:
+    """How many of these workers can stand at once."""
     room = [node.holds(asked) for node in nodes]
-    if asked.placement == "STRICT_SPREAD":
-        room = [min(1, fits) for fits in room]
-    if sum(room) >= asked.workers:
+    return sum(min(1, fits) for fits in room) if asked.placement == "STRICT_SPREAD" else sum(room)
+
+
+def check_fits(asked: Resources, nodes: list[Node], *, at_least: int | None = None) -> None:
+    """Raises ClusterError unless all workers (or `at_least` so many) can stand at once: a run that cannot start must say so.
+
+    Totals are counted, not what is free now (`room.py` waits for that): another run's workers end, missing CPUs do not appear.
+    """
+    fit = num_that_fit(asked, nodes)
+    if fit >= (at_least or asked.workers):
         return
     strict = " (STRICT_SPREAD: one worker a node)" if asked.placement == "STRICT_SPREAD" else ""
     raise ClusterError(
@@ -63,7 +67,7 @@ def check_fits(asked: Resources, nodes: list[Node]) -> None:
         where="resources",
         got=_have(nodes),
         wanted=_wants(asked) + strict,
-        remedy=_remedy(asked, sum(room)),
+        remedy=_remedy(asked, fit),
     )
 
 

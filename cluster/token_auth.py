@@ -89,6 +89,11 @@ def _is_refused(address: str, token: str) -> bool:
     return False
 
 
+def has_token() -> bool:
+    """Whether Ray would find a token on this machine."""
+    return bool(_our_token())
+
+
 def _our_token() -> str:
     """Where Ray looks, in its order."""
     if token := os.environ.get("RAY_AUTH_TOKEN", ""):

@@ -22,7 +22,7 @@ if not __package__:  # run as a file: the rooms are siblings of this script's fo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cluster.connect import connect
-from cluster.findings import EVERYWHERE, Finding, clocks, disks, machines, runnable, table, versions
+from cluster.findings import EVERYWHERE, Finding, clocks, disks, machines, runnable, table, together, versions
 from cluster.node_facts import node_facts
 from cluster.preflight import HERE, Nodes
 from cluster.resources import alive_nodes, check_fits, needs_ray
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="a warning, too, makes the exit code 3")
     parser.add_argument("--min-free-gib", type=float, default=5.0, metavar="N", help="free disk wanted at every folder (5)")
     parser.add_argument("--invariants", action="store_true", help="prove the invariances on your own model and backend instead")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def examine(recipe: Recipe | None, min_free_gib: float, *, quiet: bool = False) -> list[Finding]:
@@ -83,7 +83,7 @@ def examine(recipe: Recipe | None, min_free_gib: float, *, quiet: bool = False) 
     recipe = at_home(recipe, log) if recipe else None
     nodes = Nodes(joined=joined)
     try:
-        return _findings(nodes, recipe, min_free_gib)
+        return together(_findings(nodes, recipe, min_free_gib), len(nodes.names))
     finally:
         nodes.close()
 

@@ -122,6 +122,8 @@ class _Ear:
             allowed = "no limit" if self.allowed < 0 else f"{self.allowed} allowed"
             then = "" if message["final"] else f"; restarting from the newest sealed checkpoint (failure {self.num_failures}, {allowed})"
             self.line.say(f"worker {message['rank']} failed: {message['cause']}{then}")
+        elif message["event"] == "note":
+            self.line.say(message["text"])
         elif message["event"] == "stopping":
             self.line.say("stopping after this step, with a checkpoint (again: at once, without)")
 

@@ -30,7 +30,9 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback  # Ray'
 from cluster.connect import Connection
 from cluster.relay import Message, Relay
 from cluster.resources import alive_nodes, check_fits, scaling_numbers
+from cluster.room import Patience, wait_for_room
 from cluster.runtime_env import worker_variables
+from cluster.worker_logs import WorkerPlace, laid_out, place_of, why_it_died
 from ftcore.backends.base import World
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, Interrupted, ModelError, StorageError, TrainingError
 from ftcore.recipe import Resources
@@ -42,6 +44,7 @@ WOULD_HAPPEN_AGAIN = (ConfigError, DataError, ModelError, IntegrityError, Traini
 NOT_WORTH_A_RETRY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES)
 POLL_S = 0.2
 GROUP_TIMEOUT_S = 1800
+DIED = "its process died (killed, out of memory, or its node is gone)"
 RunConfig: Any = ray.train.RunConfig  # the signature that mypy reads is Ray Train v1's
 UserCallback: Any = ray.train.UserCallback
 
@@ -62,8 +65,9 @@ def launch(work: Callable[[Post], T], resources: Resources, connection: Connecti
     Raises the worker's own FtcoreError, ClusterError before launching when the cluster is too small, Interrupted on Ctrl-C or SIGTERM.
     """
     check_fits(resources, alive_nodes())
+    wait_for_room(resources, lambda text: hear({"event": "note", "text": text}))
     relay = Relay.open()
-    watch = _Watch(relay, hear)
+    watch = _Watch(relay, hear, resources)
     # Ray Train's own notes go to a scratch folder: our state is in the run folder
     with tempfile.TemporaryDirectory(prefix="ftcore-train-", ignore_cleanup_errors=True) as scratch:
         trainer: Any = ray.train.torch.TorchTrainer(
@@ -99,7 +103,8 @@ def _on_worker(order: dict[str, Any]) -> Any:
     context, relay = ray.train.get_context(), order["relay"]
     device, node = str(ray.train.torch.get_device()), ray.util.get_node_ip_address()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device, node)
-    relay.push({"event": "worker", "rank": world.rank, "size": world.size, "node": world.node, "pid": os.getpid()})
+    node_id = ray.get_runtime_context().get_node_id()
+    relay.push({"event": "worker", "rank": world.rank, "size": world.size, "node": world.node, "node_id": node_id, "pid": os.getpid()})
     should_stop = relay.watch_for_stop() if world.is_main else _never
     return order["work"](Post(world, relay.push, should_stop))
 
@@ -117,7 +122,7 @@ class _Failures(UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         rank, cause = root_cause(worker_exceptions)
         final = would_happen_again(cause)
-        self.relay.push({"event": "failure", "rank": rank, "cause": headline(cause), "final": final})
+        self.relay.push({"event": "failure", "rank": rank, "cause": headline(cause), "told": str(cause)[:4000], "final": final})
         if final:
             raise cause  # the controller does not retry an error of a callback, and carries it to the driver
 
@@ -147,7 +152,7 @@ def headline(cause: BaseException) -> str:
     """One line about an error."""
     if isinstance(cause, RayActorError):
         if "creation task" not in str(cause):
-            return "its process died (killed, out of memory, or its node is gone)"
+            return DIED
         return f"it could not start: {str(cause).strip().splitlines()[-1]}"
     text = cause.what if isinstance(cause, FtcoreError) else str(cause)
     return f"{type(cause).__name__}: {next(iter(text.strip().splitlines()), '')}"
@@ -167,7 +172,7 @@ def _explained(error: Exception, watch: _Watch, connection: Connection) -> Excep
     return TrainingError(
         f"a training worker failed{times}" if rank >= 0 else "Ray Train failed",
         where=f"worker {rank}, {watch.workers.get(rank, 'place unknown')}" if rank >= 0 else "Ray Train",
-        got=headline(cause), wanted=allowed,
+        got=watch.deaths.get(rank) or headline(cause), wanted=allowed,
         remedy=f"the workers' logs are in {connection.logs}; what is sealed stays usable: the same command goes on from there",
     )  # fmt: skip
 
@@ -175,10 +180,13 @@ def _explained(error: Exception, watch: _Watch, connection: Connection) -> Excep
 class _Watch:
     """Waits for a run in the main thread: hears what its workers say and passes on the wish to stop."""
 
-    def __init__(self, relay: Relay, hear: Hear) -> None:
+    def __init__(self, relay: Relay, hear: Hear, asked: Resources) -> None:
         self.relay, self.hear = relay, hear
-        self.workers: dict[int, str] = {}
+        self.workers: dict[int, WorkerPlace] = {}
+        self.present: dict[int, WorkerPlace] = {}
+        self.deaths: dict[int, str] = {}
         self.num_failures = 0
+        self.patience = Patience(asked, lambda text: hear({"event": "note", "text": text}))
 
     def over(self, run: Callable[[], T]) -> T:
         """`run` in a thread of its own: Ray Train takes Ctrl-C for itself in the main thread, and would kill without a checkpoint."""
@@ -197,6 +205,7 @@ class _Watch:
             while thread.is_alive():
                 thread.join(POLL_S)
                 self._drain()
+                self.patience.check()
         if error:
             raise error[0]
         return value[0]
@@ -211,10 +220,22 @@ class _Watch:
         except RayError:
             return  # the cluster is going away; the run's own error says why
         for message in messages:
-            if message["event"] == "worker":
-                self.workers[message["rank"]] = f"pid {message['pid']} on {message['node']}"
-            self.num_failures += message["event"] == "failure"
-            self.hear(message)
+            self.hear(self._noted(message))
+
+    def _noted(self, message: Message) -> Message:
+        if message["event"] == "worker":
+            self.workers[message["rank"]] = self.present[message["rank"]] = place_of(message)
+            if len(self.present) == message["size"]:
+                self.patience.running()
+                self.hear({"event": "note", "text": laid_out(self.present)})
+        elif message["event"] == "failure":
+            self.num_failures += 1
+            self.patience.failed()
+            if message["cause"] == DIED:
+                cause = self.deaths[message["rank"]] = why_it_died(self.workers.get(message["rank"]), message["told"])
+                message = {**message, "cause": cause}
+            self.present = {}
+        return message
 
 
 @contextmanager
