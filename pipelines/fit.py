@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from cluster.connect import connect
-from cluster.relay import Message, Outbox
+from cluster.outbox import Message
 from cluster.resources import needs_ray
 from cluster.runtime_env import keep_memory
 from ftcore.adapters import AdapterRef
@@ -24,11 +24,12 @@ from ftcore.data.prepared import Prepared
 from ftcore.errors import Interrupted
 from ftcore.loggers import Loggers, check_loggers
 from ftcore.progress import ProgressLine
-from ftcore.recipe import Recipe, dump_recipe, parse_recipe
+from ftcore.recipe import Recipe, dump_recipe
 from ftcore.rundir import RunDir
-from pipelines.launch import Post, launch, launch_here
+from pipelines.launch import launch, launch_here
 from pipelines.prepare import prepare
 from pipelines.runs import at_home, began_with, begin, parent_into, publish_once, recognise, same_command
+from pipelines.work import PRELOAD, work
 
 Log = Callable[[str], None]
 
@@ -65,15 +66,15 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
 
 
 def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:
-    work = partial(_work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
+    task = partial(work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
     ear = _Ear(run, recipe, log)
     try:
         if not needs_ray(recipe.resources):
             log("training in this process (one worker, no Ray cluster)")
             keep_memory()
-            launch_here(work, hear=ear.hear)
+            launch_here(task, hear=ear.hear)
         else:
-            launch(work, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear)
+            launch(task, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear, preload=PRELOAD)
     except (Interrupted, KeyboardInterrupt) as error:
         sealed = run.checkpoint_steps()
         raise Interrupted(
@@ -83,18 +84,6 @@ def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:
         ) from error  # fmt: skip
     finally:
         ear.close()
-
-
-def _work(recipe_yaml: str, plugins: tuple[str, ...], prepared_url: str, run: RunDir, post: Post) -> None:
-    """What each worker does. The recipe travels as text and is validated again, so that every process fills the same tables."""
-    from ftcore.loop import train
-
-    recipe = parse_recipe(recipe_yaml, plugins=plugins)
-    outbox = Outbox(post.say)
-    try:
-        train(recipe, post.world, Prepared.open(prepared_url), run, outbox.add, post.should_stop)
-    finally:
-        outbox.flush()
 
 
 class _Ear:
@@ -124,6 +113,25 @@ class _Ear:
             self.line.say(f"worker {message['rank']} failed: {message['cause']}{then}")
         elif message["event"] == "stopping":
             self.line.say("stopping after this step, with a checkpoint (again: at once, without)")
+        else:
+            self._tell(message)
+
+    def _tell(self, message: Message) -> None:
+        """What happens to the group of workers, in a sentence."""
+        event = message["event"]
+        if event == "waiting":
+            self.line.say(message["text"])
+        elif event == "going":
+            who = ", ".join(map(str, message["ranks"])) or "unknown"
+            self.line.say(
+                f"worker {who} must go: {message['why']}; a checkpoint after this step, then on without that node (costs no failure)"
+            )
+        elif event == "growing":
+            self.line.say(f"there is room again: a checkpoint after this step, then on with {message['to']} workers")
+        elif event == "group":
+            self.steps_seen = 0
+            self.line.restart()
+            self.line.say(f"going on with {message['size']} worker{'s' * (message['size'] != 1)}, from the newest sealed checkpoint")
 
     def close(self) -> None:
         self.line.close()
