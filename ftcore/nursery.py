@@ -1,13 +1,14 @@
 """Nursery: a process that has the heavy imports behind it and forks workers from there, so that a killed worker is back within a second.
 
-    supervisor --(byte + descriptor)--> nursery --fork--> worker
-        ^------------- Connection of the worker ------------'
+    supervisor --connect--> nursery --fork--> worker
+        ^----- the connection is the worker's -----'
 
 In: names of modules to import; for each worker its World, where they meet, and the work. Out: what it said, and how it ended.
-Runs in: the supervisor (opens it, Linux and macOS), the nursery's own process, the workers.
+Runs in: supervisors (Linux and macOS; those of one machine share a nursery, so that it imports once), the nursery's own process, the
+workers.
 
-Nobody outlives who is above him: a supervisor that dies closes its socket, on which the nursery kills its workers and ends; a worker
-whose nursery dies is killed by the kernel (Linux) or ends at the end of its own connection.
+Nobody outlives who is above him: a worker ends with its supervisor's end of the connection, and the nursery with the supervisor that
+opened it; on Linux the kernel kills the workers of a nursery that dies.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import logging
 import os
 import select
 import signal
@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -37,11 +38,11 @@ from ftcore.errors import FtcoreError
 
 GROUP_TIMEOUT_S = 1800
 PR_SET_PDEATHSIG = 1
-PATIENCE_S = 60.0
-"""How long a nursery may take to import before it counts as stuck; imports from a cold network disk are slow."""
 IMPORT_TIMEOUT_S = 600.0
-
-log = logging.getLogger(__name__)
+"""How long a nursery may take to import before it counts as stuck; imports from a cold network disk are slow."""
+RETRY_S = 0.05
+REAP_EVERY_S = 1.0
+BACKLOG = 64
 
 
 @dataclass(frozen=True)
@@ -107,72 +108,70 @@ class Worker:
 
 
 class Nursery:
-    """Opened by the supervisor; imports begin at once, beside whatever the supervisor does next."""
+    """A supervisor's way to the nursery at `path`, a socket in a folder that only its user may enter."""
 
-    def __init__(self, process: subprocess.Popen[bytes], line: socket.socket) -> None:
-        self._process, self._line = process, line
+    def __init__(self, path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
+        self._path, self._process = path, process
 
     @classmethod
-    def open(cls, preload: Sequence[str]) -> Nursery:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-c", f"from {__name__} import tend; tend()", str(theirs.fileno()), *preload]
-            path = os.pathsep.join(dict.fromkeys(p for p in sys.path if p))
-            process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path}
-            )
-        ours.settimeout(IMPORT_TIMEOUT_S)
-        return cls(process, ours)
+    def open(cls, path: Path, preload: Sequence[str]) -> Nursery:
+        """Starts it; imports begin at once, beside whatever the supervisor does next. It ends with this process."""
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        command = [sys.executable, "-c", f"from {__name__} import tend; tend()", str(path), *preload]
+        modules = os.pathsep.join(dict.fromkeys(p for p in sys.path if p))
+        return cls(path, subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": modules}))
 
     def bear(self, birth: Birth) -> Worker:
-        """Forks a worker; waits for the imports the first time. Raises WorkerDied when the nursery itself is gone."""
-        here, there = socket.socketpair()
-        with there:
+        """Forks a worker; waits for the imports the first time. Raises WorkerDied when there is no nursery."""
+        line, until = socket.socket(socket.AF_UNIX), time.monotonic() + IMPORT_TIMEOUT_S
+        while True:
             try:
-                socket.send_fds(self._line, [b"f"], [there.fileno()])
-                pid = int(self._line.recv(32) or b"0")
-            except OSError as error:
-                raise WorkerDied(f"the nursery of workers is gone: {error}") from error
-        if not pid:
-            raise WorkerDied("the nursery of workers ended while it imported what they need (its traceback is in this worker's log)")
-        channel = Connection(here.detach())
-        channel.send(birth)
-        return Worker(channel, pid)
+                line.connect(str(self._path))
+                break
+            except OSError as error:  # it has not come up yet
+                if time.monotonic() > until or (self._process and self._process.poll() is not None):
+                    raise WorkerDied("the nursery of workers is gone") from error
+                time.sleep(RETRY_S)
+        channel = Connection(line.detach())
+        try:
+            channel.send(birth)
+            if not channel.poll(max(0.0, until - time.monotonic())):
+                raise WorkerDied(f"the nursery of workers imported for more than {IMPORT_TIMEOUT_S:.0f} s")
+            return Worker(channel, channel.recv())
+        except (EOFError, OSError) as error:
+            raise WorkerDied("the nursery ended while it imported what workers need (its traceback is in this worker's log)") from error
 
     def close(self) -> None:
-        """Ends the nursery, and any worker that is left."""
-        self._line.close()
-        try:
-            self._process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
+        """Ends the nursery, if it was opened here, and any worker that is left."""
+        if self._process:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
+            self._path.unlink(missing_ok=True)
 
 
 def tend() -> None:
-    """The nursery's own process: imports, then forks on request until its supervisor is gone."""
+    """The nursery's own process: imports, then forks a worker for each connection until its supervisor is gone."""
     die_with_parent()
-    line = socket.socket(fileno=int(sys.argv[1]))
+    listener, children = socket.socket(socket.AF_UNIX), set[int]()
+    listener.bind(sys.argv[1])
+    listener.listen(BACKLOG)
     for name in sys.argv[2:]:
         importlib.import_module(name)
-    children: set[int] = set()
     while True:
-        ready, _, _ = select.select([line], [], [], 1.0)
+        ready, _, _ = select.select([listener, sys.stdin], [], [], REAP_EVERY_S)
         children -= {pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]}
-        if not ready:
+        if sys.stdin in ready:
+            os._exit(0)  # the supervisor's end of the pipe is closed
+        if listener not in ready:
             continue
-        request, descriptors, _, _ = socket.recv_fds(line, 1, 1)
-        if not request:
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
-            return
+        line, _ = listener.accept()
         pid = os.fork()
         if pid == 0:
-            line.close()
-            _live(Connection(descriptors[0]))
-        os.close(descriptors[0])
+            listener.close()
+            _live(Connection(line.detach()))
+        line.close()
         children.add(pid)
-        line.sendall(str(pid).encode())
 
 
 def die_with_parent() -> None:
@@ -187,6 +186,7 @@ def _live(channel: Connection) -> None:
     try:
         die_with_parent()
         birth: Birth = channel.recv()
+        channel.send(os.getpid())
         line = _Line(channel, birth.world.rank)
         os.environ.update(birth.variables)
         line.end(*_worked(birth, Post(birth.world, line.say, line.wants_stop.is_set)))

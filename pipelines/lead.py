@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,7 @@ class Lead:
     def _trainer(self, at: Place, scratch: str) -> Any:
         order = {
             "work": self.work, "relay": self.relay, "cwd": str(Path.cwd()), "group": self.group_number,
-            "preload": self.preload, "gpus": self.resources.gpus_per_worker,
+            "id": uuid.uuid4().hex[:12], "preload": self.preload, "gpus": self.resources.gpus_per_worker,
         }  # fmt: skip
         return DataParallelTrainer(
             sit,

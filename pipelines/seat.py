@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ def sit(order: dict[str, Any]) -> Any:
     """What every Ray Train worker runs: takes its place among the others, then bears workers until the driver says that it is over."""
     if Path(order["cwd"]).is_dir():
         os.chdir(order["cwd"])  # so that the recipe's relative paths mean what they mean to the driver
-    nursery = Nursery.open(order["preload"])
+    world = _place(order["gpus"])
+    # sockets need short paths; several nodes may share a machine
+    path = Path(tempfile.gettempdir()) / f"ftcore-{os.getuid()}" / f"{order['id']}-{ray.get_runtime_context().get_node_id()[:12]}"
+    nursery = Nursery.open(path, order["preload"]) if world.local_rank == 0 else Nursery(path)
     try:
-        return Seat(nursery, order["relay"], order["work"], _place(order["gpus"])).through(order["group"])
+        return Seat(nursery, order["relay"], order["work"], world).through(order["group"])
     finally:
         nursery.close()
 
@@ -83,7 +87,7 @@ class Seat:
         host, _, port = orders.address.rpartition(":")
         try:
             worker = self.nursery.bear(
-                Birth(self.work, self.world, orders.address, {**self.variables, "MASTER_ADDR": host, "MASTER_PORT": port})
+                Birth(self.work, self.world, orders.address, {**os.environ, **self.variables, "MASTER_ADDR": host, "MASTER_PORT": port})
             )
         except WorkerDied as error:
             self._tell_end(orders.generation, error)
