@@ -26,12 +26,15 @@ from ftcore.loggers import Loggers, check_loggers
 from ftcore.progress import ProgressLine
 from ftcore.recipe import Recipe, dump_recipe
 from ftcore.rundir import RunDir
+from pipelines.claim import claimed
+from pipelines.history import remember
 from pipelines.launch import launch, launch_here
 from pipelines.prepare import prepare
-from pipelines.runs import at_home, began_with, begin, parent_into, publish_once, recognise, same_command
+from pipelines.runs import at_home, began_with, begin, move_aside, parent_into, publish_once, recognise, same_command
 from pipelines.work import PRELOAD, work
 
 Log = Callable[[str], None]
+HISTORIC = ("failure", "going", "growing", "group")
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,37 @@ class Outcome:
     report: str
 
 
-def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
-    """Trains and publishes. Raises FtcoreErrors: what is wrong with recipe, data or cluster before any worker starts where possible."""
+def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
+    """Trains and publishes. Raises FtcoreErrors: what is wrong with recipe, data or cluster before any worker starts where possible.
+
+    `resume=False` begins the run again from nothing; what its folder held is kept under another name.
+    """
     recipe = at_home(recipe, log)
     run = RunDir(recipe.output.runs, recipe.name)
     check_loggers(recipe.output.loggers, run)
-    if recognise(run, recipe):
-        log(f"run {recipe.name}: already finished ({run.url}); nothing to train")
-    else:
-        prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
-        begin(run, recipe, prepared)
-        parent_into(run, recipe, log)
-        _train(run, recipe, prepared, log)
-    ref = publish_once(run, recipe, log)
+    if not resume:
+        with claimed(run, log):
+            pass  # nobody else trains it now
+        move_aside(run, log)
+    with claimed(run, log):
+        ref = _made(run, recipe, log)
 
     from ftcore.report import write_report
 
     metrics = run.folder.read_json("final/result.json")["metrics"]
     return Outcome(run, ref, recipe.output.store, metrics, write_report(run))
+
+
+def _made(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
+    finished, changed = recognise(run, recipe)
+    if finished:
+        log(f"run {recipe.name}: already finished ({run.url}); nothing to train")
+    else:
+        prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
+        begin(run, recipe, prepared, changed, log)
+        parent_into(run, recipe, log)
+        _train(run, recipe, prepared, log)
+    return publish_once(run, recipe, log)
 
 
 def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:
@@ -90,13 +106,15 @@ class _Ear:
     """What the driver does with what workers say: the progress line, the loggers, a sentence when something happens."""
 
     def __init__(self, run: RunDir, recipe: Recipe, log: Log) -> None:
-        self.allowed = recipe.resources.max_failures
+        self.run, self.allowed = run, recipe.resources.max_failures
         self.line = ProgressLine(log)
         self.loggers = Loggers(recipe.output.loggers, run, recipe.model_dump(mode="json"))
         self.num_failures = 0
         self.steps_seen = 0
 
     def hear(self, message: Message) -> None:
+        if message["event"] in HISTORIC:
+            remember(self.run, message["event"], **{key: value for key, value in message.items() if key != "event"})
         if message["event"] == "lines":
             for line in message["lines"]:
                 if line["step"] > 1 and not self.steps_seen:
