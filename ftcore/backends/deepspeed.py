@@ -64,7 +64,7 @@ class DeepSpeed(Backend):
                 "method.kind",
                 (
                     f"method `{recipe.method.kind}` holds the base quantised, and those bytes cannot be sharded; take method lora "
-                    "(model.dtype: bf16) with this backend, or this method with backend.kind: plain: it is the adapter that needs little memory"
+                    "(model.dtype: bf16) with this backend, or this method with backend.kind: plain"
                 ),
             )
         if self.offload_params != "none" and self.zero != 3:
