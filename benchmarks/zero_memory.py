@@ -173,9 +173,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="zero-memory-base-") as folder:
         base = Path(folder) / "base"
         make_model(base, layers=args.layers, hidden=args.hidden, vocabulary=args.vocabulary)
-        print(
-            f"{'method':7}{'backend':9}{'N':>2}  {'whole':>9}  {'peak by rank, MiB':28}{'x whole':>8}  {'bound':>9}  load / steps / export, rank 0"
-        )
+        titles = f"{'method':7}{'backend':9}{'N':>2}  {'whole':>9}  {'peak by rank, MiB':28}{'x whole':>8}  {'bound':>9}"
+        print(f"{titles}  load / steps / export, rank 0")
         for method in args.methods:
             for backend in args.backends:
                 for workers in args.workers:
