@@ -172,6 +172,8 @@ LATE: dict[str, str] = {
     "pipelines.prepare": "a cache hit starts at once, without what building needs",
     "pipelines.build": "small data is prepared without ray",
     "pipelines.fit": "the driver launches workers before it loads what only they and the report need",
+    "ftcore.storage": "local folders do not pay for fsspec",
+    "ftcore.remote": "s3fs is loaded for s3:// alone",
     "pipelines.runs": "the first step does not wait for what publishing needs",
 }
 
