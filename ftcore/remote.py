@@ -58,7 +58,12 @@ class RemoteFolder:
         self.url = url
         self.is_s3 = is_s3(url)
         with explained("open", url):
-            self.fs, self.root = open_filesystem(url)
+            self._fs, self.root = open_filesystem(url)
+
+    @property
+    def fs(self) -> Any:
+        """Asked for each time: a client does not survive a fork, and follows the process's environment."""
+        return open_filesystem(self.url)[0] if self.is_s3 else self._fs
 
     def path(self, key: str) -> str:
         return f"{self.root}/{key}".rstrip("/") if key else self.root

@@ -79,7 +79,7 @@ class PatientS3(S3FileSystem):
     call_s3 = sync_wrapper(_call_s3)
 
     async def _was_ours(self, method: str, arguments: dict[str, Any], error: ClientError) -> bool:
-        """Whether an earlier try, whose answer was lost, did what this one is told is done already (aiohttp tries again on its own, too)."""
+        """Whether an earlier try whose answer was lost (ours, or one aiohttp makes on its own) did what this one is told is done."""
         code, _ = answer_of(error)
         at = {"Bucket": arguments.get("Bucket"), "Key": arguments.get("Key")}
         if method == "put_object" and code in LOST_RACE:

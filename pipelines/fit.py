@@ -22,7 +22,9 @@ from cluster.runtime_env import keep_memory
 from ftcore.adapters import AdapterRef
 from ftcore.data.prepared import Prepared
 from ftcore.errors import Interrupted
+from ftcore.lease import holding
 from ftcore.loggers import Loggers, check_loggers
+from ftcore.places import check_places
 from ftcore.progress import ProgressLine
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
@@ -49,6 +51,12 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
     recipe = at_home(recipe, log)
     run = RunDir(recipe.output.runs, recipe.name)
     check_loggers(recipe.output.loggers, run)
+    check_places(recipe)
+    with holding(run, log):
+        return _fit(run, recipe, log)
+
+
+def _fit(run: RunDir, recipe: Recipe, log: Log) -> Outcome:
     if recognise(run, recipe):
         log(f"run {recipe.name}: already finished ({run.url}); nothing to train")
     else:
