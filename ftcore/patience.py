@@ -158,6 +158,11 @@ def explain_remote(error: BaseException, verb: str, where: str) -> StorageError:
     wanted, remedy = WANTED.get(verdict, "an answer" if verdict in ("passes", "unreachable") else ""), REMEDIES[verdict]
     if code == "NoSuchBucket" or "bucket does not exist" in text:
         wanted, remedy = "an existing bucket", "make the bucket first, or correct its name; buckets are never made by a run"
+    if code == "PreconditionFailed" and verb == "read":
+        wanted, remedy = (
+            "one version of it from beginning to end",
+            "it was replaced while it was read: start again when nobody writes there",
+        )
     raised = StorageError(f"cannot {verb} this", where=where, got=got, wanted=wanted, remedy=remedy)
     raised.errno = ERRNO[verdict]
     return raised

@@ -19,6 +19,7 @@ from ftcore.patience import OUR_MISTAKES, CutShort, explain_remote, patiently
 
 T = TypeVar("T")
 STREAM_BYTES = 8 << 20
+TAGS = ("ETag", "etag", "md5Hash", "blob_id", "sha256", "checksum", "LastModified", "mtime", "created")
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -141,11 +142,19 @@ class RemoteFolder:
 
         return self._do("list", key, listed)
 
-    def sizes(self, key: str) -> dict[str, int]:
-        """Every object under `key` with its bytes."""
+    def tags(self, key: str) -> dict[str, tuple[int, str]]:
+        """Every object under `key` with its bytes and what changes when its content does (an ETag, or a time where there is none)."""
         base = self.path(key)
         found = self._do("list", key, lambda: self.fs.find(base, detail=True))
-        return {str(name)[len(base) :].lstrip("/"): int(fact.get("size") or 0) for name, fact in sorted(found.items()) if str(name) != base}
+        return {
+            str(name)[len(base) :].lstrip("/"): (int(fact.get("size") or 0), next((str(fact[tag]) for tag in TAGS if fact.get(tag)), ""))
+            for name, fact in sorted(found.items())
+            if str(name) != base
+        }
+
+    def md5(self, key: str) -> str:
+        """An object's MD5 as its storage knows it; "" where it does not."""
+        return self._do("look at", key, lambda: str(self.fs.md5(self.path(key)))) if self.is_s3 else ""
 
     def delete(self, key: str, first: str) -> None:
         """Removes an object, or all under it, `first` before the others."""

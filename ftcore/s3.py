@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fsspec.spec import AbstractBufferedFile
 from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
 
-from ftcore.patience import CutShort, answer_of, patiently_async
+from ftcore.patience import CutShort, answer_of, explain_remote, patiently_async
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 15
 SLOWEST_BYTES_PER_S = 64 * 1024
@@ -188,6 +189,14 @@ class PatientS3(S3FileSystem):
             raise
         return True
 
+    def md5(self, path: str) -> str:
+        """The MD5 that an ETag is, unless the object came in parts or is encrypted with a key that is not the store's own."""
+        bucket, key, _ = self.split_path(path)
+        head = self.call_s3("head_object", Bucket=bucket, Key=key)
+        etag = str(head.get("ETag", "")).strip('"')
+        foreign = "kms" in str(head.get("ServerSideEncryption", "")) or head.get("SSECustomerAlgorithm")
+        return "" if foreign or not re.fullmatch(r"[0-9a-f]{32}", etag) else etag
+
     def abort_uploads(self, path: str, older_than_s: float = 0.0) -> int:
         """Ends multipart uploads under a path that a killed process left; their parts cost until somebody does. Returns how many."""
         bucket, prefix, _ = self.split_path(path)
@@ -215,7 +224,10 @@ class PinnedReader(AbstractBufferedFile):
     def _fetch_range(self, start: int, end: int) -> bytes:
         size, etag = int(self.details["size"]), str(self.details["ETag"])
         end = min(end, size)
-        return self.fs.read_body(self.path, start, end, etag).data if start < end else b""
+        try:
+            return self.fs.read_body(self.path, start, end, etag).data if start < end else b""
+        except Exception as error:  # botocore's and aiohttp's are no OSErrors, which is what readers of files expect
+            raise explain_remote(error, "read", f"s3://{self.path}") from error
 
 
 def open_s3() -> PatientS3:

@@ -82,7 +82,7 @@ class Folder:
         if not self.is_local:
             self._remote.write(key, data)
             return
-        with self._explained("write", key), _arriving(self.path / key) as temporary:
+        with self._explained("write", key), arriving(self.path / key) as temporary:
             _write_synced(temporary, data)
             temporary.replace(self.path / key)
 
@@ -101,7 +101,7 @@ class Folder:
         """Writes an object that must not exist yet, whole; False (and nothing written) when it does. Of two at once, one wins."""
         if not self.is_local:
             return self._remote.create(key, data)
-        with self._explained("write", key), _arriving(self.path / key) as temporary:
+        with self._explained("write", key), arriving(self.path / key) as temporary:
             _write_synced(temporary, data)
             try:
                 os.link(temporary, self.path / key)
@@ -149,7 +149,7 @@ class Folder:
         if not self.is_local:
             self._remote.put(local, key)
             return
-        with self._explained("write", key), _arriving(self.path / key) as temporary:
+        with self._explained("write", key), arriving(self.path / key) as temporary:
             shutil.copyfile(local, temporary)
             temporary.replace(self.path / key)
 
@@ -175,10 +175,18 @@ class Folder:
     def sizes(self, key: str = "") -> dict[str, int]:
         """Every file under `key` with its bytes; one listing where it is remote."""
         if not self.is_local:
-            return self._remote.sizes(key)
+            return {name: size for name, (size, _) in self._remote.tags(key).items()}
         base = self.path / key
         found = (p for p in base.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
         return {p.relative_to(base).as_posix(): p.stat().st_size for p in found}
+
+    def tags(self) -> dict[str, tuple[int, str]]:
+        """Of a remote folder: every file's bytes, and a tag that changes when its content does; one listing."""
+        return self._remote.tags("")
+
+    def md5(self, key: str) -> str:
+        """Of a remote file: its MD5 where the storage knows it, else ""."""
+        return self._remote.md5(key)
 
     def delete(self, key: str = "") -> None:
         """Removes a file or a folder; the manifest first, so that what is half removed is not taken for whole."""
@@ -217,7 +225,7 @@ class Folder:
 
 
 @contextmanager
-def _arriving(target: Path) -> Iterator[Path]:
+def arriving(target: Path) -> Iterator[Path]:
     """A name beside the target to write to; whatever is left there at the end is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
