@@ -277,11 +277,14 @@ def is_sealed(folder: Folder) -> bool:
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
     """Raises IntegrityError for a folder that was never sealed."""
-    if not folder.exists(MANIFEST):
+    try:
+        manifest = folder.read_json(MANIFEST)
+    except StorageError as error:
+        if error.errno != errno.ENOENT:
+            raise
         raise IntegrityError(
             "this folder was never sealed", where=folder, wanted=MANIFEST, remedy="it was left half-written; use an older one"
-        )
-    manifest = folder.read_json(MANIFEST)
+        ) from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise IntegrityError("this manifest is damaged", where=f"{folder}/{MANIFEST}", remedy="use an older one or copy it again")
     return manifest
@@ -310,21 +313,24 @@ def fetch(folder: Folder, into: Path) -> dict[str, Any]:
 
     A remote folder that is sealed anew meanwhile is fetched again: the result is the old one or the new one, never a mixture.
     """
+    before: dict[str, Any] | None = None
+    problem: IntegrityError | StorageError | None = None
     for _ in range(SEALED_ANEW_TRIES):
-        manifest = read_manifest(folder)
         try:
+            manifest = read_manifest(folder)
+            if problem and manifest == before:
+                raise problem  # nobody sealed it anew: it is damaged
+            before = manifest
             folder.at_once(partial(_fetch_one, folder, into, manifest["files"]), manifest["files"])
+            (into / MANIFEST).write_bytes(json.dumps(manifest).encode())
+            return manifest
         except (IntegrityError, StorageError) as error:
-            if isinstance(error, StorageError) and error.errno != errno.ENOENT:
+            gone = isinstance(error, StorageError) and error.errno == errno.ENOENT
+            if before is None or error is problem or not (gone or isinstance(error, IntegrityError)):
                 raise
-            damaged = error
-            time.sleep(SEALING_S)
-            if is_sealed(folder) and folder.read_json(MANIFEST) == manifest:
-                raise
-            continue
-        (into / MANIFEST).write_bytes(json.dumps(manifest).encode())
-        return manifest
-    raise damaged
+            problem = error
+        time.sleep(SEALING_S)
+    raise problem or AssertionError("unreachable")
 
 
 def _fetch_one(folder: Folder, into: Path, files: dict[str, dict[str, Any]], key: str) -> None:
