@@ -110,13 +110,20 @@ class RemoteFolder:
 
         def hashed() -> tuple[str, int]:
             whole, size = hashlib.sha256(), 0
-            with self.fs.open(self.path(key), "rb") as file:
-                while part := file.read(STREAM_BYTES):
-                    whole.update(part)
-                    size += len(part)
+            for part in self._stream(self.path(key)):
+                whole.update(part)
+                size += len(part)
             return whole.hexdigest(), size
 
         return self._do("read", key, hashed)
+
+    def _stream(self, path: str) -> Iterator[bytes]:
+        if self.is_s3:
+            yield from self.fs.stream(path)
+            return
+        with self.fs.open(path, "rb") as file:
+            while part := file.read(STREAM_BYTES):
+                yield part
 
     def modified(self, key: str) -> float:
         return self._do("look at", key, lambda: float(self.fs.modified(self.path(key)).timestamp()))

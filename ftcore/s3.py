@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 15
 SLOWEST_BYTES_PER_S = 64 * 1024
 """A body that comes slower than this (beyond READ_TIMEOUT_S) has stalled, though a byte drips now and then."""
 PART_BYTES = 16 << 20
+STREAM_BYTES = 8 << 20
 PARTS_AT_ONCE = 4
 LOST_RACE = {"PreconditionFailed", "412"}
 
@@ -142,6 +144,13 @@ class PatientS3(S3FileSystem):
             await _all([fetch(start) for start in range(PART_BYTES, first.total, PART_BYTES)])
 
     read_body = sync_wrapper(_body)
+
+    def stream(self, path: str) -> Iterator[bytes]:
+        """One version of an object, piece by piece, without asking for its size first."""
+        body = self.read_body(path, 0, STREAM_BYTES)
+        yield body.data
+        for start in range(STREAM_BYTES, body.total, STREAM_BYTES):
+            yield self.read_body(path, start, min(start + STREAM_BYTES, body.total), body.etag).data
 
     async def _put_file(self, lpath: str, rpath: str, **options: Any) -> None:
         options |= {"chunksize": max(PART_BYTES, -(-Path(lpath).stat().st_size // 9_000)), "max_concurrency": PARTS_AT_ONCE}
