@@ -13,11 +13,11 @@ import pytest
 from ftcore.data.identity import identity
 from ftcore.data.read import plan, read
 from ftcore.data.types import Row
-from ftcore.errors import IntegrityError, ModelError, StorageError
+from ftcore.errors import ConfigError, IntegrityError, ModelError, StorageError
 from ftcore.mirror import _copied, local_copy
 from ftcore.models import load_base, model_type
 from ftcore.places import check_places
-from ftcore.recipe import Model, Recipe, Source
+from ftcore.recipe import Model, Recipe, Source, dump_recipe, parse_recipe
 from ftcore.s3 import open_s3
 from ftcore.storage import Folder
 from tests.s3_faults import faulty_proxy, matching, seeded
@@ -133,3 +133,8 @@ def test_a_place_that_is_full_is_found_before_any_work(s3: str, s3_endpoint: str
         with pytest.raises(StorageError, match=r"data\.cache cannot be used") as refused:
             check_places(recipe_of(s3))
     assert refused.value.errno == errno.ENOSPC
+
+
+def test_a_password_in_a_url_is_refused() -> None:
+    with pytest.raises(ConfigError, match="password in a URL"):
+        parse_recipe(dump_recipe(recipe_of("s3://bucket")), overrides=["output.runs=s3://key:hush@bucket/runs"])
