@@ -49,6 +49,8 @@ class CheckpointWriter:
         self.run, self.keep = run, keep
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.before: Callable[[], None] = lambda: None
+        """Called in the writing thread before a checkpoint: what must be durable when it is sealed."""
 
     def save(self, position: Position, method: Method, stepper: Stepper, *, is_main: bool) -> None:
         """Every rank calls; rank 0 writes, or each rank its part where the backend shards (then every rank waits for the whole)."""
@@ -77,6 +79,7 @@ class CheckpointWriter:
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
+            self.before()
             write()
         except Exception as error:  # carried to the training thread, which raises it
             self._error = error

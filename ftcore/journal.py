@@ -6,12 +6,15 @@ In: dicts with a `step`. Out: lines. Runs in: rank 0 of the train workers; read 
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
+from ftcore.errors import StorageError
 from ftcore.rundir import RunDir
 from ftcore.storage import explain_oserror
 
 FILE = "metrics.jsonl"
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -36,15 +39,20 @@ class Journal:
             raise explain_oserror(error, "write the journal", f"{self._folder}/{FILE}") from error
 
     def flush(self) -> None:
-        """Makes the lines durable; remote folders get the whole file."""
+        """Makes the lines durable, before the checkpoint that covers them is sealed. Remote folders get the whole file, as one object."""
         if self._file is None:
             self._run.refuse_if_taken()
             self._folder.write(FILE, self._text.encode())
 
     def close(self) -> None:
-        self.flush()
-        if self._file:
-            self._file.close()
+        """The end, also after an error: one of its own is logged, so that neither hides the other. `flush` first where it must be known."""
+        try:
+            self.flush()
+        except StorageError as error:
+            log.warning("the journal's last lines could not be written: %s", error)
+        finally:
+            if self._file:
+                self._file.close()
 
 
 def _dumped(record: dict[str, Any]) -> str:

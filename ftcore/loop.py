@@ -144,6 +144,7 @@ class Training:
         if self.world.is_main:
             self.run.sweep()
             self.journal = Journal(self.run, step)
+            self.writer.before = self.journal.flush
             log.info("starting at step %d of %d", step, self.num_steps)
 
     def run_steps(self) -> None:
@@ -154,8 +155,6 @@ class Training:
             over = step == self.num_steps or self._is_stale()
             if over or stop or step % self.recipe.output.checkpoint_every == 0 or (validated and self.at.best_step == step):
                 self.writer.save(self.at, self.recipe.method, self.stepper, is_main=self.world.is_main)
-                if self.journal:
-                    self.journal.flush()
             if stop and not over:
                 self._settle()
                 raise Interrupted(
@@ -164,6 +163,8 @@ class Training:
         if self._is_stale():
             log.info("no better validation loss for %d validations: stopping at step %d", self.at.stale, self.at.step)
         self.writer.wait()
+        if self.journal:
+            self.journal.flush()
 
     def _is_stale(self) -> bool:
         patience = self.recipe.eval.patience

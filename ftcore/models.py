@@ -21,6 +21,7 @@ from ftcore.data.collate import IGNORED, Batch
 from ftcore.errors import ModelError
 from ftcore.layers import varlen
 from ftcore.losses import linear_cross_entropy, token_logps
+from ftcore.mirror import at_hand
 from ftcore.weights import check_base
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def autocast_dtype(dtype: str) -> torch.dtype | None:
 
 def load_base(model: Model, method: Method | None = None, *, device: str = "cpu", dtype: str | None = None) -> nn.Module:
     """Loads the base with safetensors only; `dtype` overrules the recipe's. Raises ModelError for what is missing or damaged."""
+    model = at_hand(model)
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype or model.dtype],
         "use_safetensors": True,
@@ -90,6 +92,7 @@ def _load_remedy(model: Model) -> str:
 
 def model_type(model: Model) -> str:
     """`model_type` of the base's config.json ("qwen2", "llama", ...), without loading weights."""
+    model = at_hand(model)
     try:
         return str(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).model_type)
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _resources)
+    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _resources, _urls)
     return [*(problem for check in checks for problem in check(recipe)), *recipe.backend.refusals(recipe)]
 
 
@@ -131,6 +131,19 @@ def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "resources.gpus_per_worker",
             f"{workers} workers cannot share a GPU in one process group (NCCL refuses); give each a whole one",
         )
+
+
+def _urls(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """A recipe is copied into run folders and cards: nothing secret may stand in it."""
+    places = {"model.path": recipe.model.path, "data.cache": recipe.data.cache}
+    places |= {"output.runs": recipe.output.runs, "output.store": recipe.output.store}
+    places |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
+    for at, path in places.items():
+        if "@" in path.partition("://")[2].partition("/")[0]:
+            yield (
+                at,
+                "a password in a URL would be written into run folders and cards; take it out: each machine's own credentials are used",
+            )
 
 
 def notes(recipe: Recipe) -> list[str]:

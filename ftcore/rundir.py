@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ftcore.errors import IntegrityError, Interrupted
-from ftcore.storage import MANIFEST, Folder, is_sealed, seal, verify
+from ftcore.storage import MANIFEST, Folder, fetch, is_sealed, seal, verify
 
-WRITER = "writer.json"
+LEASE = "lease.json"
+"""Says which driver leads the run (see lease.py)."""
 
 
 class RunDir:
@@ -41,7 +42,7 @@ class RunDir:
 
     def refuse_if_taken(self) -> None:
         """Raises Interrupted when another driver leads this run now: its workers are the writers, not this process."""
-        if self.token and (not self.folder.exists(WRITER) or self.folder.read_json(WRITER)["token"] != self.token):
+        if self.token and (not self.folder.exists(LEASE) or self.folder.read_json(LEASE)["token"] != self.token):
             raise Interrupted("another command has taken this run over", where=self.url, remedy="look there for its log")
 
     def is_finished(self) -> bool:
@@ -49,8 +50,18 @@ class RunDir:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of sealed checkpoints, ascending."""
-        names = [name for name in self.folder.names("checkpoints") if name.startswith("step-")]
-        return sorted(int(name[5:]) for name in names if name[5:].isdigit() and is_sealed(self.folder / f"checkpoints/{name}"))
+        return sorted(int(name[5:]) for name, sealed in self._checkpoints().items() if sealed)
+
+    def _checkpoints(self) -> dict[str, bool]:
+        """Every checkpoint's folder, and whether it is sealed; one listing where the run is remote."""
+        if self.folder.is_local:
+            names = self.folder.names("checkpoints")
+            found = {name: is_sealed(self.folder / f"checkpoints/{name}") for name in names}
+        else:
+            files = self.folder.files("checkpoints")
+            found = {key.split("/")[0]: False for key in files}
+            found |= {key.split("/")[0]: True for key in files if key.endswith(f"/{MANIFEST}") and key.count("/") == 1}
+        return {name: sealed for name, sealed in found.items() if name.startswith("step-") and name[5:].isdigit()}
 
     @contextmanager
     def sealing(self, key: str, extra: dict[str, object] | None = None) -> Iterator[Path]:
@@ -64,36 +75,32 @@ class RunDir:
 
     def building(self, key: str) -> Path:
         """A new, empty local folder to write what is to be sealed at `key` into; its caller removes what is left of it."""
-        if self.folder.is_local:
-            target = self.folder.path / key
-            building = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        else:
-            building = Path(tempfile.mkdtemp(prefix="ftcore-seal-")) / "folder"
+        if not self.folder.is_local:
+            return Path(tempfile.mkdtemp(prefix="ftcore-seal-"))
+        target = self.folder.path / key
+        building = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         building.mkdir(parents=True)
         return building
 
     def put_in_place(
         self, building: Path, key: str, extra: dict[str, object] | None = None, others: dict[str, dict[str, object]] | None = None
     ) -> None:
-        """Seals `building`, reads it back, and puts it at `key` as a whole.
+        """Seals `building` and puts it at `key` as a whole; what lies there is read back against the digests.
 
-        `others`: facts of the files that other writers have put under a remote `key` already (see `crew.seal_together`).
+        What was sealed at a remote `key` before is unsealed first: a reader finds the old manifest, none, or the new one, and holds every
+        file against the one it read (`storage.fetch`), so it never takes a mixture for whole.
+        `others`: facts of the files that other writers have put under a remote `key` already.
         """
         manifest = seal(Folder(building), extra)
-        verify(Folder(building))
         self.refuse_if_taken()
         if self.folder.is_local:
-            target = self.folder.path / key
-            shutil.rmtree(target, ignore_errors=True)
-            building.rename(target)
+            verify(Folder(building))
+            _exchange(building, self.folder.path / key)
             return
         if others is None:
             self.folder.delete(key)
-        else:
-            Folder(building).write_json(MANIFEST, {**manifest, "files": {**manifest["files"], **others}})
-        local = Folder(building)
-        for name in [*(n for n in local.files() if n != MANIFEST), MANIFEST]:
-            self.folder.put(building / name, f"{key}/{name}")
+        self.folder.at_once(lambda name: self.folder.put(building / name, f"{key}/{name}"), manifest["files"])
+        self.folder.write_json(f"{key}/{MANIFEST}", {**manifest, "files": {**manifest["files"], **(others or {})}})
         verify(self.folder / key)
 
     def sweep(self) -> None:
@@ -101,6 +108,11 @@ class RunDir:
         if self.folder.is_local:
             for litter in [*self.folder.path.glob(".*.tmp"), *(self.folder.path / "checkpoints").glob(".*.tmp")]:
                 shutil.rmtree(litter, ignore_errors=True)
+            return
+        for name, sealed in self._checkpoints().items():
+            if not sealed:
+                self.folder.delete(f"checkpoints/{name}")
+        self.folder.abort_uploads()
 
     @contextmanager
     def opened(self, key: str) -> Iterator[Path]:
@@ -111,9 +123,7 @@ class RunDir:
             yield folder.path
             return
         with tempfile.TemporaryDirectory(prefix="ftcore-open-") as copy:
-            for name in folder.files():
-                folder.get(name, Path(copy) / name)
-            verify(Folder(copy))
+            fetch(folder, Path(copy))
             yield Path(copy)
 
     def newest_checkpoint(self, warn: object = None) -> int | None:
@@ -127,6 +137,15 @@ class RunDir:
                 continue
             return step
         return None
+
+
+def _exchange(building: Path, target: Path) -> None:
+    """Puts a folder in another's place. The old one is moved out whole, not taken apart where a reader may look."""
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    if target.exists():
+        target.rename(old)
+    building.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoint_key(step: int) -> str:

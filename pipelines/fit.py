@@ -22,11 +22,12 @@ from cluster.runtime_env import keep_memory
 from ftcore.adapters import AdapterRef
 from ftcore.data.prepared import Prepared
 from ftcore.errors import Interrupted
+from ftcore.lease import holding
 from ftcore.loggers import Loggers, check_loggers
+from ftcore.places import check_places
 from ftcore.progress import ProgressLine
 from ftcore.recipe import Recipe, dump_recipe
 from ftcore.rundir import RunDir
-from pipelines.claim import claimed
 from pipelines.history import remember
 from pipelines.launch import launch, launch_here
 from pipelines.prepare import prepare
@@ -56,11 +57,12 @@ def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
     recipe = at_home(recipe, log)
     run = RunDir(recipe.output.runs, recipe.name)
     check_loggers(recipe.output.loggers, run)
+    check_places(recipe)
     if not resume:
-        with claimed(run, log):
+        with holding(run, log):
             pass  # nobody else trains it now
         move_aside(run, log)
-    with claimed(run, log):
+    with holding(run, log):
         ref = _made(run, recipe, log)
 
     from ftcore.report import write_report

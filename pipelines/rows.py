@@ -17,6 +17,7 @@ import ray
 import ray.data
 
 from cluster.connect import connect
+from cluster.runtime_env import following
 from ftcore import errors
 from ftcore.data.encode_rows import EncodeRows
 from ftcore.data.tasks import Answer, Order, find_copies, pack_window
@@ -47,17 +48,23 @@ class OnRay:
         arguments = (dump_recipe(recipe), recipe.plugins, self.work.staged.url)
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
         encoder: Any = _Encoder
-        return _answers(_dataset(orders).map(encoder, fn_constructor_args=arguments, compute=pool, num_cpus=1))
+        return _answers(_dataset(orders).map(encoder, fn_constructor_args=arguments, compute=pool, num_cpus=1, **_as_here()))
 
     def find_copies(self, orders: Sequence[Order]) -> Iterator[Answer]:
         if not orders:
             return iter(())  # copies are kept: nothing to look for
         task = partial(find_copies, self.work.staged)
-        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1))
+        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1, **_as_here()))
 
     def pack(self, orders: Sequence[Order]) -> Iterator[Answer]:
         task = partial(pack_window, self.work.recipe, self.work.staged, self.work.blocks)
-        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1))
+        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1, **_as_here()))
+
+
+def _as_here() -> dict[str, Any]:
+    """Options of a task that shall see the storage's endpoint and the hub's settings as the driver does; none where nothing is set."""
+    variables = following()
+    return {"runtime_env": {"env_vars": variables}} if variables else {}
 
 
 class _Encoder:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3_server import s3 as s3
+from tests.s3_server import s3_credentials as s3_credentials
+from tests.s3_server import s3_endpoint as s3_endpoint
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

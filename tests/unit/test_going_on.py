@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from ftcore.errors import ClusterError, ConfigError, Interrupted
+from ftcore.errors import ConfigError, Interrupted
+from ftcore.lease import holding
 from ftcore.recipe import Recipe
-from ftcore.rundir import WRITER, RunDir
-from pipelines import changes, claim, runs
+from ftcore.rundir import LEASE, RunDir
+from pipelines import changes, runs
 from pipelines.changes import other_past, refuse_changes
-from pipelines.claim import claimed
 from pipelines.history import recall, remember
 from pipelines.sft import main
 
@@ -134,55 +133,9 @@ def test_no_resume_may_stand_anywhere_on_the_line(monkeypatch: pytest.MonkeyPatc
             main(words)
 
 
-def live_elsewhere(run: RunDir) -> subprocess.Popen[bytes]:
-    """Another process that leads the run."""
-    code = (
-        "import sys, time\nfrom ftcore.rundir import RunDir\nfrom pipelines.claim import claimed\n"
-        f"with claimed(RunDir({str(run.root)!r}, 'run'), print):\n    print('mine', flush=True)\n    time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"mine\n"
-    return process
-
-
-def test_a_second_driver_is_refused_while_the_first_lives_and_takes_over_at_once_when_it_is_killed(run: RunDir) -> None:
-    said: list[str] = []
-    first = live_elsewhere(run)
-    try:
-        with pytest.raises(ClusterError, match="another process trains this run now"), claimed(run, said.append):
-            pass
-    finally:
-        first.kill()
-        first.communicate()
-    began = time.monotonic()
-    with claimed(run, said.append):
-        assert time.monotonic() - began < 1 and said == ["the process that led this run before is gone; taking over"]
-    assert not run.folder.exists(WRITER)
-
-
-def test_on_another_machine_a_pulse_that_stands_still_is_a_dead_driver_and_one_that_beats_is_not(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(claim, "STALE_S", 1.0)
-    record = {"token": "t", "place": "elsewhere/x", "pid": 1, "born": "1", "beat": 3, "time": time.time()}
-    run.folder.write_json(WRITER, record)
-    with claimed(run, lambda text: None):
-        assert run.token
-    run.folder.write_json(WRITER, record)
-    sleep = time.sleep
-
-    def beats(seconds: float) -> None:
-        run.folder.write_json(WRITER, record | {"beat": 4})
-        sleep(seconds)
-
-    monkeypatch.setattr(claim.time, "sleep", beats)
-    with pytest.raises(ClusterError, match="elsewhere"), claimed(run, lambda text: None):
-        pass
-
-
 def test_what_a_driver_that_was_replaced_still_writes_is_not_sealed(run: RunDir) -> None:
-    with claimed(run, lambda text: None):
-        run.folder.write_json(WRITER, {**json.loads(run.folder.read(WRITER)), "token": "another"})
+    with holding(run):
+        run.folder.write_json(LEASE, {**json.loads(run.folder.read(LEASE)), "token": "another"})
         with pytest.raises(Interrupted, match="taken this run over"), run.sealing("checkpoints/step-000050") as building:
             (building / "state.json").write_text("{}")
     assert run.checkpoint_steps() == [40]
