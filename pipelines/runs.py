@@ -29,7 +29,7 @@ Log = Callable[[str], None]
 PREPARED, PUBLISHED = "prepared.json", "published.json"
 MAY_CHANGE = (
     "resources.", "output.", "plugins", "data.cache", "data.engine", "backend.micro_batch", "backend.gradient_checkpointing",
-    "backend.deterministic",
+    "backend.deterministic", "backend.zero", "backend.offload_", "backend.nvme_path",
 )  # fmt: skip
 """Keys a run may go on with another value of: they say where and how fast, not what is learned. The loss does not depend on them."""
 
