@@ -62,7 +62,8 @@ class CheckpointWriter:
             if is_main:
                 (folder / STATE).write_text(json.dumps(asdict(position)))
 
-        key, extra = checkpoint_key(position.step), {"step": position.step}
+        key = checkpoint_key(position.step)
+        extra: dict[str, object] = {"step": position.step}
         mine = draft(self.run, key, crew, write_part) if crew else None  # written now: a shard is streamed from the live state, not copied
 
         def write() -> None:
