@@ -75,6 +75,7 @@ def worker_variables(resources: Resources) -> dict[str, str]:
     variables = following()
     variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     if not resources.gpus_per_worker:
+        variables["DS_ACCELERATOR"] = "cpu"  # what deepspeed would find out loudly; transformers imports it wherever it is installed
         variables |= {name: os.environ.get(name, value) for name, value in MALLOC.items()}
     return variables
 

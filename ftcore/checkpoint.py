@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ftcore.backends.base import Stepper
-from ftcore.crew import seal_together
+from ftcore.crew import draft, seal_together
 from ftcore.errors import StorageError
 from ftcore.methods.base import Method
 from ftcore.rundir import RunDir, checkpoint_key
@@ -64,13 +64,16 @@ class CheckpointWriter:
             if is_main:
                 (folder / STATE).write_text(json.dumps(asdict(position)))
 
+        key = checkpoint_key(position.step)
+        extra: dict[str, object] = {"step": position.step}
+        mine = draft(self.run, key, crew, write_part) if crew else None  # written now: a shard is streamed from the live state, not copied
+
         def write() -> None:
-            key = checkpoint_key(position.step)
-            if crew is None:
-                with self.run.sealing(key, {"step": position.step}) as folder:
-                    write_part(folder)
+            if crew and mine:
+                seal_together(self.run, key, extra, crew, mine)
             else:
-                seal_together(self.run, key, {"step": position.step}, crew, write_part)
+                with self.run.sealing(key, extra) as folder:
+                    write_part(folder)
             if is_main:
                 self._prune(position)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,34 +43,54 @@ class Crew:
         return values
 
 
-def seal_together(run: RunDir, key: str, extra: dict[str, object], crew: Crew, write: Callable[[Path], None]) -> None:
-    """All ranks call; each `write(folder)`s its own files; returns when the whole is sealed and read back.
+@dataclass(frozen=True)
+class Draft:
+    """What this rank wrote of a checkpoint that is not sealed yet, or the error that kept it from writing."""
+
+    folder: Path
+    own: Path | None
+    """The folder to remove in the end, on the rank that made it."""
+    problem: Exception | None
+
+
+def draft(run: RunDir, key: str, crew: Crew, write: Callable[[Path], None]) -> Draft:
+    """All ranks call, at a step boundary; each `write(folder)`s its own files from what it holds now. Errors wait for `seal_together`."""
+    own = run.building(key) if crew.is_main or not run.folder.is_local else None
+    if crew.is_main and not run.folder.is_local:
+        run.folder.delete(key)
+    [shared, *_] = crew.gather(str(own))
+    folder = own or Path(shared)
+    try:
+        if not folder.is_dir():
+            raise StorageError(
+                "this worker does not see the run folder that rank 0 writes to", where=folder, wanted="one folder that all nodes share",
+                remedy="put output.runs on a shared file system or on s3://",
+            )  # fmt: skip
+        write(folder)
+    except Exception as error:  # raised by seal_together, once the other ranks know of it
+        return Draft(folder, own, error)
+    return Draft(folder, own, None)
+
+
+def seal_together(run: RunDir, key: str, extra: dict[str, object], crew: Crew, part: Draft) -> None:
+    """All ranks call, from any one thread; returns when the whole is sealed and read back.
 
     Raises the rank's own error, or StorageError with another rank's: never a checkpoint that holds only some of the parts.
     """
-    building = run.building(key) if crew.is_main or not run.folder.is_local else None
-    if crew.is_main and not run.folder.is_local:
-        run.folder.delete(key)
-    [shared, *_] = crew.gather(str(building))
-    mine = building or Path(shared)
     try:
         facts: dict[str, dict[str, object]] = {}
         with _Told(crew):
-            if not mine.is_dir():
-                raise StorageError(
-                    "this worker does not see the run folder that rank 0 writes to", where=mine, wanted="one folder that all nodes share",
-                    remedy="put output.runs on a shared file system or on s3://",
-                )  # fmt: skip
-            write(mine)
+            if part.problem:
+                raise part.problem
             if not run.folder.is_local and not crew.is_main:
-                facts = _uploaded(run, mine, key)
+                facts = _uploaded(run, part.folder, key)
         others = {name: fact for part_facts in crew.gather(facts) for name, fact in part_facts.items()}
         with _Told(crew):
             if crew.is_main:
-                run.put_in_place(mine, key, extra, others)
+                run.put_in_place(part.folder, key, extra, others)
     finally:
-        if building:
-            shutil.rmtree(building, ignore_errors=True)
+        if part.own:
+            shutil.rmtree(part.own, ignore_errors=True)
 
 
 def _uploaded(run: RunDir, folder: Path, key: str) -> dict[str, dict[str, object]]:

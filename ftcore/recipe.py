@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ftcore.backends.base import BACKENDS, Backend
 from ftcore.errors import ConfigError
@@ -130,10 +130,17 @@ class Elastic(Section):
         return self
 
 
+Workers = Annotated[
+    Annotated[int, Tag("[number]")] | Annotated[Elastic, Tag("[bounds]")],
+    Discriminator(lambda value: "[bounds]" if isinstance(value, dict | Elastic) else "[number]"),
+]
+"""Told apart by how it is written, so that a mistake is told once."""
+
+
 class Resources(Section):
     """What the run asks of the cluster."""
 
-    workers: int | Elastic = 1
+    workers: Workers = 1
     """Training processes: a number, or `{min: 2, max: 4}` to go on with fewer when a node is gone and with more when it is back."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPU cores (and compute threads) each worker takes."""

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -54,6 +53,8 @@ class ZeroStepper:
     def __init__(
         self, model: nn.Module, backend: DeepSpeed, optim: Optim, num_steps: int, world: World, autocast: torch.dtype | None
     ) -> None:  # fmt: skip
+        import deepspeed  # only where it is used: it costs seconds and patches torch
+
         _refuse_precision(model, autocast)
         halves = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16 and is_sharded(p)]
         if not halves:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ftcore.recipe import Recipe
 from ftcore.rundir import RunDir
 from tests.worlds import in_world
-from tests.zero_runs import STEPS, Job, apart, clipped, job, losses, train_all, validations
+from tests.zero_runs import BLOCKS, STEPS, Job, apart, clipped, job, losses, train_all, validations
 
 LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "targets": "all-linear"}
 FULL: dict[str, Any] = {"kind": "full"}
@@ -126,6 +126,64 @@ def test_old_checkpoints_count_by_their_seal_alone(two_workers: Path) -> None:
     data[-9] ^= 1
     part.write_bytes(data)
     assert run.newest_checkpoint() != STEPS
+
+
+def what_goes_wrong(rank: int, size: int, jobs: list[Job]) -> list[str]:
+    """A gather that leaves parameters empty; gradients that are not finite; a part of a checkpoint that cannot be written."""
+    from contextlib import nullcontext
+
+    from ftcore import zero_export, zero_state
+    from ftcore.backends.base import World
+    from ftcore.errors import FtcoreError
+    from ftcore.loop import Training, train
+
+    told = []
+    empty, infinite, full = (Recipe.model_validate(each.tree) for each in jobs)
+    world = World(rank=rank, size=size, local_rank=rank)
+    gathering, zero_export.gathering = zero_export.gathering, lambda parameter: nullcontext()
+    try:
+        train(empty, world, BLOCKS, RunDir(empty.output.runs, empty.name))
+    except FtcoreError as error:
+        told.append(error.what)
+    zero_export.gathering = gathering
+
+    training = Training(infinite, world, BLOCKS, RunDir(infinite.output.runs, infinite.name), None, None)
+    training.restore()
+    training._step()
+    before = training.stepper.state.flats[0].clone()
+    next(p for p in training.model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * float("inf"))
+    try:
+        training._step()
+    except FtcoreError as error:
+        told.append(f"{error.what}; weights kept: {torch.equal(before, training.stepper.state.flats[0])}")
+    training.close()
+
+    save = zero_state.ZeroState.save
+
+    def no_room(self: zero_state.ZeroState, path: Path, buffers: dict[str, torch.Tensor]) -> None:
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        save(self, path, buffers)
+
+    zero_state.ZeroState.save = no_room
+    try:
+        train(full, world, BLOCKS, RunDir(full.output.runs, full.name))
+    except FtcoreError as error:
+        told.append(error.what)
+    zero_state.ZeroState.save = save
+    return told
+
+
+def test_an_empty_adapter_an_infinite_gradient_and_a_lost_part_are_refused_on_every_rank(tiny_model_dir: Path, tmp_path: Path) -> None:
+    jobs = [job(tiny_model_dir, tmp_path, name, zero(3), LORA, max_steps=2) for name in ("empty", "infinite", "full")]
+    first, second = in_world(2, what_goes_wrong, jobs)
+    gathered = "a gathered parameter is not what its shards hold"
+    infinite = "the gradient of step 2 is not finite; weights kept: True"
+    assert first == [gathered, infinite, "rank 1 could not write its part of a checkpoint"]
+    assert second == [gathered, infinite, "cannot write a checkpoint this"]
+    assert not (tmp_path / "empty" / "final").exists()
+    assert RunDir(tmp_path, "full").checkpoint_steps() == []
+    assert not [path for path in (tmp_path / "full" / "checkpoints").iterdir() if path.name.endswith(".tmp")]
 
 
 def test_a_recipe_with_a_raw_section_survives_being_written_out() -> None:
