@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -124,11 +123,6 @@ def _kernel_lines(pid: int) -> str:
         return ""
     done = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", check=False)
     return "\n".join(line for line in done.stdout.splitlines() if f"Killed process {pid} " in line)
-
-
-def place_of(message: Mapping[str, Any]) -> WorkerPlace:
-    """From what a worker says of itself when it begins."""
-    return WorkerPlace(message["node"], message["node_id"], message["pid"])
 
 
 def laid_out(places: Mapping[int, WorkerPlace]) -> str:

@@ -18,7 +18,7 @@ class Journal:
     """Opened at the step a run (re)starts from: later lines, written by a run that was killed after its last checkpoint, are cut off."""
 
     def __init__(self, run: RunDir, step: int) -> None:
-        self._folder = run.folder
+        self._run, self._folder = run, run.folder
         lines = [line for line in read_lines(run) if line["step"] <= step]
         self._text = "".join(_dumped(line) for line in lines)
         self._folder.write(FILE, self._text.encode())
@@ -38,6 +38,7 @@ class Journal:
     def flush(self) -> None:
         """Makes the lines durable; remote folders get the whole file."""
         if self._file is None:
+            self._run.refuse_if_taken()
             self._folder.write(FILE, self._text.encode())
 
     def close(self) -> None:

@@ -227,11 +227,15 @@ class CausalModel:
 
 def called_as(module: nn.Module, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """Calls `module` with `forward` in place of its own: what hangs on its calls (hooks that gather sharded weights) takes part."""
+    own = vars(module).get("forward")
     module.forward = forward
     try:
         return module(inputs)
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 class ReferenceModel(CausalModel):

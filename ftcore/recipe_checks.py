@@ -123,7 +123,7 @@ def _schedule(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    gpus, workers = recipe.resources.gpus_per_worker, recipe.resources.workers
+    gpus, workers = recipe.resources.gpus_per_worker, recipe.resources.max_workers
     if gpus > 1 and gpus != int(gpus):
         yield "resources.gpus_per_worker", f"Ray hands out whole GPUs above one; got {gpus:g}; wanted {int(gpus)} or {int(gpus) + 1}"
     if 0 < gpus < 1 and workers > 1:
@@ -136,7 +136,7 @@ def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def notes(recipe: Recipe) -> list[str]:
     """What works but is probably not meant; `ftcore validate` prints them."""
     found = []
-    share = recipe.resources.workers * recipe.backend.micro_batch
+    share = recipe.resources.max_workers * recipe.backend.micro_batch
     if recipe.optim.batch_size % share:
         found.append(
             f"optim.batch_size {recipe.optim.batch_size} is not a multiple of workers x micro_batch ({share}): "

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ftcore.errors import IntegrityError
+from ftcore.errors import IntegrityError, Interrupted
 from ftcore.storage import MANIFEST, Folder, is_sealed, seal, verify
+
+WRITER = "writer.json"
 
 
 class RunDir:
@@ -23,6 +25,8 @@ class RunDir:
 
     def __init__(self, root: str | Path, name: str) -> None:
         self.root, self.name = str(root), name
+        self.token = ""
+        """Of the driver these processes work for; "" where nobody claims the run."""
         self.folder = Folder(root) / name
         if self.folder.is_local:  # workers may run in another directory than the driver
             self.root = str(Path(self.folder.url).resolve().parent)
@@ -32,8 +36,13 @@ class RunDir:
     def url(self) -> str:
         return self.folder.url
 
-    def __reduce__(self) -> tuple[type[RunDir], tuple[str, str]]:
-        return RunDir, (self.root, self.name)
+    def __reduce__(self) -> tuple[type[RunDir], tuple[str, str], dict[str, str]]:
+        return RunDir, (self.root, self.name), {"token": self.token}
+
+    def refuse_if_taken(self) -> None:
+        """Raises Interrupted when another driver leads this run now: its workers are the writers, not this process."""
+        if self.token and (not self.folder.exists(WRITER) or self.folder.read_json(WRITER)["token"] != self.token):
+            raise Interrupted("another command has taken this run over", where=self.url, remedy="look there for its log")
 
     def is_finished(self) -> bool:
         return is_sealed(self.folder / "final")
@@ -72,6 +81,7 @@ class RunDir:
         """
         manifest = seal(Folder(building), extra)
         verify(Folder(building))
+        self.refuse_if_taken()
         if self.folder.is_local:
             target = self.folder.path / key
             shutil.rmtree(target, ignore_errors=True)

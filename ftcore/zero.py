@@ -31,7 +31,7 @@ from ftcore.models import autocasting, keep_masters
 from ftcore.optim import Optim
 from ftcore.zero_config import configuration
 from ftcore.zero_export import export_model, gathered
-from ftcore.zero_runtime import is_sharded, shape_of
+from ftcore.zero_runtime import is_sharded, save_no_weights, shape_of
 from ftcore.zero_state import ZeroState, part_name
 
 T = TypeVar("T")
@@ -61,6 +61,8 @@ class ZeroStepper:
         self.model, self.optim, self.num_steps, self.world = model, optim, num_steps, world
         self.autocast = None if halves else autocast
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if backend.zero == 3:
+            save_no_weights(model)
         self.adam = optim.build(model, lambda parameter: len(shape_of(parameter)))
         self.engine, zero, *_ = deepspeed.initialize(
             model=Root(model), optimizer=self.adam, config=configuration(backend, optim, bf16=bool(halves)), dist_init_required=False

@@ -6,17 +6,20 @@ Runs in: train workers of a deepspeed recipe, and nowhere else: importing deepsp
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ftcore.backends.base import World
 from ftcore.errors import ConfigError
@@ -66,6 +69,33 @@ def sharded_loading(backend: DeepSpeed, dtype: torch.dtype) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del config
+
+
+def return_memory() -> None:
+    """Asks glibc to give large freed tensors back at once. Gathered weights come and go, and kept free lists grow to the whole model."""
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none, and other habits
+    if mallopt is not None:
+        mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
+
+
+def save_no_weights(model: nn.Module) -> None:
+    """Has linear layers keep the parameter itself for the backward pass.
+
+    torch keeps a transposed view of it, whose memory outlives the release of the gathered weight: by the end of the forward pass every
+    rank would hold the whole model. DeepSpeed's own remedy is the same function put in place of torch's for the whole process.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(_linear, zero3_linear_wrap, module)
+
+
+def _linear(function: Callable[..., Tensor], module: nn.Linear, inputs: Tensor) -> Tensor:
+    return function(inputs, module.weight, module.bias)
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -171,6 +171,7 @@ LATE: dict[str, str] = {
     "ftcore.adapter_commands": "`adapters list` and `show` answer without torch",
     "pipelines.prepare": "a cache hit starts at once, without what building needs",
     "pipelines.build": "small data is prepared without ray",
+    "pipelines.invariants": "`doctor` answers without torch",
     "pipelines.fit": "the driver launches workers before it loads what only they and the report need",
     "pipelines.runs": "the first step does not wait for what publishing needs",
 }

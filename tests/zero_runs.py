@@ -26,8 +26,8 @@ class Job:
 
 
 def job(
-    base: Path, runs: Path, name: str, backend: dict[str, Any], method: dict[str, Any], *, dtype: str = "fp32", stop_after: int | None = None,
-    **optim: Any,
+    base: Path, runs: Path, name: str, backend: dict[str, Any], method: dict[str, Any], *, dtype: str = "fp32",
+    stop_after: int | None = None, **optim: Any,
 ) -> Job:  # fmt: skip
     """Accumulates two or more micro-steps a rank, with a gradient clip that bites in every step."""
     if backend.get("zero", 3) == 3 and backend["kind"] == "deepspeed":

@@ -64,7 +64,7 @@ class DeepSpeed(Backend):
                 "method.kind",
                 (
                     f"method `{recipe.method.kind}` holds the base quantised, and those bytes cannot be sharded; take method lora "
-                    "(model.dtype: bf16) with this backend, or this method with backend.kind: plain: it is the adapter that needs little memory"
+                    "(model.dtype: bf16) with this backend, or this method with backend.kind: plain"
                 ),
             )
         if self.offload_params != "none" and self.zero != 3:
@@ -79,10 +79,12 @@ class DeepSpeed(Backend):
         yield from conflicts(self, recipe.optim)
 
     def loading(self, dtype: torch.dtype, world: World) -> AbstractContextManager[None]:
-        from ftcore.zero_runtime import sharded_loading, start
+        from ftcore.zero_runtime import return_memory, sharded_loading, start
 
         self._check_place(world)
         start(world)
+        if self.zero == 3 and world.device == "cpu":
+            return_memory()
         return sharded_loading(self, dtype)
 
     def open(self, model: nn.Module, optim: Optim, num_steps: int, world: World, autocast: torch.dtype | None) -> Stepper:
