@@ -54,7 +54,7 @@ class NetnsCluster:
         object_store_mib: int = 100, token: bool = True, isolate: bool = True, log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.nodes, self.cpus, self.isolate, self.log = nodes, cpus, isolate, log
-        self._environment, self._everywhere = environment or {}, everywhere or {}
+        self._environment, self._everywhere = dict(environment or {}), everywhere or {}
         self._private = {node: [Path(path) for path in paths] for node, paths in (private or {}).items()}
         self._object_store_bytes = object_store_mib << 20
         self.token = secrets.token_hex(32) if token else ""
@@ -118,8 +118,15 @@ class NetnsCluster:
         """Where nodes reach servers of this machine (bound to 0.0.0.0 or to this address)."""
         return self.network.host_address
 
-    def start_node(self, node: int) -> None:
-        """Starts a node (again); returns when it has joined. Raises ClusterError with what `ray start` said."""
+    def start_node(self, node: int, *, environment: Mapping[str, str] | None = None, private: Iterable[Path] | None = None) -> None:
+        """Starts a node (again), with these variables and folders of its own from now on; returns when it has joined.
+
+        Raises ClusterError with what `ray start` said.
+        """
+        if environment is not None:
+            self._environment[node] = environment
+        if private is not None:
+            self._private[node] = list(private)
         self.network.add(node)
         output = self.folder / f"node-{node}.log"
         with output.open("a") as file:
@@ -184,7 +191,7 @@ class NetnsCluster:
     def inside(self, node: int, words: list[str]) -> list[str]:
         """The command line that runs `words` inside a node."""
         before = self.network.inside(node)
-        if node not in self._private or not self.isolated:
+        if not self._private.get(node) or not self.isolated:
             return [*before, *words]
         pairs = []
         for number, path in enumerate(self._private[node]):

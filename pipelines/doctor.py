@@ -25,7 +25,7 @@ from cluster.connect import connect
 from cluster.findings import EVERYWHERE, Finding, clocks, disks, machines, runnable, table, together, versions
 from cluster.node_facts import node_facts
 from cluster.preflight import HERE, Nodes
-from cluster.resources import alive_nodes, check_fits, needs_ray
+from cluster.resources import alive_nodes, check_fits, needs_ray, wants
 from cluster.runtime_env import inside_job
 from ftcore.cli import guarded
 from ftcore.errors import ClusterError
@@ -132,7 +132,7 @@ def fits(recipe: Recipe) -> list[Finding]:
         check_fits(asked, alive_nodes())
     except ClusterError as error:
         return [Finding("problem", "resources", EVERYWHERE, f"{error.what}: wanted {error.wanted}, got {error.got}", error.remedy)]
-    return [Finding("ok", "resources", EVERYWHERE, f"room for {asked.workers} workers, {asked.placement}")]
+    return [Finding("ok", "resources", EVERYWHERE, f"room for {wants(asked)}, {asked.placement}")]
 
 
 def shared(nodes: Nodes, folder: str) -> list[Finding]:
