@@ -22,9 +22,11 @@ class Journal:
 
     def __init__(self, run: RunDir, step: int) -> None:
         self._run, self._folder = run, run.folder
-        lines = [line for line in read_lines(run) if line["step"] <= step]
-        self._text = "".join(_dumped(line) for line in lines)
-        self._folder.write(FILE, self._text.encode())
+        self._text = ""
+        if not self._folder.create(FILE, b""):
+            kept = [line for line in _parsed(self._folder.read(FILE)) if line["step"] <= step]
+            self._text = "".join(_dumped(line) for line in kept)
+            self._folder.write(FILE, self._text.encode())
         self._file = (self._folder.path / FILE).open("a") if self._folder.is_local else None
 
     def write(self, record: dict[str, Any]) -> None:
@@ -61,10 +63,12 @@ def _dumped(record: dict[str, Any]) -> str:
 
 def read_lines(run: RunDir) -> list[dict[str, Any]]:
     """The journal so far; a line that a killed process left half-written is dropped."""
-    if not run.folder.exists(FILE):
-        return []
+    return _parsed(run.folder.read(FILE)) if run.folder.exists(FILE) else []
+
+
+def _parsed(text: bytes) -> list[dict[str, Any]]:
     lines = []
-    for line in run.folder.read(FILE).decode().splitlines():
+    for line in text.decode().splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING
 from ftcore.errors import IntegrityError, ModelError, StorageError
 from ftcore.storage import Folder, digest_of
 
+NEVER = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")
+"""Pickles, and weights of other programs, are not copied."""
+
 if TYPE_CHECKING:
     from ftcore.recipe import Model
 
@@ -37,25 +40,26 @@ def mirror(*parts: str) -> Path:
     return folder
 
 
-def at_hand(model: Model) -> Model:
-    """The same model section with a path that transformers can open."""
-    return model if "://" not in model.path else model.model_copy(update={"path": local_copy(model.path)})
+def at_hand(model: Model, *, weights: bool = True) -> Model:
+    """The same model section with a path that transformers can open; without `weights`, one for its tokenizer and config.json alone."""
+    return model if "://" not in model.path else model.model_copy(update={"path": local_copy(model.path, weights=weights)})
 
 
-def local_copy(path: str) -> str:
+def local_copy(path: str, *, weights: bool = True) -> str:
     """The path itself when it is local (or a hub name); for a URL, where a verified copy of that folder lies on this machine.
 
     The copy is named by every object's name, size and ETag, so a folder that changed is another copy. Asked once a process.
     """
-    return path if "://" not in path else _copied(path.rstrip("/"))
+    return path if "://" not in path else _copied(path.rstrip("/"), weights)
 
 
 @cache
-def _copied(url: str) -> str:
+def _copied(url: str, weights: bool) -> str:
     folder = Folder(url)
     if folder.is_local:
         return str(folder.path)
-    facts = folder.tags()
+    left = NEVER if weights else (*NEVER, ".safetensors")
+    facts = {key: fact for key, fact in folder.tags().items() if not key.endswith(left)}
     if "config.json" not in facts:
         got = "nothing" if not facts else ", ".join(sorted(facts)[:5])
         raise ModelError("there is no model at this place", where=url, got=got, wanted="config.json, tokenizer and *.safetensors files")

@@ -92,7 +92,7 @@ def _load_remedy(model: Model) -> str:
 
 def model_type(model: Model) -> str:
     """`model_type` of the base's config.json ("qwen2", "llama", ...), without loading weights."""
-    model = at_hand(model)
+    model = at_hand(model, weights=False)
     try:
         return str(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).model_type)
     except (OSError, ValueError) as error:

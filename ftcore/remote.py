@@ -6,6 +6,7 @@ fsspec, and s3fs for s3:// only.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,9 +99,17 @@ class RemoteFolder:
         def change() -> bool:
             if self.is_s3:
                 return bool(self.fs.swap(self.path(key), old, new))
-            if not self.fs.exists(self.path(key)) or bytes(self.fs.cat_file(self.path(key))) != old:
+            try:
+                tag = self.fs.info(self.path(key)).get("ETag")
+                if bytes(self.fs.cat_file(self.path(key))) != old:
+                    return False
+                self.fs.pipe_file(self.path(key), new, **({"IfMatch": tag} if tag else {}))
+            except FileNotFoundError:
                 return False
-            self.fs.pipe_file(self.path(key), new)
+            except OSError as error:
+                if tag and error.errno in (errno.EINVAL, errno.EBUSY):  # what fsspec calls 412 and 409: it changed meanwhile
+                    return False
+                raise
             return True
 
         return self._do("replace", key, change)
@@ -168,6 +177,13 @@ class RemoteFolder:
 
         def remove() -> None:
             path = self.path(key)
+            if not self.is_s3:  # there may be folders to remove, too
+                for name in self.fs.find(path):
+                    if str(name).endswith(f"/{first}"):
+                        self._remove([name])
+                if self.fs.exists(path):
+                    self.fs.rm(path, recursive=True)
+                return
             found = sorted(self.fs.find(path))
             last = [name for name in found if not str(name).endswith(f"/{first}")]
             for name in found:

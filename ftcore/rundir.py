@@ -7,6 +7,7 @@ In: output.runs and the run's name. Out: its places. Runs in: the driver and tra
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import uuid
@@ -14,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ftcore.errors import IntegrityError, Interrupted
+from ftcore.errors import IntegrityError, Interrupted, StorageError
 from ftcore.storage import MANIFEST, Folder, fetch, is_sealed, seal, verify
 
+log = logging.getLogger(__name__)
 LEASE = "lease.json"
 """Says which driver leads the run (see lease.py)."""
 
@@ -109,10 +111,13 @@ class RunDir:
             for litter in [*self.folder.path.glob(".*.tmp"), *(self.folder.path / "checkpoints").glob(".*.tmp")]:
                 shutil.rmtree(litter, ignore_errors=True)
             return
-        for name, sealed in self._checkpoints().items():
-            if not sealed:
-                self.folder.delete(f"checkpoints/{name}")
-        self.folder.abort_uploads()
+        try:
+            for name, sealed in self._checkpoints().items():
+                if not sealed:
+                    self.folder.delete(f"checkpoints/{name}")
+            self.folder.abort_uploads()
+        except StorageError as error:  # listing uploads is a right of its own; litter costs room, not the run
+            log.warning("what a killed process left in %s could not be removed: %s", self.url, error)
 
     @contextmanager
     def opened(self, key: str) -> Iterator[Path]:

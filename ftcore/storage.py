@@ -302,10 +302,17 @@ def verify(folder: Folder) -> dict[str, Any]:
             raise _gone(folder, key)
         if sizes[key] != fact["bytes"]:
             raise _altered(folder, key, f"{sizes[key]} bytes", f"{fact['bytes']} bytes")
-    for key, digest in zip(manifest["files"], folder.at_once(folder.digest, manifest["files"]), strict=True):
+    for key, digest in zip(manifest["files"], folder.at_once(partial(_digest, folder), manifest["files"]), strict=True):
         if digest != (wanted := manifest["files"][key]["sha256"]):
             raise _altered(folder, key, f"sha256 {digest[:16]}", f"sha256 {wanted[:16]}")
     return manifest
+
+
+def _digest(folder: Folder, key: str) -> str:
+    try:
+        return folder.digest(key)
+    except StorageError as error:
+        raise _gone(folder, key) if error.errno == errno.ENOENT else error from error
 
 
 def fetch(folder: Folder, into: Path) -> dict[str, Any]:

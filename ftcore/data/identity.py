@@ -113,7 +113,7 @@ def tokenizer_files_digest(model: Model) -> str:
 
 def _model_folder(model: Model) -> Path:
     """The model's folder; for a name on the hub, where its files lie on this machine, fetched if they are not there yet."""
-    folder = Path(local_copy(model.path)).expanduser()
+    folder = Path(local_copy(model.path, weights=False)).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download  # half a second, and only for a model named by its place on the hub

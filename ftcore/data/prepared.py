@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import tempfile
 import time
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftcore.data.types import Block, Split
-from ftcore.errors import IntegrityError
+from ftcore.errors import IntegrityError, StorageError
 from ftcore.mirror import mirror
 from ftcore.storage import MANIFEST, Folder, arriving, canonical_json, explain_oserror, file_digest, is_sealed
 
@@ -36,6 +37,7 @@ SCHEMA = pa.schema(
 )
 GROUP_TOKENS = 1 << 17
 """About so many tokens are decoded to read one block (a parquet row group)."""
+log = logging.getLogger(__name__)
 ABANDONED_S = 24 * 3600
 """A remote object that no manifest names may still belong to a build under way until it is this old."""
 HELD_BYTES = 256 << 20
@@ -149,9 +151,13 @@ class PreparedWriter:
 
     def _seal_remote(self, files: dict[str, Any], manifest: dict[str, Any]) -> Prepared:
         """Of two manifests of the same digest one is created; the other build's objects, which nobody names, go."""
-        if not self.folder.create(MANIFEST, canonical_json(manifest)):
-            self.folder.at_once(self.folder.delete, files)
-        self._sweep_strangers()
+        was_first = self.folder.create(MANIFEST, canonical_json(manifest))
+        try:
+            if not was_first:
+                self.folder.at_once(self.folder.delete, files)
+            self._sweep_strangers()
+        except StorageError as error:  # the blocks are sealed: what could not be tidied costs room, not the build
+            log.warning("objects that no manifest names are left in %s: %s", self.folder, error)
         return Prepared.open(self.folder)
 
     def _sweep_strangers(self) -> None:

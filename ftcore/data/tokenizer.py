@@ -34,7 +34,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     Raises ModelError when the folder is missing, holds no tokenizer, or the hub cannot be reached.
     """
-    model = at_hand(model)
+    model = at_hand(model, weights=False)
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         if not any((folder / name).exists() for name in _FILES):

@@ -73,9 +73,11 @@ def base(s3: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_base_on_s3_is_copied_once_and_loads(base: Model, s3: str, tiny_model_dir: Path) -> None:
+    Folder(base.path).write("pytorch_model.bin", b"a pickle")
     assert model_type(base) == "qwen2" and load_base(base) is not None
-    copied = Path(local_copy(base.path))
-    assert {path.name for path in copied.iterdir()} == {path.name for path in tiny_model_dir.iterdir()}
+    whole, light = Path(local_copy(base.path)), Path(local_copy(base.path, weights=False))
+    assert {path.name for path in whole.iterdir()} == {path.name for path in tiny_model_dir.iterdir()}
+    assert {path.name for path in whole.iterdir()} - {path.name for path in light.iterdir()} == {"model.safetensors"}
     Folder(s3).write("rows.jsonl", json.dumps(ROWS[0]).encode())
     assert identity(recipe_of(s3), Folder(f"{s3}/blocks"))["tokenizer"]
 

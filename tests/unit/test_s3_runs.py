@@ -199,3 +199,16 @@ def test_a_missing_or_cut_shard_is_seen_when_the_cache_is_opened(s3: str) -> Non
     prepared.folder.write("6666-train-00000.parquet", b"cut")
     with pytest.raises(IntegrityError, match="3 bytes"):
         Prepared.open(prepared.folder)
+
+
+def test_an_object_that_is_missing_for_a_moment_costs_no_journal_and_at_most_one_checkpoint(proxy: FaultyProxy, s3: str) -> None:
+    run = RunDir(s3, "run")
+    save(run, 1, OLD)
+    save(run, 2, NEW)
+    run.folder.write("metrics.jsonl", b'{"step": 1}\n{"step": 2}\n')
+    proxy.plan = matching("GET", "step-000002/a", "404", times=1)
+    assert run.newest_checkpoint() == 1
+    proxy.plan = matching("HEAD", "metrics.jsonl", "404", times=1)
+    Journal(run, 1).close()
+    proxy.restart()
+    assert [line["step"] for line in read_lines(run)] == [1]
