@@ -9,7 +9,7 @@ import json
 import logging
 from typing import Any
 
-from ftcore.errors import StorageError
+from ftcore.errors import Interrupted, StorageError
 from ftcore.rundir import RunDir
 from ftcore.storage import explain_oserror
 
@@ -50,7 +50,7 @@ class Journal:
         """The end, also after an error: one of its own is logged, so that neither hides the other. `flush` first where it must be known."""
         try:
             self.flush()
-        except StorageError as error:
+        except (StorageError, Interrupted) as error:
             log.warning("the journal's last lines could not be written: %s", error)
         finally:
             if self._file:
