@@ -8,6 +8,7 @@ In: output.runs and the run's name. Out: its places. Runs in: the driver and tra
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import uuid
@@ -19,6 +20,7 @@ from ftcore.errors import IntegrityError, Interrupted, StorageError
 from ftcore.storage import MANIFEST, Folder, fetch, is_sealed, seal, verify
 
 log = logging.getLogger(__name__)
+_SEALING = "ftcore-seal-"
 LEASE = "lease.json"
 """Says which driver leads the run (see lease.py)."""
 
@@ -78,7 +80,7 @@ class RunDir:
     def building(self, key: str) -> Path:
         """A new, empty local folder to write what is to be sealed at `key` into; its caller removes what is left of it."""
         if not self.folder.is_local:
-            return Path(tempfile.mkdtemp(prefix="ftcore-seal-"))
+            return Path(tempfile.mkdtemp(prefix=f"{_SEALING}{os.getpid()}-"))
         target = self.folder.path / key
         building = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         building.mkdir(parents=True)
@@ -111,6 +113,7 @@ class RunDir:
             for litter in [*self.folder.path.glob(".*.tmp"), *(self.folder.path / "checkpoints").glob(".*.tmp")]:
                 shutil.rmtree(litter, ignore_errors=True)
             return
+        _sweep_local_copies()
         try:
             for name, sealed in self._checkpoints().items():
                 if not sealed:
@@ -142,6 +145,18 @@ class RunDir:
                 continue
             return step
         return None
+
+
+def _sweep_local_copies() -> None:
+    """Removes what processes of this machine that are no more left of checkpoints on their way to remote storage."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SEALING}*-*"):
+        pid = left.name.removeprefix(_SEALING).split("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:
+            continue  # another user's, alive
 
 
 def _exchange(building: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ MOST_REQUESTS = 100
 
 def _work(environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
+    tempfile.tempdir = str(Path(environment["FTCORE_CACHE"]).parent)  # what is killed leaves its local copy: in the test's own folder
     work(*arguments)
 
 
