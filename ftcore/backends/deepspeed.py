@@ -91,10 +91,13 @@ class DeepSpeed(Backend):
         import torch
 
         from ftcore.zero import ZeroStepper
+        from ftcore.zero_parity import prove_nvme_optimizer
         from ftcore.zero_runtime import start
 
         self._check_place(world)
         start(world)
+        if self.offload_optimizer == "nvme" and self.nvme_path:
+            prove_nvme_optimizer(self.nvme_path, world)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.deterministic:
