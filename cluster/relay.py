@@ -71,7 +71,7 @@ class Relay:
 
     @classmethod
     def open(cls) -> Relay:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return cls(ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote())
 
     def push(self, message: Message) -> None:
