@@ -92,9 +92,6 @@ def measure(case: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
             for p in layer.parameters()
         )  # fmt: skip
         around -= inside
-    touched = sum(
-        float(p.detach().view(-1)[:: 4096 // p.element_size()].float().sum() != 0) for p in model.parameters()
-    )  # mapped files: read
     figures = {"linears": inside / 2**20, "rest": around / 2**20, "peak": peak.mib - before, "held": anonymous_mib() - before}
     return figures | {"footprint": model.get_memory_footprint() / 2**20, "speed": speed(method.apply(model), args)}
 
