@@ -19,6 +19,9 @@ WANTED := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' -)
 DEMO_STAMP := $(VENV)/.installed-demo-$(WANTED)
 DEV_STAMP := $(VENV)/.installed-dev-$(WANTED)
 BENCH_STAMP := $(VENV)/.installed-bench-$(WANTED)
+# The S3 server of the tests wants another botocore than s3fs: an environment of its own.
+S3_VENV ?= .venv-s3
+S3_STAMP := $(S3_VENV)/.installed-$(shell cat tests/s3-server.txt 2>/dev/null | cksum | tr ' ' -)
 # One compute thread a process unless told otherwise: tests and the demo run several workers on a small machine.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -31,7 +34,7 @@ help:
 demo: $(DEMO_STAMP)
 	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-test: $(DEV_STAMP)
+test: $(DEV_STAMP) $(S3_STAMP)
 	@$(RUN) -m pytest -q --durations=15 -m "not proof and not gpu" $(ARGS)
 
 gpu: $(DEV_STAMP)
@@ -43,10 +46,10 @@ check: $(DEV_STAMP)
 	@$(RUN) -m mypy
 	@$(RUN) -m pytest -q tests/test_architecture.py
 
-proof: $(DEV_STAMP)
+proof: $(DEV_STAMP) $(S3_STAMP)
 	@$(RUN) -m pytest -q -s --durations=0 -m proof $(ARGS)
 
-bench: $(BENCH_STAMP)
+bench: $(BENCH_STAMP) $(S3_STAMP)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) "$$file" $(ARGS); done
 
 clean:
@@ -72,6 +75,12 @@ $(DEV_STAMP): $(DEMO_STAMP)
 $(BENCH_STAMP): $(DEV_STAMP)
 	@$(call install,train$(comma)serve$(comma)dev$(comma)bench)
 	@rm -f $(VENV)/.installed-bench-*; touch $@
+
+$(S3_STAMP): | $(RUN)
+	@echo "installing the S3 server of the tests in $(S3_VENV) (once)"
+	@"$(PYTHON)" -m venv --clear "$(S3_VENV)"
+	@"$(S3_VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -r tests/s3-server.txt
+	@touch $@
 
 comma := ,
 # Byte code of what is rarely imported is left to its first import: half of all files, and pip compiles one by one.

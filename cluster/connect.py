@@ -4,7 +4,7 @@ In: a recipe (or nothing), RAY_ADDRESS, the environment of a submitted job. Out:
 
 Rules: inside a job, the job's cluster; else RAY_ADDRESS; else a Ray of our own on this machine with as many logical CPUs as it has cores
 (FTCORE_LOCAL_CPUS overrules). A cluster that merely happens to run on this machine is not joined by surprise: `RAY_ADDRESS=auto` asks
-for it.
+for it. A cluster beyond this machine must ask for a token (FTCORE_ALLOW_OPEN_CLUSTER=1 overrules).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.runtime_env import code_for_cluster, code_for_here, inside_job
+from cluster.token_auth import check_token, is_loopback, is_open, refuse_open
 from ftcore.errors import ClusterError, ConfigError, FtcoreError
 
 Kind = Literal["job", "cluster", "local", "joined"]
@@ -82,7 +83,7 @@ def connect(*, local_cpus: float = 0, dashboard: bool = False, log: Callable[[st
             os.environ.setdefault(name, value)
         if ray.is_initialized():
             return _OURS[0] if _OURS else _describe("joined")
-        _OURS[:] = [_connected(local_cpus, dashboard)]
+        _OURS[:] = [_connected(local_cpus, dashboard, log)]
         log(f"ray: {_OURS[0]}")
         return _OURS[0]
 
@@ -98,7 +99,7 @@ def connect_early(log: Callable[[str], None] = print) -> None:
     threading.Thread(target=begin, name="connect", daemon=True).start()
 
 
-def _connected(local_cpus: float, dashboard: bool) -> Connection:
+def _connected(local_cpus: float, dashboard: bool, log: Callable[[str], None]) -> Connection:
     address = os.environ.get("RAY_ADDRESS", "")
     kind: Kind = "job" if inside_job() else "cluster" if address not in ("", "local") else "local"
     with warnings.catch_warnings():
@@ -106,8 +107,15 @@ def _connected(local_cpus: float, dashboard: bool) -> Connection:
         if kind == "local":
             session = _start_local(local_cpus, dashboard)
         else:
-            session = _join(address or "auto")
-    return _describe(kind, f"{session}/logs")
+            session = _join(address or "auto", log)
+    connection = _describe(kind, f"{session}/logs")
+    if connection.nodes > 1 and kind != "local" and not is_loopback(connection.address) and is_open(connection.address):
+        try:
+            refuse_open(connection.address, log)
+        except ClusterError:
+            ray.shutdown()
+            raise
+    return connection
 
 
 def local_num_cpus() -> int:
@@ -139,13 +147,20 @@ def _start_local(local_cpus: float, dashboard: bool) -> str:
     return str(context.address_info["session_dir"])
 
 
-def _join(address: str) -> str:
+def _join(address: str, log: Callable[[str], None]) -> str:
     try:
-        _knock(address)
+        _knock(address, log)
         context: Any = ray.init(
             address=address, runtime_env=code_for_cluster(), log_to_driver=_wants_ray_logs(), logging_level=logging.ERROR
         )
+    except ClusterError:
+        raise
     except (ConnectionError, RayError, OSError, RuntimeError, ValueError) as error:
+        if "Version mismatch" in str(error):
+            raise ClusterError(
+                "this cluster runs other versions than this process", where=f"RAY_ADDRESS={address}", got=" ".join(str(error).split()),
+                remedy="use the Python and the Ray that the cluster was started with (constraints.txt holds both sides to one)",
+            ) from error  # fmt: skip
         raise ClusterError(
             "no Ray cluster answers",
             where=f"RAY_ADDRESS={address}",
@@ -156,11 +171,13 @@ def _join(address: str) -> str:
     return str(context.address_info["session_dir"])
 
 
-def _knock(address: str) -> None:
-    """Ray itself waits a minute for a silent address and then ends the whole process. Raises OSError."""
+def _knock(address: str, log: Callable[[str], None]) -> None:
+    """Ray itself waits a minute for a silent address and then ends the whole process. Raises OSError, or ClusterError about its token."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        if not address.startswith("ray://"):
+            check_token(address, log)
 
 
 def _describe(kind: Kind, logs: str = "Ray's session folder") -> Connection:

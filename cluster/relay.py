@@ -1,32 +1,45 @@
-"""Relay: carries small messages from the workers of a run to its driver, and the wish to stop back, without making a step wait.
+"""Relay: carries small messages from the workers of a run to its driver, and the driver's orders back, without making a step wait.
 
-In: dictionaries pushed by workers, not awaited. Out: the same, drained by the driver. Runs in: one actor without a CPU, on the driver's
-node.
+In: dictionaries pushed by workers, not awaited; orders set by the driver. Out: the same, drained by the driver, read by workers.
+Runs in: one actor without a CPU, on the driver's node. It lives as long as its driver: workers who lose it know that nobody leads them.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-Message = Mapping[str, Any]
+from cluster.outbox import Message
+
 MAX_WAITING = 100_000
 """Messages kept while nobody drains; the oldest go first."""
-STOP_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the driver wants of all workers. A higher `generation` makes them leave what they do and begin again together."""
+
+    group: int = 0
+    """Which group of workers is meant; one that is not has been given up, and leaves."""
+    generation: int = 0
+    stop: bool = False
+    """Make a checkpoint at the next step boundary and end."""
+    over: bool = False
+    """This group of workers is not needed any more."""
+    address: str = ""
+    """host:port where rank 0 of this generation lets the others meet, once it has said so."""
 
 
 class Mailbox:
-    """The actor's state: what was pushed and not yet drained, and whether the driver wants the run to stop."""
+    """The actor's state: what was pushed and not yet drained, and the orders."""
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] = []
-        self._stop = False
+        self._orders = Orders()
 
     def push(self, message: dict[str, Any]) -> None:
         self._waiting.append(message)
@@ -36,11 +49,18 @@ class Mailbox:
         waiting, self._waiting = self._waiting, []
         return waiting
 
-    def ask_to_stop(self) -> None:
-        self._stop = True
+    def command(self, orders: Orders) -> None:
+        self._orders = orders
 
-    def should_stop(self) -> bool:
-        return self._stop
+    def ask_to_stop(self) -> None:
+        self._orders = replace(self._orders, stop=True)
+
+    def meet_at(self, generation: int, address: str) -> None:
+        if generation == self._orders.generation:
+            self._orders = replace(self._orders, address=address)
+
+    def orders(self) -> Orders:
+        return self._orders
 
 
 class Relay:
@@ -65,43 +85,22 @@ class Relay:
         except GetTimeoutError:
             return []
 
+    def command(self, orders: Orders) -> None:
+        self._mailbox.command.remote(orders)
+
     def ask_to_stop(self) -> None:
         self._mailbox.ask_to_stop.remote()
 
-    def watch_for_stop(self) -> Callable[[], bool]:
-        """In a worker: a function that says, at once, whether the driver asked to stop; a thread does the asking."""
-        asked = threading.Event()
+    def meet_at(self, generation: int, address: str) -> None:
+        self._mailbox.meet_at.remote(generation, address)
 
-        def poll() -> None:
-            while not asked.is_set():
-                try:
-                    if ray.get(self._mailbox.should_stop.remote()):
-                        asked.set()
-                except RayError:
-                    return  # the driver is gone or going, and Ray takes this worker with it
-                time.sleep(STOP_POLL_S)
-
-        threading.Thread(target=poll, name="stop-watch", daemon=True).start()
-        return asked.is_set
+    def orders(self) -> Orders:
+        """In a worker. Raises RayError when the driver, and the mailbox with it, is gone."""
+        return ray.get(self._mailbox.orders.remote(), timeout=LOST_S)
 
     def close(self) -> None:
         ray.kill(self._mailbox)
 
 
-class Outbox:
-    """Gathers a worker's journal lines and says them together, so that steps of a millisecond do not flood the driver."""
-
-    def __init__(self, say: Callable[[Message], None], interval_s: float = 0.2) -> None:
-        self._say, self._interval_s = say, interval_s
-        self._lines: list[Message] = []
-        self._last = float("-inf")
-
-    def add(self, line: Message) -> None:
-        self._lines.append(line)
-        if time.monotonic() - self._last >= self._interval_s:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._lines:
-            self._say({"event": "lines", "lines": self._lines})
-        self._lines, self._last = [], time.monotonic()
+LOST_S = 60.0
+"""A mailbox that does not answer for this long is gone (GetTimeoutError is a RayError too)."""

@@ -6,6 +6,7 @@ In: a recipe's resources, the alive nodes. Out: the numbers of a Ray ScalingConf
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ftcore.recipe import Resources
 
 def needs_ray(asked: Resources) -> bool:
     """One CPU worker with no cluster in sight trains in the driver's process: Ray would only add its start-up."""
-    return asked.workers > 1 or asked.gpus_per_worker > 0 or inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+    return asked.max_workers > 1 or asked.gpus_per_worker > 0 or inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Node:
     name: str
     cpus: float
     gpus: float
+    id: str = ""
 
     def holds(self, asked: Resources) -> int:
         """How many of these workers fit on it."""
@@ -43,7 +45,7 @@ def alive_nodes() -> list[Node]:
     for node in ray.nodes():
         if node["Alive"]:
             resources = node["Resources"]
-            nodes.append(Node(node["NodeManagerAddress"], resources.get("CPU", 0.0), resources.get("GPU", 0.0)))
+            nodes.append(Node(node["NodeManagerAddress"], resources.get("CPU", 0.0), resources.get("GPU", 0.0), node["NodeID"]))
     return nodes
 
 
@@ -52,44 +54,52 @@ def check_fits(asked: Resources, nodes: list[Node]) -> None:
 
     Totals are counted, not what is free now: another run's workers end, missing CPUs do not appear.
     """
-    room = [node.holds(asked) for node in nodes]
-    if asked.placement == "STRICT_SPREAD":
-        room = [min(1, fits) for fits in room]
-    if sum(room) >= asked.workers:
+    room = fits(asked, nodes)
+    if room >= asked.min_workers:
         return
     strict = " (STRICT_SPREAD: one worker a node)" if asked.placement == "STRICT_SPREAD" else ""
     raise ClusterError(
         "the cluster is too small for this run",
         where="resources",
-        got=_have(nodes),
-        wanted=_wants(asked) + strict,
-        remedy=_remedy(asked, sum(room)),
+        got=have(nodes),
+        wanted=wants(asked) + strict,
+        remedy=_remedy(asked, room),
     )
 
 
-def scaling_numbers(asked: Resources) -> dict[str, Any]:
+def fits(asked: Resources, nodes: Sequence[Node]) -> int:
+    """How many of these workers fit on these nodes together."""
+    room = [node.holds(asked) for node in nodes]
+    return sum(min(1, held) for held in room) if asked.placement == "STRICT_SPREAD" else sum(room)
+
+
+def scaling_numbers(asked: Resources, num_workers: int) -> dict[str, Any]:
     """Keyword arguments of ray.train.ScalingConfig. The controller takes no CPU, so the workers may have all of them."""
     per_worker: dict[str, float] = {"CPU": asked.cpus_per_worker}
     if asked.gpus_per_worker:
         per_worker["GPU"] = asked.gpus_per_worker
     return {
-        "num_workers": asked.workers,
+        "num_workers": num_workers,
         "use_gpu": asked.gpus_per_worker > 0,
         "resources_per_worker": per_worker,
         "placement_strategy": asked.placement,
     }
 
 
-def _have(nodes: list[Node]) -> str:
+def have(nodes: list[Node]) -> str:
+    """What these nodes have, in words."""
     each = "; ".join(f"{node.name}: {node.cpus:g} CPUs" + (f", {node.gpus:g} GPUs" if node.gpus else "") for node in nodes[:8])
     more = f"; and {len(nodes) - 8} more" if len(nodes) > 8 else ""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     return f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' * (len(nodes) != 1)} ({each}{more})"
 
 
-def _wants(asked: Resources) -> str:
+def wants(asked: Resources) -> str:
+    """What the recipe asks for, in words."""
     gpus = f" and {asked.gpus_per_worker:g} GPU" if asked.gpus_per_worker else ""
-    return f"{asked.workers} worker{'s' * (asked.workers != 1)} x {asked.cpus_per_worker:g} CPU{gpus}"
+    least, most = asked.min_workers, asked.max_workers
+    count = f"{most}" if least == most else f"{least} to {most}"
+    return f"{count} worker{'s' * (most != 1)} x {asked.cpus_per_worker:g} CPU{gpus}"
 
 
 def _remedy(asked: Resources, room: int) -> str:

@@ -21,7 +21,8 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, nowhere else."""
 
 FOLLOWING = (
-    "FTCORE_PLUGINS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION",
+    "FTCORE_PLUGINS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION", "AWS_DEFAULT_REGION", "FTCORE_STORAGE_PATIENCE_S",
 )  # fmt: skip
 """Variables a worker needs to see as the driver does. No credentials: those come by each machine's own chain, never in a job's metadata."""
 
@@ -63,12 +64,18 @@ def compute_threads(resources: Resources) -> int:
     return max(1, int(resources.cpus_per_worker))
 
 
+def following() -> dict[str, str]:
+    """What of this process's environment goes to its workers."""
+    return {name: os.environ[name] for name in FOLLOWING if name in os.environ}
+
+
 def worker_variables(resources: Resources) -> dict[str, str]:
     """The environment of a training worker, complete before its first import."""
     threads = str(compute_threads(resources))
-    variables = {name: os.environ[name] for name in FOLLOWING if name in os.environ}
+    variables = following()
     variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     if not resources.gpus_per_worker:
+        variables["DS_ACCELERATOR"] = "cpu"  # what deepspeed would find out loudly; transformers imports it wherever it is installed
         variables |= {name: os.environ.get(name, value) for name, value in MALLOC.items()}
     return variables
 

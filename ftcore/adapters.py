@@ -126,8 +126,7 @@ class AdapterStore:
         self._refuse_revoked(ref)
         if self.is_sealed(ref):
             return ref
-        for name in files:
-            self.folder.put(folder / name, f"{ref.key}/{name}")
+        self.folder.at_once(lambda name: self.folder.put(folder / name, f"{ref.key}/{name}"), files)
         self.folder.write(f"{ref.key}/{README}", render_card(card).encode())
         self._read_back(ref, card)
         self.folder.create(f"{ref.key}/{CARD}", card.to_json())  # False: another publisher of the same content sealed it first
@@ -162,8 +161,7 @@ class AdapterStore:
         temporary = target.with_name(f".{ref.digest}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             temporary.mkdir(parents=True)
-            for name in card.files:
-                self.folder.get(f"{ref.key}/{name}", temporary / name)
+            self.folder.at_once(lambda name: self.folder.get(f"{ref.key}/{name}", temporary / name), card.files)
             _require_content(temporary, card)
             (temporary / README).write_text(render_card(card), encoding="utf-8")
             (temporary / CARD).write_bytes(card.to_json())
@@ -322,8 +320,9 @@ class AdapterStore:
             )
 
     def _read_back(self, ref: AdapterRef, card: Card) -> None:
-        for name, fact in card.files.items():
-            if (got := self.folder.digest(f"{ref.key}/{name}")) != fact.sha256:
+        digests = self.folder.at_once(lambda name: self.folder.digest(f"{ref.key}/{name}"), card.files)
+        for (name, fact), got in zip(card.files.items(), digests, strict=True):
+            if got != fact.sha256:
                 raise _altered(f"{self}/{ref.key}/{name}", got, fact.sha256)
 
     def _match_short(self, tenant: str, name: str, short: str) -> str:

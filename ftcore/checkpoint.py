@@ -1,7 +1,7 @@
 """Checkpoints: step-000200/ with weights, optimizer and position; copied at once, written beside the training, sealed, read back.
 
 In: the stepper's and method's state at a step boundary. Out: sealed folders, of which the newest and the best are kept.
-Runs in: train workers; rank 0 writes, all ranks read.
+Runs in: train workers; rank 0 writes (every rank its part, where the backend shards), all ranks read.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import nn
 
 from ftcore.backends.base import Stepper
+from ftcore.crew import draft, seal_together
 from ftcore.errors import StorageError
 from ftcore.methods.base import Method
 from ftcore.rundir import RunDir, checkpoint_key
 from ftcore.storage import explain_oserror
 
-WEIGHTS, STATE = "weights", "state.json"
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,40 @@ class CheckpointWriter:
         self.run, self.keep = run, keep
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.before: Callable[[], None] = lambda: None
+        """Called in the writing thread before a checkpoint: what must be durable when it is sealed."""
 
-    def save(self, position: Position, method: Method, model: nn.Module, stepper: Stepper, *, is_main: bool) -> None:
-        """Every rank calls (gathering sharded weights is a collective); rank 0 writes."""
+    def save(self, position: Position, method: Method, stepper: Stepper, *, is_main: bool) -> None:
+        """Every rank calls; rank 0 writes, or each rank its part where the backend shards (then every rank waits for the whole)."""
         self.wait()
-        weights, write_optimizer = stepper.whole(), stepper.snapshot()
-        if not is_main:
+        part, crew = stepper.snapshot(method), stepper.crew
+        if not is_main and crew is None:
             return
 
-        def write() -> None:
-            with self.run.sealing(checkpoint_key(position.step), {"step": position.step}) as folder:
-                method.save(model, weights, folder / WEIGHTS)
-                write_optimizer(folder)
+        def write_part(folder: Path) -> None:
+            part(folder)
+            if is_main:
                 (folder / STATE).write_text(json.dumps(asdict(position)))
-            self._prune(position)
+
+        key = checkpoint_key(position.step)
+        extra: dict[str, object] = {"step": position.step}
+        mine = draft(self.run, key, crew, write_part) if crew else None  # written now: a shard is streamed from the live state, not copied
+
+        def write() -> None:
+            if crew and mine:
+                seal_together(self.run, key, extra, crew, mine)
+            else:
+                with self.run.sealing(key, extra) as folder:
+                    write_part(folder)
+            if is_main:
+                self._prune(position)
 
         self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint-writer")
         self._thread.start()
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
+            self.before()
             write()
         except Exception as error:  # carried to the training thread, which raises it
             self._error = error

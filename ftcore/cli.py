@@ -43,6 +43,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "sft": Command("pipelines.sft:main", "RECIPE [PATH=VALUE ...]", "train on Ray, verify and publish the adapter"),
     "pretrain": Command("pipelines.sft:main", "RECIPE [PATH=VALUE ...]", "the same, for a recipe with stage: pretrain"),
+    "doctor": Command(
+        "pipelines.doctor:main", "[RECIPE] [PATH=VALUE ...]", "look at every node before a run; each finding with its remedy"
+    ),
+    "submit": Command("cluster.submit:main", "sft RECIPE [PATH=VALUE ...]", "run a recipe as a job of a Ray cluster, and follow it"),
     "adapters": Command("ftcore.adapter_commands:main", "list|show|verify|promote|...", "look after the adapter store"),
     "merge": Command("ftcore.adapter_commands:merge_main", "REF --out DIR", "fold an adapter into its base, reloaded and compared"),
     "schema": Command("ftcore.recipe_commands:schema", "", "JSON Schema of recipes, for editors"),

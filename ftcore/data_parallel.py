@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftcore.backends.base import StepInfo, World
-from ftcore.models import autocasting
+from ftcore.crew import Crew
+from ftcore.methods.base import Method
+from ftcore.models import autocasting, keep_masters
 from ftcore.optim import Optim
 from ftcore.optimizer_state import read_state, write_state
 
 BUCKET_BYTES = 32 << 20
-OPTIMIZER_WEIGHTS, OPTIMIZER_STATE = "optimizer.safetensors", "optimizer.json"
+WEIGHTS, OPTIMIZER_WEIGHTS, OPTIMIZER_STATE = "weights", "optimizer.safetensors", "optimizer.json"
+T = TypeVar("T")
 
 
 class GradientBucket:
@@ -58,7 +62,11 @@ def bucketed(parameters: list[nn.Parameter]) -> list[GradientBucket]:
 class PlainStepper:
     """See `backends.base.Stepper`."""
 
+    crew: Crew | None = None
+
     def __init__(self, model: nn.Module, optim: Optim, num_steps: int, world: World, autocast: torch.dtype | None) -> None:
+        keep_masters(model)
+        self.model = model
         self.optim, self.num_steps, self.world, self.autocast = optim, num_steps, world, autocast
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.optimizer = optim.build(model)
@@ -88,9 +96,12 @@ class PlainStepper:
             bucket.work = dist.all_reduce(bucket.flat, async_op=True)
             self._next += 1
 
-    def micro_step(self, loss: Callable[[], Tensor], *, scale: float, last: bool) -> Tensor:
+    def run(self, forward: Callable[[], T]) -> T:
         with autocasting(self.world.device, self.autocast):
-            total = loss()
+            return forward()
+
+    def micro_step(self, loss: Callable[[], Tensor], *, scale: float, last: bool) -> Tensor:
+        total = self.run(loss)
         self._reducing = last and self.world.size > 1
         self.scaler.scale(total * scale).backward()
         if self._reducing:
@@ -140,25 +151,31 @@ class PlainStepper:
         numbers = {"steps": float(steps), **{f"scaler.{key}": float(value) for key, value in self.scaler.state_dict().items()}}
         return tensors, numbers
 
-    def snapshot(self) -> Callable[[Path], None]:
+    def snapshot(self, method: Method) -> Callable[[Path], None]:
         """Copies the state now; the returned function writes it (from any thread). Every rank holds the same: rank 0 alone copies."""
         if not self.world.is_main:
             return lambda folder: None
-        tensors, numbers = self.state()
+        weights, (tensors, numbers) = self.whole(), self.state()
 
         def write(folder: Path) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+            method.save(self.model, weights, folder / WEIGHTS)
             save_file(tensors, folder / OPTIMIZER_WEIGHTS)
             (folder / OPTIMIZER_STATE).write_text(json.dumps(numbers))
 
         return write
 
-    def load(self, folder: Path) -> None:
+    def load(self, method: Method, folder: Path) -> None:
+        method.load(self.model, folder / WEIGHTS)
         tensors, numbers = load_file(folder / OPTIMIZER_WEIGHTS), json.loads((folder / OPTIMIZER_STATE).read_text())
         write_state(self.optimizer, self.trainable, tensors, int(numbers["steps"]), folder)
         if self.scaler.is_enabled():
             known = self.scaler.state_dict()
             self.scaler.load_state_dict({key: type(value)(numbers[f"scaler.{key}"]) for key, value in known.items()})
+
+    def export(self, method: Method, folder: Path, dtype: torch.dtype) -> None:
+        if self.world.is_main:
+            weights = self.whole()
+            method.export(self.model, weights if method.is_adapter else {name: t.to(dtype) for name, t in weights.items()}, folder)
 
     def close(self) -> None:
         for _, parameter in self.trainable:

@@ -59,6 +59,9 @@ class ModelError(FtcoreError, ValueError):
 class StorageError(FtcoreError, OSError):
     exit_code = 5
 
+    def __reduce__(self) -> tuple[object, ...]:  # the number decides whether a retry is worth it, also in the driver
+        return *super().__reduce__(), {"errno": self.errno}
+
     def __str__(self) -> str:  # OSError has a __str__ of its own
         return FtcoreError.__str__(self)
 

@@ -6,22 +6,27 @@ In: dicts with a `step`. Out: lines. Runs in: rank 0 of the train workers; read 
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
+from ftcore.errors import Interrupted, StorageError
 from ftcore.rundir import RunDir
 from ftcore.storage import explain_oserror
 
 FILE = "metrics.jsonl"
+log = logging.getLogger(__name__)
 
 
 class Journal:
     """Opened at the step a run (re)starts from: later lines, written by a run that was killed after its last checkpoint, are cut off."""
 
     def __init__(self, run: RunDir, step: int) -> None:
-        self._folder = run.folder
-        lines = [line for line in read_lines(run) if line["step"] <= step]
-        self._text = "".join(_dumped(line) for line in lines)
-        self._folder.write(FILE, self._text.encode())
+        self._run, self._folder = run, run.folder
+        self._text = ""
+        if not self._folder.create(FILE, b""):
+            kept = [line for line in _parsed(self._folder.read(FILE)) if line["step"] <= step]
+            self._text = "".join(_dumped(line) for line in kept)
+            self._folder.write(FILE, self._text.encode())
         self._file = (self._folder.path / FILE).open("a") if self._folder.is_local else None
 
     def write(self, record: dict[str, Any]) -> None:
@@ -36,14 +41,20 @@ class Journal:
             raise explain_oserror(error, "write the journal", f"{self._folder}/{FILE}") from error
 
     def flush(self) -> None:
-        """Makes the lines durable; remote folders get the whole file."""
+        """Makes the lines durable, before the checkpoint that covers them is sealed. Remote folders get the whole file, as one object."""
         if self._file is None:
+            self._run.refuse_if_taken()
             self._folder.write(FILE, self._text.encode())
 
     def close(self) -> None:
-        self.flush()
-        if self._file:
-            self._file.close()
+        """The end, also after an error: one of its own is logged, so that neither hides the other. `flush` first where it must be known."""
+        try:
+            self.flush()
+        except (StorageError, Interrupted) as error:
+            log.warning("the journal's last lines could not be written: %s", error)
+        finally:
+            if self._file:
+                self._file.close()
 
 
 def _dumped(record: dict[str, Any]) -> str:
@@ -52,10 +63,12 @@ def _dumped(record: dict[str, Any]) -> str:
 
 def read_lines(run: RunDir) -> list[dict[str, Any]]:
     """The journal so far; a line that a killed process left half-written is dropped."""
-    if not run.folder.exists(FILE):
-        return []
+    return _parsed(run.folder.read(FILE)) if run.folder.exists(FILE) else []
+
+
+def _parsed(text: bytes) -> list[dict[str, Any]]:
     lines = []
-    for line in run.folder.read(FILE).decode().splitlines():
+    for line in text.decode().splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:

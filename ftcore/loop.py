@@ -14,8 +14,10 @@ import math
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,15 +25,15 @@ import torch
 from torch import nn
 
 from ftcore.backends.base import World
-from ftcore.checkpoint import WEIGHTS, CheckpointWriter, Position, read_position
+from ftcore.checkpoint import CheckpointWriter, Position, read_position
 from ftcore.data.collate import Batch, collate
 from ftcore.data.order import Order, deal, step_seed
 from ftcore.data.tokenizer import load_tokenizer
 from ftcore.data.types import Block
 from ftcore.errors import Interrupted, TrainingError
 from ftcore.journal import Journal
-from ftcore.models import DTYPES, CausalModel, autocast_dtype, autocasting, choose_layout, load_base
-from ftcore.probes import IN_FP32, is_exact, record
+from ftcore.models import DTYPES, CausalModel, autocast_dtype, choose_layout, load_base
+from ftcore.probes import IN_FP32, Probes, is_exact, record
 from ftcore.recipe import Recipe, recipe_digest
 from ftcore.rundir import RunDir, checkpoint_key
 
@@ -107,16 +109,18 @@ class Training:
         self.num_steps = self.order.num_steps(optim.epochs, optim.max_steps)
         self.sizes = {split: np.asarray(prepared.block_lengths(split)) for split in ("train", "validation")}
         self.tokenizer = load_tokenizer(model)
-        self.autocast = autocast_dtype(model.dtype)
-        base = load_base(model, recipe.method, device=world.device)
-        self.layout = choose_layout(base, model.attention, packs=recipe.data.pack and recipe.stage.packs)
-        _seed_all(optim.seed)
-        self.model: nn.Module = recipe.method.apply(base)
+        with recipe.backend.loading(DTYPES[model.dtype], world):
+            base = load_base(model, recipe.method, device=world.device)
+            _seed_all(optim.seed)
+            self.model: nn.Module = recipe.method.apply(base)
         if model.adapter is not None:
             with run.opened("parent") as folder:
                 recipe.method.load(self.model, folder)
-        self.stepper = recipe.backend.open(self.model, optim, self.num_steps, world, self.autocast)
-        self.models = recipe.stage.models(CausalModel(self.model, self.layout), recipe.method, self.model)
+        self.stepper = recipe.backend.open(self.model, optim, self.num_steps, world, autocast_dtype(model.dtype))
+        packs = recipe.data.pack and recipe.stage.packs
+        self.layout = self.stepper.run(lambda: choose_layout(base, model.attention, packs=packs))
+        policy = self.stepper.run(lambda: CausalModel(self.model, self.layout))
+        self.models = recipe.stage.models(policy, recipe.method, self.model)
         self.writer = CheckpointWriter(run, recipe.output.keep)
         self.journal: Journal | None = None
         self.at = Position(recipe=recipe_digest(recipe), world_size=world.size, prepared=prepared.digest)
@@ -127,8 +131,7 @@ class Training:
         step = int(self.stepper.reduce([float(found)])[0])
         if step:
             with self.run.opened(checkpoint_key(step)) as folder:
-                self.recipe.method.load(self.model, folder / WEIGHTS)
-                self.stepper.load(folder)
+                self.stepper.load(self.recipe.method, folder)
                 self.at = replace(read_position(folder), world_size=self.world.size)
             if self.at.prepared != self.prepared.digest:
                 raise TrainingError(
@@ -141,6 +144,7 @@ class Training:
         if self.world.is_main:
             self.run.sweep()
             self.journal = Journal(self.run, step)
+            self.writer.before = self.journal.flush
             log.info("starting at step %d of %d", step, self.num_steps)
 
     def run_steps(self) -> None:
@@ -150,9 +154,7 @@ class Training:
             validated = self._is_validation_step(step) and self._validate()
             over = step == self.num_steps or self._is_stale()
             if over or stop or step % self.recipe.output.checkpoint_every == 0 or (validated and self.at.best_step == step):
-                self.writer.save(self.at, self.recipe.method, self.model, self.stepper, is_main=self.world.is_main)
-                if self.journal:
-                    self.journal.flush()
+                self.writer.save(self.at, self.recipe.method, self.stepper, is_main=self.world.is_main)
             if stop and not over:
                 self._settle()
                 raise Interrupted(
@@ -161,6 +163,8 @@ class Training:
         if self._is_stale():
             log.info("no better validation loss for %d validations: stopping at step %d", self.at.stale, self.at.step)
         self.writer.wait()
+        if self.journal:
+            self.journal.flush()
 
     def _is_stale(self) -> bool:
         patience = self.recipe.eval.patience
@@ -254,12 +258,11 @@ class Training:
         total, weight = 0.0, 0.0
         mine = [(indices, 1) for indices in dealt[self.world.rank]]
         mine += [([0], 0)] * (max(map(len, dealt)) - len(mine))  # as many forward passes on every rank: sharded weights gather in them
-        with autocasting(self.world.device, self.autocast):
-            for indices, counts in mine:
-                batch = self._batch("validation", indices)
-                loss = self.recipe.stage.loss(self.models, batch).total
-                total += float(loss) * counts
-                weight += self.recipe.stage.weight(batch) * counts
+        for indices, counts in mine:
+            batch = self._batch("validation", indices)
+            loss = self.stepper.run(partial(self.recipe.stage.loss, self.models, batch)).total
+            total += float(loss) * counts
+            weight += self.recipe.stage.weight(batch) * counts
         total, weight = self.stepper.reduce([total, weight])
         if not weight:
             log.warning("the validation blocks looked at hold no trained token: nothing to validate with")
@@ -281,8 +284,7 @@ class Training:
         chosen = self.at.best_step if self.recipe.eval.choose == "best" and self.at.best_loss is not None else self.at.step
         if chosen != self.at.step:
             with self.run.opened(checkpoint_key(chosen)) as folder:
-                self.recipe.method.load(self.model, folder / WEIGHTS)
-        weights = self.stepper.whole()
+                self.stepper.load(self.recipe.method, folder)
         metrics = {
             "steps": self.at.step,
             "tokens": self.at.tokens,
@@ -292,28 +294,38 @@ class Training:
             "layout": self.layout,
         }
         trained = Trained(self.at.step, chosen, metrics, self.world.size)
-        if self.world.is_main:
-            with self.run.sealing("final", {"recipe": self.at.recipe, "step": chosen}) as folder:
-                self._save_final(weights, folder)
+        sealing = self.run.sealing("final", {"recipe": self.at.recipe, "step": chosen})
+        with sealing if self.world.is_main else nullcontext(Path()) as folder:
+            self._save_final(folder)
+            if self.world.is_main:
                 (folder / "result.json").write_text(json.dumps(asdict(trained)))
         self.stepper.reduce([0.0])  # nobody leaves before the result is sealed
         return trained
 
-    def _save_final(self, weights: dict[str, torch.Tensor], folder: Any) -> None:
+    def _save_final(self, folder: Path) -> None:
+        """Every rank takes part (sharded weights are gathered); rank 0 writes."""
         method, dtype = self.recipe.method, self.recipe.model.dtype
+        self.stepper.export(method, folder, DTYPES[dtype])
         if method.is_adapter:
-            method.export(self.model, weights, folder)
-            self.model.eval()
-            held, without = method.held(dtype), partial(method.without, self.model)
-            with autocasting(self.world.device, self.autocast):
-                probes = record(self.model, self.tokenizer, without, precision=held)
-            if not is_exact(held) and not self.recipe.backend.shards_weights:
-                with method.in_fp32(self.model):
-                    probes = probes.merged(record(self.model, self.tokenizer, without, precision=held + IN_FP32))
-            probes.save(folder)
-        else:
-            method.export(self.model, {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}, folder)
+            probes = self._probes()
+            if self.world.is_main:
+                probes.save(folder)
+        elif self.world.is_main:
             self.tokenizer.save_pretrained(folder)
+
+    def _probes(self) -> Probes:
+        """As trained, and, where one process holds the whole model, in fp32 too: what another device can reproduce tightly."""
+        method, held = self.recipe.method, self.recipe.method.held(self.recipe.model.dtype)
+        self.model.eval()
+
+        def recorded(precision: str) -> Probes:
+            return self.stepper.run(lambda: record(self.model, self.tokenizer, partial(method.without, self.model), precision))
+
+        probes = recorded(held)
+        if self.world.is_main and not is_exact(held) and not self.recipe.backend.shards_weights:
+            with method.in_fp32(self.model):
+                probes = probes.merged(recorded(held + IN_FP32))
+        return probes
 
     def close(self) -> None:
         self.writer.close()

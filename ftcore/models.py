@@ -21,6 +21,7 @@ from ftcore.data.collate import IGNORED, Batch
 from ftcore.errors import ModelError
 from ftcore.layers import varlen
 from ftcore.losses import linear_cross_entropy, token_logps
+from ftcore.mirror import at_hand
 from ftcore.weights import check_base
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def autocast_dtype(dtype: str) -> torch.dtype | None:
 
 def load_base(model: Model, method: Method | None = None, *, device: str = "cpu", dtype: str | None = None) -> nn.Module:
     """Loads the base with safetensors only; `dtype` overrules the recipe's. Raises ModelError for what is missing or damaged."""
+    model = at_hand(model)
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype or model.dtype],
         "use_safetensors": True,
@@ -90,6 +92,7 @@ def _load_remedy(model: Model) -> str:
 
 def model_type(model: Model) -> str:
     """`model_type` of the base's config.json ("qwen2", "llama", ...), without loading weights."""
+    model = at_hand(model, weights=False)
     try:
         return str(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).model_type)
     except (OSError, ValueError) as error:
@@ -191,7 +194,7 @@ class CausalModel:
         """Summed over the trained targets."""
         targets = batch.targets[batch.targets != IGNORED]
         if self._is_linear():
-            return linear_cross_entropy(self.hidden(batch), self.head.weight, targets)
+            return called_as(self.head, lambda hidden: linear_cross_entropy(hidden, self.head.weight, targets), self.hidden(batch))
         return -self.logps(batch).sum()
 
     def logps(self, batch: Batch) -> Tensor:
@@ -225,6 +228,19 @@ class CausalModel:
         return ours.shape == theirs.shape and bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4))
 
 
+def called_as(module: nn.Module, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Calls `module` with `forward` in place of its own: what hangs on its calls (hooks that gather sharded weights) takes part."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        return module(inputs)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
 class ReferenceModel(CausalModel):
     """The untouched base behind a policy: the same weights with the method switched off, and no gradients."""
 
@@ -241,6 +257,13 @@ class ReferenceModel(CausalModel):
     def cross_entropy(self, batch: Batch) -> Tensor:
         with self._without():
             return super().cross_entropy(batch)
+
+
+def keep_masters(model: nn.Module) -> None:
+    """Widens trainable parameters in half precision to fp32: updates below bf16's 3 digits would be lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def autocasting(device: str, dtype: torch.dtype | None) -> AbstractContextManager[None]:

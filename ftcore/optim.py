@@ -6,6 +6,7 @@ In: the recipe's `optim`. Out: a torch optimizer with weight-decay groups, a lea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -62,17 +63,18 @@ class Optim(Section):
         shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    def build(self, model: nn.Module, ndim: Callable[[nn.Parameter], int] = lambda parameter: parameter.ndim) -> torch.optim.Optimizer:
         """AdamW over the trainable parameters, in `named_parameters` order; vectors (biases, norms) get no weight decay.
 
-        Raises ModelError for a paged kind where there is no GPU to page from.
+        `ndim`: a parameter's true number of dimensions, where a shard of it shows another. Raises ModelError for a paged kind where there
+        is no GPU to page from.
         """
         import torch
 
         trainable = [p for _, p in model.named_parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trainable if ndim(p) >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if ndim(p) < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         if self.kind == "adamw":

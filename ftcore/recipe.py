@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ftcore.backends.base import BACKENDS, Backend
 from ftcore.errors import ConfigError
@@ -115,11 +115,33 @@ class Data(Section):
         return self
 
 
+class Elastic(Section):
+    """As many workers as there is room for, between two bounds; the result does not depend on how many there were."""
+
+    min: int = Field(1, ge=1)
+    """Fewer than this do not train: the run waits for room, and gives up when none comes."""
+    max: int = Field(ge=1)
+    """More than this are never started."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Elastic:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not be above max ({self.max})")
+        return self
+
+
+Workers = Annotated[
+    Annotated[int, Tag("[number]")] | Annotated[Elastic, Tag("[bounds]")],
+    Discriminator(lambda value: "[bounds]" if isinstance(value, dict | Elastic) else "[number]"),
+]
+"""Told apart by how it is written, so that a mistake is told once."""
+
+
 class Resources(Section):
     """What the run asks of the cluster."""
 
-    workers: int = Field(1, ge=1)
-    """Training processes; 1 with no GPU trains in one worker."""
+    workers: Workers = 1
+    """Training processes: a number, or `{min: 2, max: 4}` to go on with fewer when a node is gone and with more when it is back."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPU cores (and compute threads) each worker takes."""
     gpus_per_worker: float = Field(0, ge=0)
@@ -128,6 +150,21 @@ class Resources(Section):
     """Worker failures to recover from before the run fails; -1 for no limit."""
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """How workers are laid over nodes."""
+
+    @field_validator("workers")
+    @classmethod
+    def _some(cls, value: int | Elastic) -> int | Elastic:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
 class Eval(Section):

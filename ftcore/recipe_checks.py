@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _resources)
-    return [problem for check in checks for problem in check(recipe)]
+    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _resources, _urls)
+    return [*(problem for check in checks for problem in check(recipe)), *recipe.backend.refusals(recipe)]
 
 
 def _formats(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -123,7 +123,7 @@ def _schedule(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    gpus, workers = recipe.resources.gpus_per_worker, recipe.resources.workers
+    gpus, workers = recipe.resources.gpus_per_worker, recipe.resources.max_workers
     if gpus > 1 and gpus != int(gpus):
         yield "resources.gpus_per_worker", f"Ray hands out whole GPUs above one; got {gpus:g}; wanted {int(gpus)} or {int(gpus) + 1}"
     if 0 < gpus < 1 and workers > 1:
@@ -133,10 +133,23 @@ def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
+def _urls(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """A recipe is copied into run folders and cards: nothing secret may stand in it."""
+    places = {"model.path": recipe.model.path, "data.cache": recipe.data.cache}
+    places |= {"output.runs": recipe.output.runs, "output.store": recipe.output.store}
+    places |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
+    for at, path in places.items():
+        if "@" in path.partition("://")[2].partition("/")[0]:
+            yield (
+                at,
+                "a password in a URL would be written into run folders and cards; take it out: each machine's own credentials are used",
+            )
+
+
 def notes(recipe: Recipe) -> list[str]:
     """What works but is probably not meant; `ftcore validate` prints them."""
     found = []
-    share = recipe.resources.workers * recipe.backend.micro_batch
+    share = recipe.resources.max_workers * recipe.backend.micro_batch
     if recipe.optim.batch_size % share:
         found.append(
             f"optim.batch_size {recipe.optim.batch_size} is not a multiple of workers x micro_batch ({share}): "

@@ -13,15 +13,22 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ftcore.errors import IntegrityError, StorageError
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
+FILES_AT_ONCE = 8
+SEALED_ANEW_TRIES, SEALING_S = 20, 0.25
+"""How often, and how long apart, a reader looks again at a folder that is being sealed anew."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -48,10 +55,9 @@ class Folder:
             self.path = Path(self.url.removeprefix("file://"))
             self.url = str(self.path)
         else:
-            import fsspec  # only for remote paths: a local run must not pay for it
+            from ftcore.remote import RemoteFolder  # fsspec only for remote paths: a local run must not pay for it
 
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-            self._root = self._root.rstrip("/")
+            self._remote = RemoteFolder(self.url.rstrip("/"))
 
     def __str__(self) -> str:
         return self.url
@@ -59,32 +65,26 @@ class Folder:
     def __truediv__(self, key: str) -> Folder:
         return Folder(f"{self.url.rstrip('/')}/{key}")
 
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:  # a client does not travel between processes: the other one opens its own
+        return Folder, (self.url,)
+
     def exists(self, key: str = "") -> bool:
-        if self.is_local:
-            return (self.path / key).exists()
-        with self._explained("look at", key):
-            return bool(self._fs.exists(self._key(key)))
+        return (self.path / key).exists() if self.is_local else self._remote.exists(key)
 
     def read(self, key: str) -> bytes:
+        if not self.is_local:
+            return self._remote.read(key)
         with self._explained("read", key):
-            if self.is_local:
-                return (self.path / key).read_bytes()
-            return bytes(self._fs.cat_file(self._key(key)))
+            return (self.path / key).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
         """Whole or not at all: readers see the old object or the new one."""
-        with self._explained("write", key):
-            if not self.is_local:
-                self._fs.pipe_file(self._key(key), data)
-                return
-            target = self.path / key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-            try:
-                _write_synced(temporary, data)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        if not self.is_local:
+            self._remote.write(key, data)
+            return
+        with self._explained("write", key), arriving(self.path / key) as temporary:
+            _write_synced(temporary, data)
+            temporary.replace(self.path / key)
 
     def read_json(self, key: str) -> Any:
         try:
@@ -99,23 +99,14 @@ class Folder:
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes an object that must not exist yet, whole; False (and nothing written) when it does. Of two at once, one wins."""
-        with self._explained("write", key):
-            if not self.is_local:
-                try:
-                    self._fs.pipe_file(self._key(key), data, mode="create")
-                except FileExistsError:
-                    return False
-                return True
-            target = self.path / key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        if not self.is_local:
+            return self._remote.create(key, data)
+        with self._explained("write", key), arriving(self.path / key) as temporary:
+            _write_synced(temporary, data)
             try:
-                _write_synced(temporary, data)
-                os.link(temporary, target)
+                os.link(temporary, self.path / key)
             except FileExistsError:
                 return False
-            finally:
-                temporary.unlink(missing_ok=True)
             return True
 
     def replace(self, key: str, old: bytes | None, new: bytes) -> bool:
@@ -125,9 +116,9 @@ class Folder:
         """
         if old is None:
             return self.create(key, new)
+        if not self.is_local:
+            return self._remote.swap(key, old, new)
         with self._explained("replace", key):
-            if not self.is_local:
-                return self._replace_remote(key, old, new)
             target = self.path / key
             with target.with_name(f".{target.name}.lock.tmp").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -136,56 +127,31 @@ class Folder:
                 self.write(key, new)
                 return True
 
-    def _replace_remote(self, key: str, old: bytes, new: bytes) -> bool:
-        try:
-            tag = self._fs.info(self._key(key)).get("ETag")
-            if bytes(self._fs.cat_file(self._key(key))) != old:
-                return False
-        except FileNotFoundError:
-            return False
-        if tag is None:
-            self._fs.pipe_file(self._key(key), new)
-            return True
-        try:
-            self._fs.pipe_file(self._key(key), new, IfMatch=tag)
-        except OSError as error:
-            if error.errno in (errno.EINVAL, errno.EBUSY):  # s3fs's names for 412 and 409: the object changed meanwhile
-                return False
-            raise
-        return True
+    def fingerprint(self, key: str) -> tuple[str, int]:
+        """(SHA-256, bytes) of an object, in one streamed reading."""
+        if not self.is_local:
+            return self._remote.fingerprint(key)
+        with self._explained("read", key):
+            return file_digest(self.path / key), (self.path / key).stat().st_size
 
     def digest(self, key: str) -> str:
-        """SHA-256 of an object, streamed."""
-        with self._explained("read", key):
-            if self.is_local:
-                return file_digest(self.path / key)
-            with self._fs.open(self._key(key), "rb") as file:
-                whole = hashlib.sha256()
-                while part := file.read(8 * 1024**2):
-                    whole.update(part)
-                return whole.hexdigest()
+        return self.fingerprint(key)[0]
 
     def modified(self, key: str) -> float:
         """When the object was last written, Unix seconds."""
+        if not self.is_local:
+            return self._remote.modified(key)
         with self._explained("look at", key):
-            if self.is_local:
-                return (self.path / key).stat().st_mtime
-            return float(self._fs.modified(self._key(key)).timestamp())
+            return (self.path / key).stat().st_mtime
 
     def put(self, local: Path, key: str) -> None:
         """Copies a local file in (streamed for remote folders)."""
-        with self._explained("write", key):
-            if self.is_local:
-                target = self.path / key
-                target.parent.mkdir(parents=True, exist_ok=True)
-                temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-                try:
-                    shutil.copyfile(local, temporary)
-                    temporary.replace(target)
-                finally:
-                    temporary.unlink(missing_ok=True)
-            else:
-                self._fs.put_file(str(local), self._key(key))
+        if not self.is_local:
+            self._remote.put(local, key)
+            return
+        with self._explained("write", key), arriving(self.path / key) as temporary:
+            shutil.copyfile(local, temporary)
+            temporary.replace(self.path / key)
 
     def get(self, key: str, local: Path) -> None:
         with self._explained("read", key):
@@ -193,45 +159,60 @@ class Folder:
             if self.is_local:
                 shutil.copyfile(self.path / key, local)
             else:
-                self._fs.get_file(self._key(key), str(local))
+                self._remote.get(key, local)
 
     def names(self, key: str = "") -> list[str]:
         """Names directly under `key` (files and folders), sorted; empty when there is no such folder."""
-        if self.is_local:
-            folder = self.path / key
-            return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.is_dir() else []
-        with self._explained("list", key):
-            try:
-                found = self._fs.ls(self._key(key), detail=False)
-            except FileNotFoundError:
-                return []
-        return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
+        if not self.is_local:
+            return self._remote.names(key)
+        folder = self.path / key
+        return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.is_dir() else []
 
     def files(self, key: str = "") -> list[str]:
         """Every file under `key`, as keys relative to it, sorted."""
-        if self.is_local:
-            base = self.path / key
-            return sorted(p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
-        base_key = self._key(key)
-        with self._explained("list", key):
-            found = self._fs.find(base_key)
-        return sorted(str(name)[len(base_key) :].lstrip("/") for name in found)
+        return sorted(self.sizes(key))
+
+    def sizes(self, key: str = "") -> dict[str, int]:
+        """Every file under `key` with its bytes; one listing where it is remote."""
+        if not self.is_local:
+            return {name: size for name, (size, _) in self._remote.tags(key).items()}
+        base = self.path / key
+        found = (p for p in base.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
+        return {p.relative_to(base).as_posix(): p.stat().st_size for p in found}
+
+    def tags(self) -> dict[str, tuple[int, str]]:
+        """Of a remote folder: every file's bytes, and a tag that changes when its content does; one listing."""
+        return self._remote.tags("")
+
+    def md5(self, key: str) -> str:
+        """Of a remote file: its MD5 where the storage knows it, else ""."""
+        return self._remote.md5(key)
 
     def delete(self, key: str = "") -> None:
         """Removes a file or a folder; the manifest first, so that what is half removed is not taken for whole."""
+        if not self.is_local:
+            self._remote.delete(key, first=MANIFEST)
+            return
         with self._explained("delete", key):
-            if self.is_local:
-                target = self.path / key
-                if target.is_dir():
-                    (target / MANIFEST).unlink(missing_ok=True)
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
-            elif self._fs.exists(self._key(key)):
-                self._fs.rm(self._key(key), recursive=True)
+            target = self.path / key
+            if target.is_dir():
+                (target / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
 
-    def _key(self, key: str) -> str:
-        return f"{self._root}/{key}".rstrip("/") if key else self._root
+    def at_once(self, action: Callable[[str], T], keys: Iterable[str]) -> list[T]:
+        """[action(key) for key in keys]; where the folder is remote, several at a time. The first failure is raised when all have ended."""
+        keys = list(keys)
+        if self.is_local or len(keys) < 2:
+            return [action(key) for key in keys]
+        with ThreadPoolExecutor(min(FILES_AT_ONCE, len(keys)), "ftcore-transfer") as pool:
+            return list(pool.map(action, keys))
+
+    def abort_uploads(self, older_than_s: float = 0.0) -> None:
+        """Ends what killed processes left of uploads in parts under this folder."""
+        if not self.is_local:
+            self._remote.abort_uploads(older_than_s)
 
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
@@ -241,6 +222,17 @@ class Folder:
             raise
         except OSError as error:
             raise explain_oserror(error, verb, f"{self.url}/{key}".rstrip("/")) from error
+
+
+@contextmanager
+def arriving(target: Path) -> Iterator[Path]:
+    """A name beside the target to write to; whatever is left there at the end is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -270,13 +262,10 @@ def explain_oserror(error: OSError, verb: str, where: str) -> StorageError:
 
 
 def seal(folder: Folder, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Writes `manifest.json` last over everything in the folder; returns the manifest. Local folders only are hashed in place."""
-    files = {}
-    for key in folder.files():
-        if key != MANIFEST:
-            data_digest = file_digest(folder.path / key) if folder.is_local else hashlib.sha256(folder.read(key)).hexdigest()
-            size = (folder.path / key).stat().st_size if folder.is_local else len(folder.read(key))
-            files[key] = {"sha256": data_digest, "bytes": size}
+    """Writes `manifest.json` last over everything in the folder; returns the manifest."""
+    keys = [key for key in folder.files() if key != MANIFEST]
+    facts = folder.at_once(folder.fingerprint, keys)
+    files = {key: {"sha256": digest, "bytes": size} for key, (digest, size) in zip(keys, facts, strict=True)}
     manifest = {"files": files, **(extra or {})}
     folder.write_json(MANIFEST, manifest)
     return manifest
@@ -286,28 +275,83 @@ def is_sealed(folder: Folder) -> bool:
     return folder.exists(MANIFEST)
 
 
+def read_manifest(folder: Folder) -> dict[str, Any]:
+    """Raises IntegrityError for a folder that was never sealed."""
+    try:
+        manifest = folder.read_json(MANIFEST)
+    except StorageError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        raise IntegrityError(
+            "this folder was never sealed", where=folder, wanted=MANIFEST, remedy="it was left half-written; use an older one"
+        ) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise IntegrityError("this manifest is damaged", where=f"{folder}/{MANIFEST}", remedy="use an older one or copy it again")
+    return manifest
+
+
 def verify(folder: Folder) -> dict[str, Any]:
-    """Reads the whole folder back against its manifest; returns the manifest.
+    """Reads the whole folder back against its manifest, each file once, as a stream; returns the manifest.
 
     Raises IntegrityError naming the file that is missing, cut or altered.
     """
-    if not folder.exists(MANIFEST):
-        raise IntegrityError(
-            "this folder was never sealed", where=folder, wanted=MANIFEST, remedy="it was left half-written; use an older one"
-        )
-    manifest = folder.read_json(MANIFEST)
+    manifest = read_manifest(folder)
+    sizes = folder.sizes()
     for key, fact in manifest["files"].items():
-        if not folder.exists(key):
-            raise IntegrityError(
-                "a file of this sealed folder is gone", where=f"{folder}/{key}", remedy="use an older one or copy it again"
-            )
-        got = folder.digest(key)
-        if got != fact["sha256"]:
-            raise IntegrityError(
-                "this file is not the one that was sealed",
-                where=f"{folder}/{key}",
-                got=f"sha256 {got[:16]}",
-                wanted=f"sha256 {fact['sha256'][:16]}",
-                remedy="it was altered or damaged; use an older one or copy it again",
-            )
-    return dict(manifest)
+        if key not in sizes:
+            raise _gone(folder, key)
+        if sizes[key] != fact["bytes"]:
+            raise _altered(folder, key, f"{sizes[key]} bytes", f"{fact['bytes']} bytes")
+    for key, digest in zip(manifest["files"], folder.at_once(partial(_digest, folder), manifest["files"]), strict=True):
+        if digest != (wanted := manifest["files"][key]["sha256"]):
+            raise _altered(folder, key, f"sha256 {digest[:16]}", f"sha256 {wanted[:16]}")
+    return manifest
+
+
+def _digest(folder: Folder, key: str) -> str:
+    try:
+        return folder.digest(key)
+    except StorageError as error:
+        raise _gone(folder, key) if error.errno == errno.ENOENT else error from error
+
+
+def fetch(folder: Folder, into: Path) -> dict[str, Any]:
+    """Copies a sealed folder to an empty local one, every file held against the one manifest that was read; returns the manifest.
+
+    A remote folder that is sealed anew meanwhile is fetched again: the result is the old one or the new one, never a mixture.
+    """
+    before: dict[str, Any] | None = None
+    problem: IntegrityError | StorageError | None = None
+    for _ in range(SEALED_ANEW_TRIES):
+        try:
+            manifest = read_manifest(folder)
+            if problem and manifest == before:
+                raise problem  # nobody sealed it anew: it is damaged
+            before = manifest
+            folder.at_once(partial(_fetch_one, folder, into, manifest["files"]), manifest["files"])
+            (into / MANIFEST).write_bytes(json.dumps(manifest).encode())
+            return manifest
+        except (IntegrityError, StorageError) as error:
+            gone = isinstance(error, StorageError) and error.errno == errno.ENOENT
+            if before is None or error is problem or not (gone or isinstance(error, IntegrityError)):
+                raise
+            problem = error
+        time.sleep(SEALING_S)
+    raise problem or AssertionError("unreachable")
+
+
+def _fetch_one(folder: Folder, into: Path, files: dict[str, dict[str, Any]], key: str) -> None:
+    folder.get(key, into / key)
+    if (digest := file_digest(into / key)) != (wanted := files[key]["sha256"]):
+        raise _altered(folder, key, f"sha256 {digest[:16]}", f"sha256 {wanted[:16]}")
+
+
+def _gone(folder: Folder, key: str) -> IntegrityError:
+    return IntegrityError("a file of this sealed folder is gone", where=f"{folder}/{key}", remedy="use an older one or copy it again")
+
+
+def _altered(folder: Folder, key: str, got: str, wanted: str) -> IntegrityError:
+    return IntegrityError(
+        "this file is not the one that was sealed", where=f"{folder}/{key}", got=got, wanted=wanted,
+        remedy="it was altered or damaged; use an older one or copy it again",
+    )  # fmt: skip

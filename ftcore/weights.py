@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcore.errors import IntegrityError, ModelError, StorageError
+from ftcore.mirror import local_copy
 from ftcore.safetensors_header import TensorFact, check_safetensors
 from ftcore.storage import Folder, digest_of, file_digest
 
@@ -21,6 +22,7 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tik
 
 def base_folder(path: str, revision: str = "main") -> Path:
     """The local folder of a base: the folder itself, or the hub's snapshot (downloaded when a hub is reachable; never pickles)."""
+    path = local_copy(path)
     if Path(path).is_dir():
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:

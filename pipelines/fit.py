@@ -16,21 +16,26 @@ from functools import partial
 from typing import Any
 
 from cluster.connect import connect
-from cluster.relay import Message, Outbox
+from cluster.outbox import Message
 from cluster.resources import needs_ray
 from cluster.runtime_env import keep_memory
 from ftcore.adapters import AdapterRef
 from ftcore.data.prepared import Prepared
 from ftcore.errors import Interrupted
+from ftcore.lease import holding
 from ftcore.loggers import Loggers, check_loggers
+from ftcore.places import check_places
 from ftcore.progress import ProgressLine
-from ftcore.recipe import Recipe, dump_recipe, parse_recipe
+from ftcore.recipe import Recipe, dump_recipe
 from ftcore.rundir import RunDir
-from pipelines.launch import Post, launch, launch_here
+from pipelines.history import remember
+from pipelines.launch import launch, launch_here
 from pipelines.prepare import prepare
-from pipelines.runs import at_home, began_with, begin, parent_into, publish_once, recognise, same_command
+from pipelines.runs import at_home, began_with, begin, move_aside, parent_into, publish_once, recognise, same_command
+from pipelines.work import PRELOAD, work
 
 Log = Callable[[str], None]
+HISTORIC = ("failure", "going", "growing", "group")
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,21 @@ class Outcome:
     report: str
 
 
-def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
-    """Trains and publishes. Raises FtcoreErrors: what is wrong with recipe, data or cluster before any worker starts where possible."""
+def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
+    """Trains and publishes. Raises FtcoreErrors: what is wrong with recipe, data or cluster before any worker starts where possible.
+
+    `resume=False` begins the run again from nothing; what its folder held is kept under another name.
+    """
     recipe = at_home(recipe, log)
     run = RunDir(recipe.output.runs, recipe.name)
     check_loggers(recipe.output.loggers, run)
-    if recognise(run, recipe):
-        log(f"run {recipe.name}: already finished ({run.url}); nothing to train")
-    else:
-        prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
-        begin(run, recipe, prepared)
-        parent_into(run, recipe, log)
-        _train(run, recipe, prepared, log)
-    ref = publish_once(run, recipe, log)
+    check_places(recipe)
+    if not resume:
+        with holding(run, log):
+            pass  # nobody else trains it now
+        move_aside(run, log)
+    with holding(run, log):
+        ref = _made(run, recipe, log)
 
     from ftcore.report import write_report
 
@@ -64,16 +71,28 @@ def fit(recipe: Recipe, *, log: Log = print) -> Outcome:
     return Outcome(run, ref, recipe.output.store, metrics, write_report(run))
 
 
+def _made(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
+    finished, changed = recognise(run, recipe)
+    if finished:
+        log(f"run {recipe.name}: already finished ({run.url}); nothing to train")
+    else:
+        prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
+        begin(run, recipe, prepared, changed, log)
+        parent_into(run, recipe, log)
+        _train(run, recipe, prepared, log)
+    return publish_once(run, recipe, log)
+
+
 def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:
-    work = partial(_work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
+    task = partial(work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
     ear = _Ear(run, recipe, log)
     try:
         if not needs_ray(recipe.resources):
             log("training in this process (one worker, no Ray cluster)")
             keep_memory()
-            launch_here(work, hear=ear.hear)
+            launch_here(task, hear=ear.hear)
         else:
-            launch(work, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear)
+            launch(task, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear, preload=PRELOAD)
     except (Interrupted, KeyboardInterrupt) as error:
         sealed = run.checkpoint_steps()
         raise Interrupted(
@@ -85,29 +104,19 @@ def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:
         ear.close()
 
 
-def _work(recipe_yaml: str, plugins: tuple[str, ...], prepared_url: str, run: RunDir, post: Post) -> None:
-    """What each worker does. The recipe travels as text and is validated again, so that every process fills the same tables."""
-    from ftcore.loop import train
-
-    recipe = parse_recipe(recipe_yaml, plugins=plugins)
-    outbox = Outbox(post.say)
-    try:
-        train(recipe, post.world, Prepared.open(prepared_url), run, outbox.add, post.should_stop)
-    finally:
-        outbox.flush()
-
-
 class _Ear:
     """What the driver does with what workers say: the progress line, the loggers, a sentence when something happens."""
 
     def __init__(self, run: RunDir, recipe: Recipe, log: Log) -> None:
-        self.allowed = recipe.resources.max_failures
+        self.run, self.allowed = run, recipe.resources.max_failures
         self.line = ProgressLine(log)
         self.loggers = Loggers(recipe.output.loggers, run, recipe.model_dump(mode="json"))
         self.num_failures = 0
         self.steps_seen = 0
 
     def hear(self, message: Message) -> None:
+        if message["event"] in HISTORIC:
+            remember(self.run, message["event"], **{key: value for key, value in message.items() if key != "event"})
         if message["event"] == "lines":
             for line in message["lines"]:
                 if line["step"] > 1 and not self.steps_seen:
@@ -124,6 +133,25 @@ class _Ear:
             self.line.say(f"worker {message['rank']} failed: {message['cause']}{then}")
         elif message["event"] == "stopping":
             self.line.say("stopping after this step, with a checkpoint (again: at once, without)")
+        else:
+            self._tell(message)
+
+    def _tell(self, message: Message) -> None:
+        """What happens to the group of workers, in a sentence."""
+        event = message["event"]
+        if event in ("waiting", "note"):
+            self.line.say(message["text"])
+        elif event == "going":
+            who = ", ".join(map(str, message["ranks"])) or "unknown"
+            self.line.say(
+                f"worker {who} must go: {message['why']}; a checkpoint after this step, then on without that node (costs no failure)"
+            )
+        elif event == "growing":
+            self.line.say(f"there is room again: a checkpoint after this step, then on with {message['to']} workers")
+        elif event == "group":
+            self.steps_seen = 0
+            self.line.restart()
+            self.line.say(f"going on with {message['size']} worker{'s' * (message['size'] != 1)}, from the newest sealed checkpoint")
 
     def close(self) -> None:
         self.line.close()

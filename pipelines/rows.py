@@ -17,6 +17,7 @@ import ray
 import ray.data
 
 from cluster.connect import connect
+from cluster.runtime_env import following
 from ftcore import errors
 from ftcore.data.encode_rows import EncodeRows
 from ftcore.data.tasks import Answer, Order, find_copies, pack_window
@@ -35,6 +36,10 @@ class OnRay:
         connection = connect(log=log)
         if connection.nodes > 1 and work.staged.is_local:
             log(f"data.cache must be a folder that all {connection.nodes} nodes share, or a remote path: {work.staged.path.parents[1]}")
+        # a Ray of our own inherits this process's environment; the workers of a cluster do not
+        self.options: dict[str, Any] = (
+            {"runtime_env": {"env_vars": following()}} if connection.kind in ("cluster", "job") and following() else {}
+        )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
@@ -47,17 +52,17 @@ class OnRay:
         arguments = (dump_recipe(recipe), recipe.plugins, self.work.staged.url)
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
         encoder: Any = _Encoder
-        return _answers(_dataset(orders).map(encoder, fn_constructor_args=arguments, compute=pool, num_cpus=1))
+        return _answers(_dataset(orders).map(encoder, fn_constructor_args=arguments, compute=pool, num_cpus=1, **self.options))
 
     def find_copies(self, orders: Sequence[Order]) -> Iterator[Answer]:
         if not orders:
             return iter(())  # copies are kept: nothing to look for
         task = partial(find_copies, self.work.staged)
-        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1))
+        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1, **self.options))
 
     def pack(self, orders: Sequence[Order]) -> Iterator[Answer]:
         task = partial(pack_window, self.work.recipe, self.work.staged, self.work.blocks)
-        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1))
+        return _answers(_dataset(orders).map(partial(_answer, task), num_cpus=1, **self.options))
 
 
 class _Encoder:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,12 @@ from ftcore.errors import ConfigError, IntegrityError, StorageError
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
 from ftcore.storage import MANIFEST, Folder, digest_of, is_sealed
+from pipelines.changes import refuse_changes
+from pipelines.history import remember, shown
 
 Log = Callable[[str], None]
 
 PREPARED, PUBLISHED = "prepared.json", "published.json"
-MAY_CHANGE = (
-    "resources.", "output.", "plugins", "data.cache", "data.engine", "backend.micro_batch", "backend.gradient_checkpointing",
-    "backend.deterministic",
-)  # fmt: skip
-"""Keys a run may go on with another value of: they say where and how fast, not what is learned. The loss does not depend on them."""
 
 
 def at_home(recipe: Recipe, log: Log) -> Recipe:
@@ -74,23 +72,31 @@ def began_with(run: RunDir, recipe: Recipe, log: Log) -> Prepared | None:
     return prepared
 
 
-def begin(run: RunDir, recipe: Recipe, prepared: Prepared) -> None:
-    """Writes what the run is about beside it."""
+def begin(run: RunDir, recipe: Recipe, prepared: Prepared, changed: Mapping[str, Any], log: Log) -> None:
+    """Writes what the run is about beside it, and what it goes on with that is another now."""
+    steps = run.checkpoint_steps()
+    if steps and changed:
+        log(f"from step {steps[-1]} on with what changed: {shown(changed)}")
     run.folder.write("recipe.yaml", dump_recipe(recipe).encode())
     run.folder.write_json("audit.json", prepared.manifest["audit"])
     url = str(prepared.folder.path.resolve()) if prepared.folder.is_local else prepared.url
     run.folder.write_json(PREPARED, {"digest": prepared.digest, "url": url, "identity": prepared.manifest["identity"]})
+    remember(run, "went on" if steps else "began", step=steps[-1] if steps else 0, changed=dict(changed) if steps else {})
 
 
-def recognise(run: RunDir, recipe: Recipe) -> bool:
-    """Whether this recipe's run is finished already. Raises ConfigError when the folder holds a run of another recipe or of other rows."""
+def recognise(run: RunDir, recipe: Recipe) -> tuple[bool, dict[str, tuple[Any, Any]]]:
+    """Whether this recipe's run is finished already, and which keys changed. Raises ConfigError when the folder holds a run of another
+    recipe or of other rows."""
+    changed: dict[str, tuple[Any, Any]] = {}
     if run.folder.exists("recipe.yaml"):
         text = run.folder.read("recipe.yaml").decode()
-        refuse_changes(run, parse_recipe(text, f"{run.url}/recipe.yaml", plugins=recipe.plugins), recipe)
+        before = parse_recipe(text, f"{run.url}/recipe.yaml", plugins=recipe.plugins)
+        url = run.folder.read_json(PREPARED)["url"] if run.folder.exists(PREPARED) else ""
+        changed = refuse_changes(run, before, recipe, url, _another(recipe))
     if not run.is_finished():
-        return False
+        return False, changed
     refuse_other_data(run, recipe, run.folder.read_json(PREPARED)["identity"], identity(recipe, Folder(recipe.data.cache)))
-    return True
+    return True, changed
 
 
 def refuse_other_data(run: RunDir, recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -103,36 +109,31 @@ def refuse_other_data(run: RunDir, recipe: Recipe, before: Mapping[str, Any], no
         )
 
 
-def refuse_changes(run: RunDir, before: Recipe, now: Recipe) -> None:
-    """Raises ConfigError naming each key that changed and must not."""
-    old, new = leaves(before.model_dump(mode="json")), leaves(now.model_dump(mode="json"))
-    changed = [path for path in {**old, **new} if old.get(path) != new.get(path) and not path.startswith(MAY_CHANGE)]
-    if not changed or not (run.is_finished() or run.checkpoint_steps()):
-        return
-    shown = "; ".join(f"{path}: {old.get(path)!r} became {new.get(path)!r}" for path in changed[:6])
-    more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
-    raise ConfigError(
-        "this run was begun with another recipe", where=run.url, got=shown + more, wanted="the same recipe", remedy=_another(now)
-    )
-
-
 def _another(recipe: Recipe) -> str:
-    return f"give it another name (name={recipe.name}-2), or delete the old run's folder"
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value of every leaf; lists are leaves."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+    return (
+        f"give it another name (name={recipe.name}-2), or begin it again from nothing (--no-resume keeps the old folder under another name)"
+    )
 
 
 def same_command() -> str:
     """What to type to go on: this process's own command line."""
     program = Path(sys.argv[0])
     words = ["ftcore"] if program.name == "ftcore" else ["python", str(program)]
-    return shlex.join([*words, *sys.argv[1:]])
+    return shlex.join([*words, *(word for word in sys.argv[1:] if word != "--no-resume")])
+
+
+def move_aside(run: RunDir, log: Log) -> None:
+    """`--no-resume`: what the run's folder holds is kept under another name, and the run begins again from nothing."""
+    if not run.folder.exists("recipe.yaml"):
+        return
+    if not run.folder.is_local:
+        raise ConfigError(
+            "a remote run folder cannot be moved aside", where=run.url, got="--no-resume",
+            remedy=f"begin under another name (name={run.name}-2), or move or delete that folder yourself",
+        )  # fmt: skip
+    kept = run.folder.path.with_name(f"{run.name}.before-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    run.folder.path.rename(kept)
+    log(f"--no-resume: beginning again from nothing; the old run is kept in {kept}")
 
 
 def parent_into(run: RunDir, recipe: Recipe, log: Log) -> None:

@@ -27,7 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sft", description="Trains what a recipe says and publishes the verified adapter.")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, like pipelines/recipes/sft-lora.yaml")
     parser.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="a key set over the file's, like optim.lr=1e-4")
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="go on from the newest sealed and verified checkpoint of the same name (default); --no-resume begins again from nothing and "
+        "keeps the old run's folder under another name: not for a command that is restarted by itself",
+    )  # fmt: skip
+    options = parser.parse_intermixed_args(argv)
     recipe = load_recipe(options.recipe, options.overrides)
     if needs_ray(recipe.resources):
         connect_early()
@@ -38,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from ftcore.report.journal_view import figures, read_journal
     from pipelines.fit import fit
 
-    outcome = fit(recipe, log=partial(print, flush=True))
+    outcome = fit(recipe, log=partial(print, flush=True), resume=options.resume)
     print()
     for label, value in figures(read_journal(outcome.run.folder)).items():
         print(f"{label:<32}{value}")

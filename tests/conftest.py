@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3_server import s3 as s3
+from tests.s3_server import s3_credentials as s3_credentials
+from tests.s3_server import s3_endpoint as s3_endpoint
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,6 +76,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
     ray.init(
+        address="local",  # never one that happens to run on this machine
         num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,

@@ -36,7 +36,7 @@ def in_world(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         for process in processes:
             process.start()
         for process in processes:
-            process.join(120)
+            process.join(300)
         codes = [process.exitcode for process in processes]
         assert codes == [0] * size, f"exit codes {codes}"
         found = dict(results.get() for _ in range(size))

@@ -6,10 +6,11 @@ In: an applied model, the optimizer section, the world. Out: updated weights. Ru
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ftcore.registry import Registry
 from ftcore.section import Choice
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ftcore.crew import Crew
+    from ftcore.methods.base import Method
     from ftcore.optim import Optim
+    from ftcore.recipe import Recipe
 
+T = TypeVar("T")
 BACKENDS: Registry[type[Backend]] = Registry("backend", "ftcore.backends")
 
 
@@ -47,7 +52,13 @@ class StepInfo:
 
 
 class Stepper(Protocol):
-    """One rank's share of the optimizer. Every method but `reduce` with equal arguments must be called on all ranks (collectives)."""
+    """One rank's share of the optimizer. All ranks call every method together (collectives), with equal arguments but for `reduce`."""
+
+    def run(self, forward: Callable[[], T]) -> T:
+        """Calls `forward()` the way a step's forward pass is run: mixed precision, sharded weights gathered where they are used.
+
+        Every forward pass outside of a step goes through here: validation, probes, asking the model what it can do.
+        """
 
     def micro_step(self, loss: Callable[[], Tensor], *, scale: float, last: bool) -> Tensor:
         """Runs `loss()` (a sum) forward and backward, gradients scaled by `scale` (1 / global weight of the window); `last` starts the
@@ -65,19 +76,25 @@ class Stepper(Protocol):
     def whole(self) -> dict[str, Tensor]:
         """Every trainable parameter by name, gathered, on the CPU (on rank 0; other ranks may get {})."""
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """Copies optimizer (and scaler) state now; the returned function writes it into a folder as safetensors + JSON, from any thread.
-        Weights are the method's to save."""
+    def snapshot(self, method: Method) -> Callable[[Path], None]:
+        """Copies weights and optimizer (and scaler) state now; the returned function writes this rank's part of them into a folder, as
+        safetensors + JSON, from any thread. Where there is a `crew` every rank writes, else rank 0 alone."""
 
-    def load(self, folder: Path) -> None: ...
+    @property
+    def crew(self) -> Crew | None:
+        """The ranks that write a checkpoint together; None where rank 0 holds all there is to write."""
+
+    def load(self, method: Method, folder: Path) -> None:
+        """Puts a checkpoint's weights and optimizer state back, written at whatever number of ranks."""
+
+    def export(self, method: Method, folder: Path, dtype: torch.dtype) -> None:
+        """Writes the result as plain PEFT or transformers read it (a whole model in `dtype`) and reads it back, into rank 0's `folder`."""
 
     def close(self) -> None: ...
 
 
 class Backend(Choice):
     """How a step is executed."""
-
-    shards_weights: ClassVar[bool] = False
 
     micro_batch: int = 1
     """Blocks a worker runs through the model at once."""
@@ -86,10 +103,17 @@ class Backend(Choice):
     deterministic: bool = False
     """Bit-identical reruns on a GPU, slower (CPU runs always are)."""
 
+    def refusals(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        """(path, what and what to do) for each combination with the rest of the recipe that cannot work; no torch."""
+        yield from ()
+
+    def loading(self, dtype: torch.dtype, world: World) -> AbstractContextManager[None]:
+        """Held while the base is loaded and the method applied: a backend that shards weights has them sharded as they are read."""
+        return nullcontext()
+
     @abstractmethod
     def open(self, model: nn.Module, optim: Optim, num_steps: int, world: World, autocast: torch.dtype | None) -> Stepper:
-        """Makes the stepper. `num_steps` is the whole run's length (for schedules); `autocast` the compute dtype over fp32 trainables."""
+        """Makes the stepper. `num_steps` is the whole run's length (for schedules); `autocast` the compute dtype over fp32 trainables.
 
-    def load_options(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Extra keyword arguments for `from_pretrained`."""
-        return {}
+        Trainables held in half precision get fp32 masters here: updates below bf16's 3 digits would be lost.
+        """

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-
 from ftcore.data.sources import SourceFile, list_files, open_bytes
 from ftcore.errors import ModelError
+from ftcore.mirror import local_copy
+from ftcore.remote import explained, open_filesystem
 from ftcore.storage import Folder, digest_of, file_digest
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ def _file_content(file: SourceFile, memo: dict[str, Any]) -> list[str]:
 
 
 def _remote_content(file: SourceFile) -> str:
-    fs, path = fsspec.core.url_to_fs(file.url)
-    info = fs.info(path)
+    with explained("look at", file.url):
+        fs, path = open_filesystem(file.url)
+        info = fs.info(path)
     for name in ("ETag", "etag", "md5Hash", "blob_id", "sha256", "checksum"):
         if info.get(name):
             return f"{name}:{info[name]}:{info.get('size')}"
@@ -112,7 +113,7 @@ def tokenizer_files_digest(model: Model) -> str:
 
 def _model_folder(model: Model) -> Path:
     """The model's folder; for a name on the hub, where its files lie on this machine, fetched if they are not there yet."""
-    folder = Path(model.path).expanduser()
+    folder = Path(local_copy(model.path, weights=False)).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download  # half a second, and only for a model named by its place on the hub

@@ -10,11 +10,12 @@ the driver (open, seal), train workers (read).
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import io
+import logging
 import os
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,14 +28,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftcore.data.types import Block, Split
-from ftcore.errors import IntegrityError
-from ftcore.storage import MANIFEST, Folder, explain_oserror, file_digest, is_sealed
+from ftcore.errors import IntegrityError, StorageError
+from ftcore.mirror import mirror
+from ftcore.storage import MANIFEST, Folder, arriving, canonical_json, explain_oserror, file_digest, is_sealed
 
 SCHEMA = pa.schema(
     {"ids": pa.list_(pa.int32()), "mask": pa.list_(pa.uint8()), "lengths": pa.list_(pa.int32()), "rows": pa.list_(pa.int64())}
 )
 GROUP_TOKENS = 1 << 17
 """About so many tokens are decoded to read one block (a parquet row group)."""
+log = logging.getLogger(__name__)
+ABANDONED_S = 24 * 3600
+"""A remote object that no manifest names may still belong to a build under way until it is this old."""
 HELD_BYTES = 256 << 20
 """Decoded row groups a reader keeps; a smaller split is decoded once."""
 
@@ -119,7 +124,10 @@ class PreparedWriter:
         self._tokens.setdefault(split, []).append(tokens)
 
     def seal(self, facts: dict[str, Any]) -> Prepared:
-        """Writes the manifest last and opens the result. `facts` are added to the manifest (counts, audit, digests)."""
+        """Writes the manifest last and opens the result. `facts` are added to the manifest (counts, audit, digests).
+
+        Where another build of the same blocks was first, theirs are as good: they are opened, and ours removed.
+        """
         shards = {split: [asdict(shard) for shard in found] for split, found in self.shards.items()}
         files = {shard.key: {"sha256": shard.sha256, "bytes": shard.bytes} for found in self.shards.values() for shard in found}
         lengths = {split: f"{self._prefix}{split}-lengths.npy" for split in self._tokens}
@@ -128,10 +136,10 @@ class PreparedWriter:
             self.folder.write(key, data)
             files[key] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         manifest = {**facts, "files": files, "digest": self.digest, "shards": shards, "lengths": lengths}
-        self.folder.write_json(MANIFEST, manifest)
         target = self.cache / self.digest
-        if target.url == self.folder.url:
-            return Prepared.open(target)
+        if not self.folder.is_local:
+            return self._seal_remote(files, manifest)
+        self.folder.write_json(MANIFEST, manifest)
         if target.exists() and not is_sealed(target):
             target.delete()
         try:
@@ -140,6 +148,23 @@ class PreparedWriter:
             if not is_sealed(target):  # else another process sealed the same blocks first: theirs are as good
                 raise
         return Prepared.open(target)
+
+    def _seal_remote(self, files: dict[str, Any], manifest: dict[str, Any]) -> Prepared:
+        """Of two manifests of the same digest one is created; the other build's objects, which nobody names, go."""
+        was_first = self.folder.create(MANIFEST, canonical_json(manifest))
+        try:
+            if not was_first:
+                self.folder.at_once(self.folder.delete, files)
+            self._sweep_strangers()
+        except StorageError as error:  # the blocks are sealed: what could not be tidied costs room, not the build
+            log.warning("objects that no manifest names are left in %s: %s", self.folder, error)
+        return Prepared.open(self.folder)
+
+    def _sweep_strangers(self) -> None:
+        """Removes what killed builds left here: what the manifest does not name, once it is too old to be on its way in."""
+        named = {MANIFEST, *self.folder.read_json(MANIFEST)["files"]}
+        left = [key for key in self.folder.files() if key not in named and time.time() - self.folder.modified(key) > ABANDONED_S]
+        self.folder.at_once(self.folder.delete, left)
 
 
 @dataclass(frozen=True)
@@ -176,10 +201,10 @@ class Prepared:
         manifest = place.read_json(MANIFEST)
         if "shards" not in manifest:
             raise IntegrityError("this manifest is not of prepared blocks", where=f"{place}/{MANIFEST}", remedy="prepare the data again")
-        for key, fact in manifest["files"].items() if place.is_local else ():
-            path = place.path / key
-            if not path.is_file() or path.stat().st_size != fact["bytes"]:
-                got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+        sizes = place.sizes()
+        for key, fact in manifest["files"].items():
+            if sizes.get(key) != fact["bytes"]:
+                got = f"{sizes[key]} bytes" if key in sizes else "no such file"
                 raise _damaged(f"{place}/{key}", got, f"{fact['bytes']} bytes")
         return cls(place, manifest, held_bytes)
 
@@ -244,12 +269,14 @@ class Prepared:
         return self._files[shard.key]
 
     def _mirrored(self, shard: Shard) -> Path:
-        """A remote shard, copied once to this machine and shared by its processes."""
-        local = Path(tempfile.gettempdir()) / f"ftcore-prepared-{getpass.getuser()}" / self.digest / shard.key
-        if not local.is_file() or local.stat().st_size != shard.bytes:
-            arriving = local.with_name(f"{local.name}.{os.getpid()}.tmp")
-            self.folder.get(shard.key, arriving)
-            arriving.replace(local)
+        """A remote shard, copied once to this machine and shared by its processes; a copy that is not the shard is made again."""
+        local = mirror("prepared", self.digest) / shard.key
+        if not local.is_file() or local.stat().st_size != shard.bytes or file_digest(local) != shard.sha256:
+            with arriving(local) as temporary:
+                self.folder.get(shard.key, temporary)
+                if (digest := file_digest(temporary)) != shard.sha256:
+                    raise _damaged(f"{self.folder}/{shard.key}", f"sha256 {digest[:16]}", f"sha256 {shard.sha256[:16]}")
+                temporary.replace(local)
         return local
 
 

@@ -18,7 +18,8 @@ from typing import IO, Any, Literal, cast
 
 import fsspec
 
-from ftcore.errors import DataError
+from ftcore.errors import DataError, StorageError
+from ftcore.remote import explained, open_filesystem
 from ftcore.storage import explain_oserror
 
 Kind = Literal["json", "jsonl", "csv", "tsv", "parquet", "text"]
@@ -63,12 +64,20 @@ def open_bytes(url: str, *, gzipped: bool = False, start: int = 0) -> Iterator[I
             if is_local(url):
                 file: IO[bytes] = stack.enter_context(Path(url).open("rb"))
             else:  # buffered, for readline with a limit, which fsspec's own files do not have
-                file = io.BufferedReader(stack.enter_context(fsspec.open(url, "rb")), _BUFFER_BYTES)
+                file = io.BufferedReader(stack.enter_context(_open_remote(url)), _BUFFER_BYTES)
             if start:
                 file.seek(start)
         except OSError as error:
-            raise explain_oserror(error, "read", url) from error
+            raise error if isinstance(error, StorageError) else explain_oserror(error, "read", url) from error
         yield cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=file))) if gzipped else file
+
+
+def _open_remote(url: str) -> Any:
+    if url.startswith("hf://"):
+        return fsspec.open(url, "rb").open()
+    with explained("read", url):
+        fs, path = open_filesystem(url)
+        return fs.open(path, "rb")
 
 
 def kind_of(name: str) -> tuple[Kind | None, bool]:
@@ -117,8 +126,8 @@ def _local_files(path: str) -> list[SourceFile]:
 
 
 def _remote_files(path: str) -> list[SourceFile]:
-    try:
-        fs, root = fsspec.core.url_to_fs(path)
+    with explained("list", path):
+        fs, root = open_filesystem(path)
         is_glob = any(mark in path for mark in "*?[")
         if is_glob:
             found = fs.glob(root, detail=True)
@@ -126,12 +135,6 @@ def _remote_files(path: str) -> list[SourceFile]:
             return [_file(path, path, int(fs.size(root) or 0))]
         else:
             found = fs.find(root, detail=True)
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, OSError):
-            raise explain_oserror(error, "list", path) from error
-        raise DataError(
-            "this kind of URL cannot be opened", where=path, got=str(error), remedy="install the fsspec package it needs"
-        ) from error
     facts = [(fs.unstrip_protocol(name), fs.unstrip_protocol(name), int(fact.get("size") or 0)) for name, fact in sorted(found.items())]
     return _picked([fact for fact in facts if not _hidden(Path(fact[0].rsplit("/", 1)[-1]))], path, is_glob=is_glob)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ftcore.errors import ModelError
+from ftcore.mirror import at_hand
 from ftcore.storage import digest_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     Raises ModelError when the folder is missing, holds no tokenizer, or the hub cannot be reached.
     """
+    model = at_hand(model, weights=False)
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         if not any((folder / name).exists() for name in _FILES):

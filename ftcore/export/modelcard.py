@@ -81,6 +81,18 @@ def render_merged(card: Card, dtype: str, difference: float, limit: float) -> st
     )
 
 
+def render_trained(base: str, dtype: str, num_parameters: int) -> str:
+    """README.md of a fully trained model that has no card of its own (the run's folder says how it was trained)."""
+    facts: dict[str, object] = {"base_model": printable(base), "base_model_relation": "finetune", "library_name": "transformers"}
+    head = f"---\n{yaml.safe_dump(facts | {'tags': ['ftcore', 'full']}, sort_keys=True, allow_unicode=False)}---\n"
+    return (
+        f"{head}# {escaped(base)}, fine-tuned\n\n"
+        f"Every one of the {num_parameters:,} numbers of {escaped(base)} was trained; saved in {dtype}.\n"
+        "The recipe, the data's audit and the losses are in the folder of the run.\n\n"
+        "Plain transformers loads this folder: `AutoModelForCausalLM.from_pretrained(folder)`.\n"
+    )
+
+
 def _data(card: Card) -> str:
     if card.data is None:
         return "unknown"

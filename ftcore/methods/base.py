@@ -30,10 +30,10 @@ class Method(Choice):
     """`merge` folds it into the base."""
     is_adapter: ClassVar[bool] = False
     """What is saved is a small PEFT folder over a base, not a whole model."""
+    quantises: ClassVar[bool] = False
+    """The base is held in 8 or 4 bits (what a backend that shards the base's weights cannot take)."""
     keeps_base: ClassVar[bool] = True
     """The base stays underneath: `without` can give it back (what a stage that needs a reference relies on)."""
-    quantises: ClassVar[bool] = False
-    """The base is held quantised: its weights cannot be sharded."""
 
     def load_options(self) -> dict[str, Any]:
         """Extra keyword arguments for `from_pretrained` (quantisation, for one)."""
@@ -58,7 +58,8 @@ class Method(Choice):
 
     @abstractmethod
     def apply(self, model: nn.Module) -> nn.Module:
-        """Returns the model to train: the right parameters require gradients and no others. Raises ModelError when nothing would move."""
+        """Returns the model to train: the right parameters require gradients and no others. Their fp32 masters
+        are the backend's business. Raises ModelError when nothing would move."""
 
     def resume(self, model: nn.Module, folder: Path) -> nn.Module:
         """Like `apply`, starting from weights saved in `folder` (a checkpoint or an adapter this run continues from)."""

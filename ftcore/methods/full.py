@@ -30,13 +30,7 @@ class Full(Method):
     kind: str = "full"
 
     def apply(self, model: nn.Module) -> nn.Module:
-        import torch
-
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-            if parameter.dtype in (torch.bfloat16, torch.float16):  # updates below bf16's 3 digits would be lost: fp32 masters
-                parameter.data = parameter.data.float()
-        return model
+        return model.requires_grad_(True)
 
     def without(self, model: nn.Module) -> AbstractContextManager[None]:
         raise ModelError("a fully fine-tuned model cannot be switched off to give the base", remedy="use a PEFT method such as `lora`")

@@ -49,7 +49,6 @@ class Lora(Method):
     """Whole modules trained and saved beside the adapter (`embed_tokens`, `lm_head`)."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        import torch
         from peft import LoraConfig, get_peft_model
 
         whole = any(name.endswith(("embed_tokens", "lm_head")) for name in self.modules_to_save)
@@ -64,9 +63,6 @@ class Lora(Method):
         for module in applied.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False  # autocast brings A and B to the input's dtype; PEFT would widen the input instead
-        for parameter in applied.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()  # whole modules too: bf16 would round small updates away
         return applied
 
     def _targets(self, model: nn.Module) -> str | list[str]:

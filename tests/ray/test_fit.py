@@ -22,8 +22,9 @@ from ftcore.errors import ClusterError, ConfigError, Interrupted, ModelError, Tr
 from ftcore.recipe import Recipe, Resources
 from ftcore.storage import explain_oserror
 from pipelines import fit as fit_module
+from pipelines.causes import would_happen_again
 from pipelines.fit import Outcome, fit
-from pipelines.launch import launch, would_happen_again
+from pipelines.launch import launch
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]  # Ray warns of its own defaults
 WORDS = ["open", "close", "file", "report", "folder", "move", "rename", "archive", "quick", "fox", "jumps", "name", "answer", "question"]

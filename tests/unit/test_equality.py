@@ -168,7 +168,7 @@ def test_a_run_stopped_and_resumed_is_bit_identical_to_an_uninterrupted_one(tiny
     while training.at.step < 9:  # killed three steps after the checkpoint of step 6
         training._step()
         if training.at.step % 6 == 0:
-            training.writer.save(training.at, stopped.method, training.model, training.stepper, is_main=True)
+            training.writer.save(training.at, stopped.method, training.stepper, is_main=True)
     training.writer.wait()
     training.close()
     resumed = losses_of(stopped, MemoryBlocks(BLOCKS))

@@ -14,8 +14,7 @@ from torch import nn
 from ftcore.adapter_commands import main as adapters_main
 from ftcore.adapters import AdapterStore
 from ftcore.backends.base import World
-from ftcore.checkpoint import WEIGHTS
-from ftcore.data_parallel import OPTIMIZER_WEIGHTS
+from ftcore.data_parallel import OPTIMIZER_WEIGHTS, WEIGHTS
 from ftcore.errors import IntegrityError, ModelError
 from ftcore.export.merge import merge_adapter
 from ftcore.journal import read_lines
@@ -142,7 +141,7 @@ def test_a_resumed_run_is_bit_identical_and_its_checkpoint_holds_adapter_and_opt
     training.restore()
     for _ in range(3):
         training._step()
-    training.writer.save(training.at, recipe.method, training.model, training.stepper, is_main=True)
+    training.writer.save(training.at, recipe.method, training.stepper, is_main=True)
     training.writer.wait()
     training._step()  # lost with the kill
     training.close()

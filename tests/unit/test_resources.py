@@ -44,7 +44,7 @@ def test_a_cpu_fraction_is_counted_without_rounding_error() -> None:
 
 
 def test_the_scaling_numbers_are_those_of_the_recipe() -> None:
-    numbers = scaling_numbers(Resources(workers=3, cpus_per_worker=2, gpus_per_worker=1, placement="SPREAD"))
+    numbers = scaling_numbers(Resources(workers=3, cpus_per_worker=2, gpus_per_worker=1, placement="SPREAD"), 3)
     assert numbers == {"num_workers": 3, "use_gpu": True, "resources_per_worker": {"CPU": 2, "GPU": 1}, "placement_strategy": "SPREAD"}
 
 
