@@ -45,6 +45,14 @@ def render_card(card: Card, base_model: str = "") -> str:
     }  # fmt: skip
     lines = [front_matter(card, base_model=base_model), f"# {escaped(f'{card.tenant}/{card.name}')}", ""]
     lines += ["| fact | value |", "|---|---|", *(f"| {name} | {escaped(value)} |" for name, value in rows.items()), ""]
+    if card.quantisation:
+        fact = card.quantisation
+        lines += [
+            f"Trained on a quantised base ({escaped(fact.how)}). Against the full-precision base, logits at the probes differ by at most "
+            f"{_number(fact.difference_bare)} bare and {_number(fact.difference_tuned)} with the adapter on: {fact.share:.0%} of the "
+            "adapter's own effect.",
+            "",
+        ]
     if card.metrics:
         lines += ["| metric | value |", "|---|---|"]
         lines += [f"| {escaped(name)} | {escaped(_number(value))} |" for name, value in sorted(card.metrics.items())] + [""]

@@ -10,9 +10,12 @@ and rounds their scales to bf16, (b) quantises the activations of 8-bit layers t
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import bitsandbytes as bnb
@@ -85,6 +88,14 @@ def hold(model: nn.Module, compute: torch.dtype) -> None:
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     if _says_something not in logger.filters:
         logger.addFilter(_says_something)
+
+
+def give_back_freed() -> None:
+    """Hands what loading allocated and freed back to the kernel: full-precision copies, a layer at a time, leave holes in the heap."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library than glibc has no such call
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _says_something(line: logging.LogRecord) -> bool:

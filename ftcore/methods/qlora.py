@@ -76,10 +76,11 @@ class Qlora(Lora):
         }
 
     def loaded(self, model: nn.Module, dtype: str) -> None:
-        from ftcore.layers.quantised import held_bytes, hold
+        from ftcore.layers.quantised import give_back_freed, held_bytes, hold
         from ftcore.models import DTYPES
 
         hold(model, DTYPES[self.computes_in(dtype)])
+        give_back_freed()
         inside, around = held_bytes(model)
         log.info(
             "base held as %s: %.1f MiB of quantised layers, %.1f MiB of the rest", self.quantisation(dtype), inside / 2**20, around / 2**20

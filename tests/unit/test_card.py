@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from ftcore.adapter_files import FileFact, content_digest
-from ftcore.card import BaseFacts, Card, DataFacts, MethodFacts, ProbeFacts, package_versions, printable, recipe_facts
+from ftcore.card import BaseFacts, Card, DataFacts, MethodFacts, ProbeFacts, QuantisationFacts, package_versions, printable, recipe_facts
 from ftcore.errors import IntegrityError
 from ftcore.export.modelcard import escaped, render_card, render_merged
 
@@ -67,6 +67,16 @@ def test_the_model_card_has_the_hub_s_front_matter() -> None:
     assert facts["base_model"] == "Qwen/Qwen2.5-0.5B" and facts["library_name"] == "peft"
     assert facts["tags"] == ["lora", "sft", "ftcore"]
     assert body.startswith("\n# acme/support\n") and "1,200" in body
+
+
+def test_a_card_without_quantisation_facts_still_reads_and_one_with_them_says_what_it_did() -> None:
+    old = json.loads(make_card().to_json())
+    del old["quantisation"]
+    assert Card.from_json(json.dumps(old).encode()).quantisation is None
+    facts = QuantisationFacts(how="nf4, computed in bf16", difference_bare=0.5, difference_tuned=0.75, effect=3.0, share=0.25)
+    card = make_card(quantisation=facts)
+    assert Card.from_json(card.to_json()) == card
+    assert "0.75 with the adapter on: 25% of the adapter" in render_card(card)
 
 
 def test_what_users_wrote_cannot_steer_the_model_card() -> None:
