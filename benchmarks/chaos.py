@@ -115,7 +115,7 @@ def recipe_in(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "name": "chaos", "model": {"path": str(make_tiny_model(folder / "base")), "dtype": "fp32"}, "stage": "sft",
         "data": {"sources": [str(folder / "rows.jsonl")], "max_length": 64, "validation": 0, "cache": str(folder / "prepared")},
         "method": METHODS[options.method], "backend": BACKENDS[options.backend], "resources": {"workers": 2, "max_failures": -1},
-        "optim": {"batch_size": 4, "lr": 5e-3 if options.method != "full" else 1e-3, "max_steps": options.steps_between * (options.kills + 2)},
+        "optim": {"batch_size": 4, "lr": 1e-3, "max_steps": options.steps_between * (options.kills + 2)},
         "output": {"runs": str(folder / "runs"), "store": str(folder / "store"), "checkpoint_every": EVERY},
     }  # fmt: skip
 
@@ -153,18 +153,27 @@ class Arena:
             self.driver.wait()
             self.command("chaos")
         elif kind == "node":
-            busy = {path.name.split("-")[1] for path, _ in nurseries()}
-            victim = next(node for node in self.nodes if node.node_id[:12] in busy)
+            busy = {parent_of(pid) for pid in self.seats()}
+            victim = next(node for node in self.nodes if raylet_of(node) in busy)
             self.nodes.remove(victim)
             self.cluster.remove_node(victim, allow_graceful=False)
             self.nodes.append(self.cluster.add_node(num_cpus=1))
         elif kind == "seat":
-            signal_to(parent_of(next(pid for _, pid in nurseries())))
+            signal_to(self.seats()[-1])
         elif kind == "worker":
-            signal_to(training_processes()[-1])
+            signal_to(self.training()[-1])
         else:
-            for pid in training_processes():
+            for pid in self.training():
                 signal_to(pid)
+
+    def seats(self) -> list[int]:
+        """Processes of Ray Train's workers on this cluster."""
+        return sorted(pid for node in self.nodes for pid in children_of(raylet_of(node)) if "RayTrainWorker" in command_of(pid))
+
+    def training(self) -> list[int]:
+        """The processes that train: forked from a nursery, which is a child of a seat."""
+        mothers = [pid for seat in self.seats() for pid in children_of(seat) if "ftcore.nursery" in command_of(pid)]
+        return sorted(pid for mother in mothers for pid in children_of(mother))
 
     def half_written(self) -> bool:
         """Whether a checkpoint is being written just now."""
@@ -272,22 +281,19 @@ def judge(arena: Arena, kills: list[Kill], alone: list[dict[str, Any]], options:
     return identical == len(kills) and (same_end or options.tolerance > 0)
 
 
-def nurseries() -> list[tuple[Path, int]]:
-    """(socket, process) of each nursery of this user; a worker forked from one has the same command line and it as its parent."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (place / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"from ftcore.nursery import tend; tend()" in words:
-            found[int(place.name)] = Path(words[3].decode())
-    return [(path, pid) for pid, path in sorted(found.items()) if parent_of(pid) not in found]
+def raylet_of(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
 
 
-def training_processes() -> list[int]:
-    mothers = {pid for _, pid in nurseries()}
-    return sorted(int(place.name) for place in Path("/proc").glob("[0-9]*") if parent_of(int(place.name)) in mothers)
+def children_of(parent: int) -> list[int]:
+    return [int(place.name) for place in Path("/proc").glob("[0-9]*") if parent_of(int(place.name)) == parent]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def parent_of(pid: int) -> int:
