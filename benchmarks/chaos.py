@@ -9,7 +9,8 @@ final weights) are bit for bit those of the run that was left alone (`--toleranc
 
 worker: SIGKILL to one training process. seat: SIGKILL to the Ray Train worker above it. node: a whole node, and a new one. driver: SIGKILL
 to the command, then the same command. checkpoint: SIGKILL to all training processes as the folder of a half-written checkpoint appears.
-upload: the same while a checkpoint goes to s3, with the stand-in for S3 that the tests have.
+upload: the same while a checkpoint goes to s3, with the stand-in for S3 that the tests have. With `--where lose,gain,drain` (in that order)
+there are two nodes and workers {min: 1, max: 2}: a node is killed for good, a new one comes, one is drained (and one comes for it).
 """
 
 # ruff: noqa: E402 (the checkout is put on the path first, for this process and those it starts)
@@ -45,6 +46,8 @@ import yaml
 from tests.conftest import make_tiny_model
 
 KINDS = ("worker", "seat", "node", "driver", "checkpoint", "upload")
+ELASTIC = ("lose", "gain", "drain")
+"""Not in the default: they change the number of workers, so losses differ in the last digits (give --tolerance)."""
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "qlora": {"kind": "qlora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"},
 }  # fmt: skip
@@ -100,7 +103,8 @@ def plan(kinds: list[str], options: argparse.Namespace) -> list[Kill]:
     """Every kind about as often as the others, in a seeded order, at seeded moments."""
     draw = random.Random(options.seed)
     chosen = [kinds[i % len(kinds)] for i in range(options.kills)]
-    draw.shuffle(chosen)
+    if not set(kinds) & set(ELASTIC):
+        draw.shuffle(chosen)
     gap = options.steps_between
     return [Kill(kind, (i + 1) * gap + draw.randrange(gap), draw.random() * 0.3) for i, kind in enumerate(chosen)]
 
@@ -114,7 +118,7 @@ def recipe_in(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "name": "chaos", "model": {"path": str(make_tiny_model(folder / "base")), "dtype": "fp32"}, "stage": "sft",
         "data": {"sources": [str(folder / "rows.jsonl")], "max_length": 64, "validation": 0, "cache": str(folder / "prepared")},
-        "method": METHODS[options.method], "backend": BACKENDS[options.backend], "resources": {"workers": 2, "max_failures": -1},
+        "method": METHODS[options.method], "backend": BACKENDS[options.backend], "resources": {"workers": {"min": 1, "max": 2} if "lose" in options.where else 2, "max_failures": -1},
         "optim": {"batch_size": 4, "lr": 1e-3, "max_steps": options.steps_between * (options.kills + 2)},
         "output": {"runs": str(folder / "runs"), "store": str(folder / "store"), "checkpoint_every": EVERY},
     }  # fmt: skip
@@ -136,7 +140,7 @@ class Arena:
 
         self.log = (self.folder / "driver.log").open("ab")
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for _ in range(3):
+        for _ in range(3 if self.recipe["resources"]["workers"] == 2 else 2):
             self.nodes.append(self.cluster.add_node(num_cpus=1))
 
     def command(self, name: str) -> None:
@@ -157,6 +161,15 @@ class Arena:
             victim = next(node for node in self.nodes if raylet_of(node) in busy)
             self.nodes.remove(victim)
             self.cluster.remove_node(victim, allow_graceful=False)
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+        elif kind == "lose":
+            self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+        elif kind == "gain":
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+        elif kind == "drain":
+            words = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.cluster.address]
+            words += ["--node-id", self.nodes[-1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "chaos"]
+            subprocess.run([*words, "--deadline-remaining-seconds", "120"], check=True, stdout=self.log, stderr=self.log)
             self.nodes.append(self.cluster.add_node(num_cpus=1))
         elif kind == "seat":
             signal_to(self.seats()[-1])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ftcore.backends.base import BACKENDS, Backend
 from ftcore.errors import ConfigError
@@ -130,10 +130,16 @@ class Elastic(Section):
         return self
 
 
+def _number_or_bounds(value: object) -> str:
+    return "[bounds]" if isinstance(value, dict | Elastic) else "[number]"
+
+
 class Resources(Section):
     """What the run asks of the cluster."""
 
-    workers: int | Elastic = 1
+    workers: Annotated[
+        Annotated[int, Field(ge=1), Tag("[number]")] | Annotated[Elastic, Tag("[bounds]")], Discriminator(_number_or_bounds)
+    ] = 1
     """Training processes: a number, or `{min: 2, max: 4}` to go on with fewer when a node is gone and with more when it is back."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPU cores (and compute threads) each worker takes."""
@@ -143,13 +149,6 @@ class Resources(Section):
     """Worker failures to recover from before the run fails; -1 for no limit."""
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """How workers are laid over nodes."""
-
-    @field_validator("workers")
-    @classmethod
-    def _some(cls, value: int | Elastic) -> int | Elastic:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1")
-        return value
 
     @property
     def min_workers(self) -> int:

@@ -56,7 +56,7 @@ def _as_written(loc: tuple[Any, ...], tree: Tree) -> KeyPath:
     path: KeyPath = ()
     for key in loc:
         node = tree.value(path)
-        if isinstance(key, int) or not isinstance(node, dict) or key in node or "[" not in str(key):
+        if isinstance(key, int) or "[" not in str(key) or (isinstance(node, dict) and key in node):
             path = (*path, key)
     return path
 
