@@ -36,7 +36,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_DEDUP_LOGS": "0"}
+os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
+# Ray gives its workers the least priority; on a machine that others use too, the seconds below would be theirs
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import itertools
@@ -118,8 +119,9 @@ def recipe_in(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "name": "chaos", "model": {"path": str(make_tiny_model(folder / "base")), "dtype": "fp32"}, "stage": "sft",
         "data": {"sources": [str(folder / "rows.jsonl")], "max_length": 64, "validation": 0, "cache": str(folder / "prepared")},
-        "method": METHODS[options.method], "backend": BACKENDS[options.backend], "resources": {"workers": {"min": 1, "max": 2} if "lose" in options.where else 2, "max_failures": -1},
-        "optim": {"batch_size": 4, "lr": 1e-3, "max_steps": options.steps_between * (options.kills + 2)},
+        "method": METHODS[options.method], "backend": BACKENDS[options.backend],
+        "resources": {"workers": {"min": 1, "max": 2} if "lose" in options.where else 2, "max_failures": -1},
+        "optim": {"batch_size": 4, "lr": 1e-3, "max_steps": options.steps_between * (options.kills + 2), "epochs": 1},
         "output": {"runs": str(folder / "runs"), "store": str(folder / "store"), "checkpoint_every": EVERY},
     }  # fmt: skip
 
