@@ -36,9 +36,10 @@ DRIVER_DEFAULTS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray's own FutureWarning asks for
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # pipelines.lead looks itself, every second, and makes the checkpoint
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # the room was seen a moment ago; when it is gone, pipelines.lead looks again
 }
 KNOCK_S = 5.0
-SINGLE_MACHINE_DEFAULTS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine's nodes away
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,6 @@ def local_num_cpus() -> int:
 
 
 def _start_local(local_cpus: float, dashboard: bool) -> str:
-    for name, value in SINGLE_MACHINE_DEFAULTS.items():
-        os.environ.setdefault(name, value)
     code_for_here()
     try:
         context: Any = ray.init(

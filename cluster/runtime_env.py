@@ -23,6 +23,7 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 FOLLOWING = (
     "FTCORE_PLUGINS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
     "AWS_REGION", "AWS_DEFAULT_REGION", "FTCORE_STORAGE_PATIENCE_S",
+    "FTCORE_PREEMPTION_FILE", "FTCORE_PREEMPTION_URL",
 )  # fmt: skip
 """Variables a worker needs to see as the driver does. No credentials: those come by each machine's own chain, never in a job's metadata."""
 

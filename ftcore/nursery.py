@@ -224,11 +224,11 @@ def _worked(birth: Birth, post: Post) -> tuple[str, Any]:
 @contextlib.contextmanager
 def _group(world: World, address: str) -> Any:
     """This worker's place in the process group of all; none for a world of one."""
-    import torch.distributed as dist
-
     if world.size == 1:
         yield
         return
+    import torch.distributed as dist  # the nursery of a supervisor has it already; reading this module must not
+
     backend = "gloo" if world.device == "cpu" else "nccl"
     dist.init_process_group(
         backend, init_method=f"tcp://{address}", rank=world.rank, world_size=world.size, timeout=timedelta(seconds=GROUP_TIMEOUT_S)

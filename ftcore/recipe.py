@@ -130,17 +130,16 @@ class Elastic(Section):
         return self
 
 
-Workers = Annotated[
-    Annotated[int, Tag("[number]")] | Annotated[Elastic, Tag("[bounds]")],
-    Discriminator(lambda value: "[bounds]" if isinstance(value, dict | Elastic) else "[number]"),
-]
-"""Told apart by how it is written, so that a mistake is told once."""
+def _number_or_bounds(value: object) -> str:
+    return "[bounds]" if isinstance(value, dict | Elastic) else "[number]"
 
 
 class Resources(Section):
     """What the run asks of the cluster."""
 
-    workers: Workers = 1
+    workers: Annotated[
+        Annotated[int, Field(ge=1), Tag("[number]")] | Annotated[Elastic, Tag("[bounds]")], Discriminator(_number_or_bounds)
+    ] = 1
     """Training processes: a number, or `{min: 2, max: 4}` to go on with fewer when a node is gone and with more when it is back."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPU cores (and compute threads) each worker takes."""
@@ -150,13 +149,6 @@ class Resources(Section):
     """Worker failures to recover from before the run fails; -1 for no limit."""
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """How workers are laid over nodes."""
-
-    @field_validator("workers")
-    @classmethod
-    def _some(cls, value: int | Elastic) -> int | Elastic:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1")
-        return value
 
     @property
     def min_workers(self) -> int:

@@ -48,8 +48,6 @@ LOOK_EVERY_S = 1.0
 NUM_MISSED = 3
 """A node that does not answer this many looks in a row is gone, whatever Ray still believes."""
 GROW_EVERY_S, GROW_NOT_BEFORE_S = 5.0, 20.0
-START_TIMEOUT_S = 60
-"""Seconds Ray Train may take to reserve the room that was just seen; then the run looks again."""
 LEAVE_S = 20.0
 RunConfig: Any = ray.train.RunConfig  # the signatures that mypy reads are those of Ray Train v1
 ScalingConfig: Any = ray.train.ScalingConfig

@@ -34,8 +34,8 @@ def sit(order: dict[str, Any]) -> Any:
     if Path(order["cwd"]).is_dir():
         os.chdir(order["cwd"])  # so that the recipe's relative paths mean what they mean to the driver
     world = _place(order["gpus"])
-    # sockets need short paths; several nodes may share a machine
-    path = Path(tempfile.gettempdir()) / f"ftcore-{os.getuid()}" / f"{order['id']}-{ray.get_runtime_context().get_node_id()[:12]}"
+    # sockets need short paths; nodes of several addresses may share a machine, and Ray Train counts local ranks by address
+    path = Path(tempfile.gettempdir()) / f"ftcore-{os.getuid()}" / f"{order['id']}-{world.node}"
     nursery = Nursery.open(path, order["preload"]) if world.local_rank == 0 else Nursery(path)
     try:
         return Seat(nursery, order["relay"], order["work"], world).through(order["group"])

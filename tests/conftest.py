@@ -76,7 +76,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
     ray.init(
-        address="local",  # never one that happens to run on this machine
+        address="local",  # not the one that somebody else runs on this machine
         num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,
