@@ -319,11 +319,11 @@ class Training:
         self.model.eval()
 
         def recorded(precision: str) -> Probes:
-            return self.stepper.run(lambda: record(self.model, self.tokenizer, partial(method.without, self.model), precision))
+            return record(self.model, self.tokenizer, partial(method.without, self.model), precision)
 
-        probes = recorded(held)
-        if self.world.is_main and not is_exact(held) and not self.recipe.backend.shards_weights:
-            with method.in_fp32(self.model):
+        probes = self.stepper.run(partial(recorded, held))
+        if self.world.is_main and not is_exact(held) and self.stepper.crew is None:
+            with method.in_fp32(self.model):  # not as a step runs: without its autocast
                 probes = probes.merged(recorded(held + IN_FP32))
         return probes
 
