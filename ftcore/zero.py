@@ -13,6 +13,7 @@ the backward pass, which is the whole model).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,9 +66,9 @@ class ZeroStepper:
         if backend.zero == 3:
             save_no_weights(model)
         self.adam = optim.build(model, lambda parameter: len(shape_of(parameter)))
-        self.engine, zero, *_ = deepspeed.initialize(
-            model=Root(model), optimizer=self.adam, config=configuration(backend, optim, bf16=bool(halves)), dist_init_required=False
-        )
+        num_trainable = sum(math.prod(shape_of(parameter)) for _, parameter in self.trainable)
+        config = configuration(backend, optim, bf16=bool(halves), num_trainable=num_trainable)
+        self.engine, zero, *_ = deepspeed.initialize(model=Root(model), optimizer=self.adam, config=config, dist_init_required=False)
         self.zero: Any = zero
         self.state = ZeroState(self.trainable, zero, self.adam, backend.zero, world.rank)
         self.crew: Crew | None = Crew(world)

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 Tree = dict[str, JsonValue]
 
+BUCKET = 16_000_000
 DEFAULTS: dict[str, JsonValue] = {
     # elements; DeepSpeed's own defaults keep up to 2 GB of buffers and a billion gathered parameters on every rank
-    "zero_optimization.reduce_bucket_size": 16_000_000,
-    "zero_optimization.allgather_bucket_size": 16_000_000,
-    "zero_optimization.sub_group_size": 16_000_000,
+    "zero_optimization.reduce_bucket_size": BUCKET,
+    "zero_optimization.allgather_bucket_size": BUCKET,
+    "zero_optimization.sub_group_size": BUCKET,
     "zero_optimization.stage3_prefetch_bucket_size": 0,
     "zero_optimization.stage3_max_live_parameters": 50_000_000,
     "zero_optimization.stage3_max_reuse_distance": 0,
@@ -66,10 +67,14 @@ def derived(backend: DeepSpeed, optim: Optim, *, bf16: bool) -> dict[str, tuple[
     return found
 
 
-def configuration(backend: DeepSpeed, optim: Optim, *, bf16: bool) -> Tree:
-    """What DeepSpeed is given: defaults, the raw section over them, what the recipe decides over both."""
+def configuration(backend: DeepSpeed, optim: Optim, *, bf16: bool, num_trainable: int = BUCKET) -> Tree:
+    """What DeepSpeed is given: defaults, the raw section over them, what the recipe decides over both.
+
+    `num_trainable`: the reduce bucket is allocated whole, so for an adapter it is no larger than the adapter.
+    """
     tree: Tree = {}
-    for path, value in {**DEFAULTS, **dict(leaves(backend.deepspeed))}.items():
+    fitting = {"zero_optimization.reduce_bucket_size": min(BUCKET, num_trainable)}
+    for path, value in {**DEFAULTS, **fitting, **dict(leaves(backend.deepspeed))}.items():
         _put(tree, path, value)
     for path, (value, _) in derived(backend, optim, bf16=bf16).items():
         _put(tree, path, value)
