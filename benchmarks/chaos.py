@@ -33,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ import itertools
 
 import yaml
 
+from benchmarks.processes import children_of, command_of, parent_of, raylet_of, signal_to
 from ftcore.journal import read_lines
 from ftcore.rundir import RunDir
 from tests.conftest import make_tiny_model
@@ -179,7 +180,16 @@ class Arena:
         self.log = (self.folder / "driver.log").open("ab")
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for _ in range(3 if self.recipe["resources"]["workers"] == 2 else 2):
-            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            self.add_node()
+
+    def add_node(self) -> None:
+        """Tries again: a raylet that is slow on a loaded machine is given up by Ray after 30 s."""
+        before = len(self.nodes)
+        for last in (False, False, True):
+            with nullcontext() if last else suppress(Exception):  # that is what Ray raises
+                self.nodes.append(self.cluster.add_node(num_cpus=1))
+            if len(self.nodes) > before:
+                return
 
     def command(self, name: str) -> None:
         """`python pipelines/sft.py`, as a person would type it."""
@@ -203,17 +213,17 @@ class Arena:
             victim = self.busy_node()
             self.nodes.remove(victim)
             self.cluster.remove_node(victim, allow_graceful=False)
-            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            self.add_node()
         elif kind == "lose":
             self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
         elif kind == "gain":
-            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            self.add_node()
         elif kind in ("drain", "leave", "terminate"):
             if kind == "terminate":
                 signal_to(self.training()[-1], signal.SIGTERM)
             else:
                 self.drain(self.nodes[-1] if kind == "drain" else self.busy_node())
-            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            self.add_node()
         elif kind == "seat":
             signal_to(self.seats()[-1])
         elif kind == "worker":
@@ -371,33 +381,6 @@ def tell(kills: list[Kill], num_identical: int, options: argparse.Namespace) -> 
     lost = statistics.mean(kill.further_s for kill in kills)
     print(f"all kinds: useful time at one kill a minute {1 - lost / 60:.0%} (a minute less the mean time until further than before)")
     print(f"{len(kills)} kills (seed {options.seed}): {len(kills)} finished / {num_identical} identical")
-
-
-def raylet_of(node: Any) -> int:
-    return int(node.all_processes["raylet"][0].process.pid)
-
-
-def children_of(parent: int) -> list[int]:
-    return [int(place.name) for place in Path("/proc").glob("[0-9]*") if parent_of(int(place.name)) == parent]
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def signal_to(pid: int, number: int = signal.SIGKILL) -> None:
-    if pid > 1:
-        os.kill(pid, number)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A machine that will be taken away: the run makes a checkpoint at the next step and goes on elsewhere, or ends so that it can be resumed."""
+"""A machine that will be taken away: the run makes a checkpoint at the next step, and goes on elsewhere or can be resumed."""
 
 from __future__ import annotations
 
