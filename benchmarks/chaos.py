@@ -49,7 +49,7 @@ import itertools
 
 import yaml
 
-from benchmarks.processes import children_of, command_of, parent_of, raylet_of, signal_to
+from benchmarks.processes import children_of, command_of, parent_of, raylet_of, signal_to, signal_to_all
 from ftcore.journal import read_lines
 from ftcore.rundir import RunDir
 from tests.conftest import make_tiny_model
@@ -211,10 +211,12 @@ class Arena:
             self.command(self.name)
         elif kind == "node":
             victim = self.busy_node()
+            signal_to_all(raylet_of(victim))
             self.nodes.remove(victim)
             self.cluster.remove_node(victim, allow_graceful=False)
             self.add_node()
         elif kind == "lose":
+            signal_to_all(raylet_of(self.nodes[-1]))
             self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
         elif kind == "gain":
             self.add_node()

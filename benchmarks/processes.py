@@ -5,6 +5,7 @@ In: pids, nodes of ray.cluster_utils. Out: pids. Runs in: a benchmark's process,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -35,4 +36,13 @@ def parent_of(pid: int) -> int:
 
 def signal_to(pid: int, number: int = signal.SIGKILL) -> None:
     if pid > 1:
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(pid, number)
+
+
+def signal_to_all(pid: int) -> None:
+    """SIGKILL to a process and all below it, as when a machine is gone: first the upper ones, who would replace the lower."""
+    below = children_of(pid)
+    signal_to(pid)
+    for child in below:
+        signal_to_all(child)
