@@ -24,20 +24,18 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2._internal.execution.callback import ControllerCallback  # the public callbacks do not run when a controller starts
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer would load torch into every seat
+from ray.util.placement_group import remove_placement_group
 
 from cluster.outbox import Message
 from cluster.placement import Place, draining_nodes, gone, look, place
 from cluster.relay import Orders, Relay
-from cluster.resources import alive_nodes, fits, scaling_numbers
-from cluster.runtime_env import worker_variables
+from cluster.resources import alive_nodes, fits
 from cluster.worker_logs import WorkerPlace, laid_out, why_it_died
 from ftcore.errors import ClusterError, Interrupted
 from ftcore.nursery import Post
 from ftcore.recipe import Resources
 from pipelines.causes import explained, headline, is_death, is_lost_peer, of_ray_train, root_cause, would_happen_again
-from pipelines.seat import sit
+from pipelines.trainer import trainer
 
 POLL_S = 0.1
 SETTLE_S = 0.3
@@ -49,9 +47,6 @@ NUM_MISSED = 3
 """A node that does not answer this many looks in a row is gone, whatever Ray still believes."""
 GROW_EVERY_S, GROW_NOT_BEFORE_S = 5.0, 20.0
 LEAVE_S = 20.0
-RunConfig: Any = ray.train.RunConfig  # the signatures that mypy reads are those of Ray Train v1
-ScalingConfig: Any = ray.train.ScalingConfig
-FailureConfig: Any = ray.train.FailureConfig
 Hear = Callable[[Message], None]
 
 
@@ -67,6 +62,9 @@ class Group:
     """Rank -> error of this generation's workers that ended."""
     failed_at: float = 0.0
     controller: Any = None
+    room: Any = None
+    """Its placement group."""
+    abandoned: bool = False
     trained: bool = False
     arrived: set[int] = field(default_factory=set)
     told: bool = False
@@ -153,7 +151,7 @@ class Lead:
             raise self.fatal
         if error:
             self._lost(group, error[0])
-        elif self.stopped is None:
+        elif self.stopped is None and not group.abandoned:
             return True, value[0]
         return False, None
 
@@ -162,16 +160,7 @@ class Lead:
             "work": self.work, "relay": self.relay, "cwd": str(Path.cwd()), "group": self.group_number,
             "id": uuid.uuid4().hex[:12], "preload": self.preload, "gpus": self.resources.gpus_per_worker,
         }  # fmt: skip
-        return DataParallelTrainer(
-            sit,
-            train_loop_config=order,
-            scaling_config=ScalingConfig(**scaling_numbers(self.resources, at.num_workers), label_selector=at.selector() or None),
-            run_config=RunConfig(
-                name=self.name, storage_path=scratch, failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                callbacks=[_Introduction(self.relay, self.group_number)], worker_runtime_env={"env_vars": worker_variables(self.resources)},
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        )  # fmt: skip
+        return trainer(order, self.relay, self.resources, at, name=self.name, scratch=scratch)
 
     def _next_generation(self, group: Group) -> None:
         self.generation += 1
@@ -194,6 +183,8 @@ class Lead:
         event = message["event"]
         if event == "controller" and message["group"] == self.group_number:
             group.controller = message["actor"]
+        elif event == "room" and message["group"] == self.group_number:
+            group.room = message["placement"]
         elif event == "seated":
             group.nodes[message["rank"]] = message["node_id"]
         elif event == "worker":
@@ -220,7 +211,7 @@ class Lead:
 
     def _judge(self, group: Group) -> None:
         """Decides what follows from workers that ended, once enough of them have."""
-        if not group.ended or self.fatal is not None or self.stopped is not None:
+        if not group.ended or self.fatal is not None or self.stopped is not None or group.abandoned:
             return
         everyone = len(group.ended) == group.at.num_workers
         failures = {rank: error for rank, error in group.ended.items() if error is not None}
@@ -263,7 +254,7 @@ class Lead:
 
     def _lost(self, group: Group, error: BaseException) -> None:
         """Ray Train gave the group up: a seat died, or its room was taken before it was reserved."""
-        if self.stopped is not None:
+        if self.stopped is not None or group.abandoned:
             return  # it was over already; the rest of it does not matter
         if not isinstance(error, ray.train.TrainingFailedError | RayActorError):
             raise error
@@ -279,7 +270,7 @@ class Lead:
     def _watch(self, group: Group) -> None:
         """Looks at the nodes once a second: gone, going, or new ones to grow onto."""
         now = time.monotonic()
-        if now - group.looked < LOOK_EVERY_S or not group.nodes or self.fatal is not None or self.stopped is not None:
+        if now - group.looked < LOOK_EVERY_S or not group.nodes or self.fatal is not None or self.stopped is not None or group.abandoned:
             return
         group.looked = now
         mine = set(group.nodes.values())
@@ -318,16 +309,9 @@ class Lead:
 
     def _abandon(self, group: Group) -> None:
         """Leaves a group that has lost a node: its controller would wait until Ray knows, and hold the others' room meanwhile."""
+        group.abandoned = True
         self._over()
         if group.controller is not None:
             ray.kill(group.controller)
-
-
-class _Introduction(ControllerCallback):
-    """Runs in Ray Train's controller: tells the driver who it is, so that a group can be given up."""
-
-    def __init__(self, relay: Relay, group: int) -> None:
-        self.relay, self.group = relay, group
-
-    def after_controller_start(self, train_run_context: object) -> None:
-        self.relay.push({"event": "controller", "group": self.group, "actor": ray.get_runtime_context().current_actor})
+        if group.room is not None:
+            remove_placement_group(group.room)  # it would outlive its controller, until this driver ends
