@@ -47,6 +47,8 @@ NUM_MISSED = 3
 """A node that does not answer this many looks in a row is gone, whatever Ray still believes."""
 GROW_EVERY_S, GROW_NOT_BEFORE_S = 5.0, 20.0
 LEAVE_S = 20.0
+EMPTY_STARTS = 3
+"""Groups in a row that may find the room they saw taken; such a start costs no failure."""
 Hear = Callable[[Message], None]
 
 
@@ -81,19 +83,28 @@ class Lead:
         self.work, self.resources, self.relay, self.name, self.hear, self.logs = work, resources, relay, name, hear, logs
         self.preload: tuple[str, ...] = ()
         self.workers: dict[int, WorkerPlace] = {}
-        self.num_failures = 0
+        self.num_failures = self.num_empty_starts = 0
         self.group_number = self.generation = 0
         self.avoid: set[str] = set()
         self.why = ""
         """Why the workers were asked to stop: "" (they were not), user, going, growing."""
+        self.grown: tuple[int, frozenset[str]] | None = None
+        """Size and nodes when this run last stopped to grow: if that gave no larger group, only other nodes make it try again."""
         self.fatal: BaseException | None = None
         self.stopped: Interrupted | None = None
+        self.asked = threading.Event()
 
     def stop(self) -> None:
-        """The user wants the run to end, with a checkpoint."""
-        self.why = "user"
-        self.relay.ask_to_stop()
-        self.hear({"event": "stopping"})
+        """The user wants the run to end, with a checkpoint. Called by a signal's handler, which must do no more than this."""
+        self.asked.set()
+
+    def _heed(self) -> bool:
+        """Passes the user's wish on, once. Whether it was there."""
+        if self.asked.is_set() and self.why != "user":
+            self.why = "user"
+            self.relay.ask_to_stop()
+            self.hear({"event": "stopping"})
+        return self.asked.is_set()
 
     def through(self) -> Any:
         while True:
@@ -116,7 +127,7 @@ class Lead:
         try:
             return place(
                 self.resources, lambda text: self.hear({"event": "waiting", "text": text}),
-                avoid=self.avoid, again=self.group_number > 0, stopped=lambda: self.why == "user",
+                avoid=self.avoid, again=self.group_number > 0, stopped=self._heed,
             )  # fmt: skip
         except ClusterError as error:
             if self.why == "user":
@@ -143,6 +154,7 @@ class Lead:
             thread.start()
             while thread.is_alive():
                 thread.join(POLL_S)
+                self._heed()
                 self._drain(group)
                 self._judge(group)
                 self._watch(group)
@@ -166,6 +178,7 @@ class Lead:
         self.generation += 1
         group.ended.clear()
         group.failed_at = 0.0
+        self.workers = {}
         self.relay.command(Orders(self.group_number, self.generation, stop=bool(self.why)))
 
     def _over(self) -> None:
@@ -186,6 +199,7 @@ class Lead:
         elif event == "room" and message["group"] == self.group_number:
             group.room = message["placement"]
         elif event == "seated":
+            self.num_empty_starts = 0
             group.nodes[message["rank"]] = message["node_id"]
         elif event == "worker":
             self._arrived(group, message)
@@ -227,29 +241,30 @@ class Lead:
             self.stopped = cause
             self._over()
             return
+        where = self.workers.get(rank)
         if self._may_go_on(cause):
             if gone(set(group.nodes.values())):
                 self._abandon(group)
             else:
                 self._next_generation(group)  # first: reading a dead worker's log takes a second
-        self._tell_failure(rank, cause)
+        self._tell_failure(rank, cause, where)
 
     def _count(self, rank: int, cause: BaseException) -> bool:
         """Whether the run may go on after this failure; says so. Otherwise `fatal` is set and the group leaves."""
         going_on = self._may_go_on(cause)
-        self._tell_failure(rank, cause)
+        self._tell_failure(rank, cause, self.workers.get(rank))
         return going_on
 
     def _may_go_on(self, cause: BaseException) -> bool:
         self.num_failures += 1
         return not (would_happen_again(cause) or 0 <= self.resources.max_failures < self.num_failures)
 
-    def _tell_failure(self, rank: int, cause: BaseException) -> None:
+    def _tell_failure(self, rank: int, cause: BaseException, where: WorkerPlace | None) -> None:
         final = would_happen_again(cause) or 0 <= self.resources.max_failures < self.num_failures
-        got = why_it_died(self.workers.get(rank), str(cause)) if is_death(cause) else headline(cause)
+        got = why_it_died(where, str(cause)) if is_death(cause) else headline(cause)
         self.hear({"event": "failure", "rank": rank, "cause": got, "final": final})
         if final:
-            self.fatal = explained(rank, cause, got, self.workers.get(rank, "place unknown"), self.num_failures, self.logs)
+            self.fatal = explained(rank, cause, got, where or "place unknown", self.num_failures, self.logs)
             self._over()
 
     def _lost(self, group: Group, error: BaseException) -> None:
@@ -260,9 +275,9 @@ class Lead:
             raise error
         rank, cause = of_ray_train(error)
         if not group.nodes and rank < 0 and not would_happen_again(cause):
-            self.hear({"event": "waiting", "text": f"the workers did not start ({headline(cause)}); looking for room again"})
-            self.num_failures += 1
-            if self.num_failures <= max(3, self.resources.max_failures):
+            self.num_empty_starts += 1
+            if self.num_empty_starts <= EMPTY_STARTS:
+                self.hear({"event": "waiting", "text": f"the workers did not start ({headline(cause)}); looking for room again"})
                 return
         if not self._count(rank, cause):
             raise self.fatal or error
@@ -300,10 +315,13 @@ class Lead:
         if now - group.grow_looked < GROW_EVERY_S or now - group.started < GROW_NOT_BEFORE_S or not group.trained or self.why:
             return
         group.grow_looked = now
-        room = fits(self.resources, look(self.avoid).free)
+        mine = set(group.nodes.values()) if self.resources.placement == "STRICT_SPREAD" else set()
+        free = [node for node in look(self.avoid).free if node.id not in mine]
+        room = fits(self.resources, free)
         seen_before, group.room_seen = group.room_seen, room
-        if room and seen_before:
-            self.why = "growing"
+        at = (group.at.num_workers, frozenset(node.id for node in free))
+        if room and seen_before and at != self.grown:
+            self.why, self.grown = "growing", at
             self.hear({"event": "growing", "to": min(self.resources.max_workers, group.at.num_workers + room)})
             self.relay.ask_to_stop()
 
