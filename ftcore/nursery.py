@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import importlib
 import os
-import pickle
 import select
 import signal
 import socket
@@ -30,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -290,7 +290,7 @@ class _Line:
 
     def end(self, kind: str, content: Any) -> None:
         try:
-            pickle.loads(pickle.dumps(content))  # some errors go in and do not come out again
+            ForkingPickler.loads(ForkingPickler.dumps(content))  # some errors go in and do not come out again
             self._send(kind, content)
         except Exception:
             self._send(kind, RuntimeError(f"{type(content).__name__}: {content}") if kind == "error" else None)
