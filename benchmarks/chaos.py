@@ -324,14 +324,17 @@ def suffer(arena: Arena, kill: Kill) -> None:
     if kill.kind != "upload":
         arena.kill(kill.kind)
 
-    def made() -> list[dict[str, Any]]:
-        inode, lines = arena.journal(arena.name)
-        return [line for line in lines if line["time"] > kill.killed_at] if inode != before else []
+    wait_for(arena, lambda: arena.journal(arena.name)[0] != before, 0.05)
+    again_s = 0.0 if kill.kind == "upload" else time.time()  # a remote journal shows no restart; it lacks what was not sealed
 
-    wait_for(arena, lambda: bool(made()), 0.05)
-    kill.next_s = made()[0]["time"] - kill.killed_at
-    wait_for(arena, lambda: any(line["step"] > kill.seen for line in made()), 0.05)
-    kill.further_s = next(line["time"] for line in made() if line["step"] > kill.seen) - kill.killed_at
+    def made() -> list[dict[str, Any]]:
+        return [line for line in arena.journal(arena.name)[1] if line["time"] > kill.killed_at]
+
+    wait_for(arena, lambda: any(line["time"] > again_s and line["step"] > kill.seen for line in made()), 0.05)
+    times = [kill.killed_at, *(line["time"] for line in made())]
+    kill.next_s = max(itertools.pairwise(times), key=lambda pair: pair[1] - pair[0])[1] - kill.killed_at  # others may outlive it by a step
+    further = next(line["time"] for line in made() if line["step"] > kill.seen and line["time"] >= kill.killed_at + kill.next_s)
+    kill.further_s = further - kill.killed_at
 
 
 def last_step(arena: Arena) -> int:
