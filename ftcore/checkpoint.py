@@ -70,8 +70,9 @@ class CheckpointWriter:
 
         def write() -> None:
             if crew and mine:
-                seal_together(self.run, key, extra, crew, mine)
+                seal_together(self.run, key, extra, crew, mine, self.before)
             else:
+                self.before()
                 with self.run.sealing(key, extra) as folder:
                     write_part(folder)
             if is_main:
@@ -82,7 +83,6 @@ class CheckpointWriter:
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
-            self.before()
             write()
         except Exception as error:  # carried to the training thread, which raises it
             self._error = error

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from ftcore.rundir import RunDir
 from ftcore.storage import Folder, file_digest
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for one another: for the slowest upload. A rank that dies closes its connections, and is noticed at once."""
 
 
 class Crew:
@@ -30,7 +33,7 @@ class Crew:
 
     def __init__(self, world: World) -> None:
         self.rank, self.size = world.rank, world.size
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @property
     def is_main(self) -> bool:
@@ -55,11 +58,20 @@ class Draft:
 
 def draft(run: RunDir, key: str, crew: Crew, write: Callable[[Path], None]) -> Draft:
     """All ranks call, at a step boundary; each `write(folder)`s its own files from what it holds now. Errors wait for `seal_together`."""
-    own = run.building(key) if crew.is_main or not run.folder.is_local else None
-    if crew.is_main and not run.folder.is_local:
-        run.folder.delete(key)
-    [shared, *_] = crew.gather(str(own))
-    folder = own or Path(shared)
+    own: Path | None = None
+    problem: Exception | None = None
+    try:
+        run.refuse_if_taken()  # before anything of another driver's checkpoint is touched
+        if crew.is_main or not run.folder.is_local:
+            own = run.building(key)
+        if crew.is_main and not run.folder.is_local:
+            run.folder.delete(key)
+    except Exception as error:  # raised by seal_together, once the other ranks know of it
+        problem = error
+    told = crew.gather((str(own), problem is None))
+    folder = own or Path(told[0][0])
+    if not all(begun for _, begun in told):
+        return Draft(folder, own, problem)
     try:
         if not folder.is_dir():
             raise StorageError(
@@ -72,9 +84,12 @@ def draft(run: RunDir, key: str, crew: Crew, write: Callable[[Path], None]) -> D
     return Draft(folder, own, None)
 
 
-def seal_together(run: RunDir, key: str, extra: dict[str, object], crew: Crew, part: Draft) -> None:
+def seal_together(
+    run: RunDir, key: str, extra: dict[str, object], crew: Crew, part: Draft, before: Callable[[], None] = lambda: None
+) -> None:
     """All ranks call, from any one thread; returns when the whole is sealed and read back.
 
+    `before`: on rank 0, what must be durable when the checkpoint is.
     Raises the rank's own error, or StorageError with another rank's: never a checkpoint that holds only some of the parts.
     """
     try:
@@ -82,6 +97,8 @@ def seal_together(run: RunDir, key: str, extra: dict[str, object], crew: Crew, p
         with _Told(crew):
             if part.problem:
                 raise part.problem
+            if crew.is_main:
+                before()
             if not run.folder.is_local and not crew.is_main:
                 facts = _uploaded(run, part.folder, key)
         others = {name: fact for part_facts in crew.gather(facts) for name, fact in part_facts.items()}
@@ -96,6 +113,7 @@ def seal_together(run: RunDir, key: str, extra: dict[str, object], crew: Crew, p
 def _uploaded(run: RunDir, folder: Path, key: str) -> dict[str, dict[str, object]]:
     facts: dict[str, dict[str, object]] = {}
     for name in Folder(folder).files():
+        run.refuse_if_taken()
         run.folder.put(folder / name, f"{key}/{name}")
         facts[name] = {"sha256": file_digest(folder / name), "bytes": (folder / name).stat().st_size}
     return facts

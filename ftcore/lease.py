@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ftcore.card import utc_now
-from ftcore.errors import ConfigError, StorageError
+from ftcore.errors import ConfigError
 from ftcore.rundir import LEASE, RunDir
 from ftcore.storage import Folder
 
@@ -80,6 +80,8 @@ def acquire(folder: Folder, say: Callable[[str], None] = log.info) -> Holder:
             return mine
         raw = folder.read(LEASE)
         holder = _parsed(raw)
+        if holder is not None and holder.token == mine.token:
+            return holder  # it was made, and the answer lost
         if raw != seen:
             if seen and holder is not None and not holder.is_gone:
                 raise _held(folder, holder)
@@ -113,9 +115,9 @@ class Lease:
         self._over.set()
         self._thread.join()
         try:
-            if not self.lost.is_set():
-                self.folder.replace(LEASE, self.mine.to_json(), replace(self.mine, released=True).to_json())
-        except StorageError as error:
+            if not self.lost.is_set() and not self._put(replace(self.mine, released=True)) and self._is_ours():
+                self._put(replace(self.mine, released=True))
+        except Exception as error:  # as said above, whatever it is
             log.warning("the run's lease could not be given back; it ends by itself: %s", error)
 
     def require(self) -> None:
@@ -131,8 +133,10 @@ class Lease:
         while not self._over.wait(RENEW_S):
             renewed = replace(self.mine, beat=self.mine.beat + 1)
             try:
-                kept = self.folder.replace(LEASE, self.mine.to_json(), renewed.to_json())
-            except StorageError as error:
+                kept = self._put(renewed)
+                if not kept and self._is_ours():
+                    continue
+            except Exception as error:  # also what nobody foresaw: without this thread the run would be lost in silence
                 log.warning("the run's lease could not be renewed, trying again: %s", error)
                 continue
             if not kept:
@@ -140,6 +144,17 @@ class Lease:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # one that also ends a wait
                 return
             self.mine = renewed
+
+    def _put(self, changed: Holder) -> bool:
+        return self.folder.replace(LEASE, self.mine.to_json(), changed.to_json())
+
+    def _is_ours(self) -> bool:
+        """Whether the lease, though it does not read as expected, is ours: a renewal landed whose answer was lost. Goes on from that."""
+        holder = _parsed(self.folder.read(LEASE)) if self.folder.exists(LEASE) else None
+        if holder is None or holder.token != self.mine.token:
+            return False
+        self.mine = holder
+        return True
 
 
 def _held(folder: Folder, holder: Holder) -> ConfigError:

@@ -30,12 +30,13 @@ from ftcore.data.collate import Batch, collate
 from ftcore.data.order import Order, deal, step_seed
 from ftcore.data.tokenizer import load_tokenizer
 from ftcore.data.types import Block
-from ftcore.errors import Interrupted, TrainingError
+from ftcore.errors import IntegrityError, Interrupted, TrainingError
 from ftcore.journal import Journal
 from ftcore.models import DTYPES, CausalModel, autocast_dtype, choose_layout, load_base
 from ftcore.probes import IN_FP32, Probes, is_exact, record
 from ftcore.recipe import Recipe, recipe_digest
 from ftcore.rundir import RunDir, checkpoint_key
+from ftcore.storage import verify
 
 log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
@@ -142,6 +143,7 @@ class Training:
                     remedy="give the run another name, or put the data back",
                 )
         if self.world.is_main:
+            self._warn_of_a_damaged_best()
             self.run.sweep()
             self.journal = Journal(self.run, step)
             self.writer.before = self.journal.flush
@@ -162,7 +164,7 @@ class Training:
                 )
         if self._is_stale():
             log.info("no better validation loss for %d validations: stopping at step %d", self.at.stale, self.at.step)
-        self.writer.wait()
+        self._settle()
         if self.journal:
             self.journal.flush()
 
@@ -283,8 +285,7 @@ class Training:
         """Makes `final/` of the best (or last) step: weights, probes, result; sealed and read back."""
         chosen = self.at.best_step if self.recipe.eval.choose == "best" and self.at.best_loss is not None else self.at.step
         if chosen != self.at.step:
-            with self.run.opened(checkpoint_key(chosen)) as folder:
-                self.stepper.load(self.recipe.method, folder)
+            self._take_back(chosen)
         metrics = {
             "steps": self.at.step,
             "tokens": self.at.tokens,
@@ -301,6 +302,27 @@ class Training:
                 (folder / "result.json").write_text(json.dumps(asdict(trained)))
         self.stepper.reduce([0.0])  # nobody leaves before the result is sealed
         return trained
+
+    def _take_back(self, step: int) -> None:
+        try:
+            with self.run.opened(checkpoint_key(step)) as folder:
+                self.stepper.load(self.recipe.method, folder)
+        except IntegrityError as error:
+            raise IntegrityError(
+                "the best step's checkpoint is damaged, so no result can be made of it", where=f"{self.run.url}/{checkpoint_key(step)}",
+                got=error, wanted="what was sealed", remedy=f"make the result of the last step, {self.at.step}: eval.choose=last",
+            ) from error  # fmt: skip
+
+    def _warn_of_a_damaged_best(self) -> None:
+        """Said when a run goes on, for at its end nothing can be done about it but to take the last step."""
+        best = self.at.best_step
+        if self.recipe.eval.choose == "best" and best and best != self.at.step:
+            try:
+                verify(self.run.folder / checkpoint_key(best))
+            except IntegrityError as error:
+                log.warning(
+                    "the best step's checkpoint, %d, is damaged; unless a better one comes, end with eval.choose=last: %s", best, error
+                )
 
     def _save_final(self, folder: Path) -> None:
         """Every rank takes part (sharded weights are gathered); rank 0 writes."""

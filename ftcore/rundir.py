@@ -111,7 +111,10 @@ class RunDir:
         """Removes what a killed process left half-written. Only the one writer of a run may call this, before it writes."""
         if self.folder.is_local:
             for litter in [*self.folder.path.glob(".*.tmp"), *(self.folder.path / "checkpoints").glob(".*.tmp")]:
-                shutil.rmtree(litter, ignore_errors=True)
+                if litter.is_dir():
+                    shutil.rmtree(litter, ignore_errors=True)
+                elif not litter.name.endswith(".lock.tmp"):  # the lease's lock stays: one removed while held would let two in
+                    litter.unlink(missing_ok=True)
             return
         _sweep_local_copies()
         try:

@@ -209,7 +209,14 @@ class PatientS3(S3FileSystem):
     def abort_uploads(self, path: str, older_than_s: float = 0.0) -> int:
         """Ends multipart uploads under a path that a killed process left; their parts cost until somebody does. Returns how many."""
         bucket, prefix, _ = self.split_path(path)
-        found = self.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])
+        listing: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix.rstrip('/')}/" if prefix else ""}
+        found: list[dict[str, Any]] = []
+        while True:  # a thousand an answer
+            answer = self.call_s3("list_multipart_uploads", **listing)
+            found += answer.get("Uploads", [])
+            if not answer.get("IsTruncated"):
+                break
+            listing |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
         left = [upload for upload in found if time.time() - upload["Initiated"].timestamp() >= older_than_s]
         for upload in left:
             self.abort_mpu(bucket, upload["Key"], upload["UploadId"])

@@ -1,6 +1,6 @@
 """Safetensors written one tensor at a time: what is written need never be in memory as a whole.
 
-In: names, dtypes and shapes first; then the tensors, in that order. Out: a safetensors file, byte for byte what the library would read.
+In: names, dtypes and shapes first; then the tensors, in any order. Out: a safetensors file, byte for byte what the library would read.
 Runs in: train workers whose backend shards.
 
 Format: 8 bytes little-endian header length, the JSON header, the tensors' bytes end to end (github.com/huggingface/safetensors).
@@ -46,28 +46,30 @@ def in_file_order(plans: Iterable[TensorPlan]) -> list[TensorPlan]:
 
 
 class TensorFile:
-    """An open file; `write` takes the planned tensors in order, leaving the context checks that all came."""
+    """An open file; `write` takes each planned tensor once, in any order; leaving the context checks that all came."""
 
     def __init__(self, path: Path, plans: Iterable[TensorPlan], metadata: Mapping[str, str]) -> None:
         self.path, self.plans = path, in_file_order(plans)
         header: dict[str, object] = {"__metadata__": dict(metadata)}
-        offset = 0
+        offset, self._offsets = 0, dict[str, int]()
         for plan in self.plans:
-            end = offset + plan.num_bytes
+            end, self._offsets[plan.name] = offset + plan.num_bytes, offset
             header[plan.name] = {"dtype": NAMES[plan.dtype], "shape": list(plan.shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._start = self._file.write(struct.pack("<Q", len(text)) + text)
+        self._planned = {plan.name: plan for plan in self.plans}
         self._digests: dict[str, str] = {}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        plan = self.plans[len(self._digests)]
+        plan = self._planned[name]
         got = TensorPlan(name, tensor.dtype, tuple(tensor.shape))
-        assert got == plan, f"wrote {got} where {plan} was planned"
+        assert got == plan and name not in self._digests, f"wrote {got} where {plan} was planned, once"
         data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         self._digests[name] = hashlib.sha256(data).hexdigest()
+        self._file.seek(self._start + self._offsets[name])
         self._file.write(data)
 
     def __enter__(self) -> TensorFile:

@@ -14,18 +14,20 @@ the backward pass, which is the whole model).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ftcore.backends.base import StepInfo, World
 from ftcore.backends.deepspeed import DeepSpeed
 from ftcore.crew import Crew
-from ftcore.errors import ModelError
+from ftcore.errors import ConfigError, ModelError
 from ftcore.methods.base import Method
 from ftcore.models import autocasting, keep_masters
 from ftcore.optim import Optim
@@ -68,7 +70,8 @@ class ZeroStepper:
         self.adam = optim.build(model, lambda parameter: len(shape_of(parameter)))
         num_trainable = sum(math.prod(shape_of(parameter)) for _, parameter in self.trainable)
         config = configuration(backend, optim, bf16=bool(halves), num_trainable=num_trainable)
-        self.engine, zero, *_ = deepspeed.initialize(model=Root(model), optimizer=self.adam, config=config, dist_init_required=False)
+        with _naming_the_section():
+            self.engine, zero, *_ = deepspeed.initialize(model=Root(model), optimizer=self.adam, config=config, dist_init_required=False)
         self.zero: Any = zero
         self.state = ZeroState(self.trainable, zero, self.adam, backend.zero, world.rank)
         self.crew: Crew | None = Crew(world)
@@ -145,6 +148,20 @@ class ZeroStepper:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+@contextmanager
+def _naming_the_section() -> Iterator[None]:
+    """DeepSpeed's own judgement of its configuration as a ConfigError: what the recipe derives is sound, so a raw key is meant."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            "DeepSpeed refuses a key of its configuration", where="backend.deepspeed", got=f"{place}: {first['msg']}",
+            wanted="keys and values as DeepSpeed's documentation has them", remedy=f"correct or remove {place}",
+        ) from error  # fmt: skip
 
 
 def _refuse_precision(model: nn.Module, autocast: torch.dtype | None) -> None:

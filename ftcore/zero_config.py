@@ -9,6 +9,7 @@ much stays gathered) only tune, so the raw section may set them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,28 @@ DEFAULTS: dict[str, JsonValue] = {
 }
 BELONGS = {
     "optimizer": "optim", "scheduler": "optim.schedule", "train_batch_size": "optim.batch_size", "bf16": "model.dtype",
-    "fp16": "model.dtype",
+    "fp16": "model.dtype", "bfloat16": "model.dtype",
     "torch_autocast": "model.dtype", "amp": "model.dtype", "tensor_parallel": "resources.workers",
     "sequence_parallel_size": "resources.workers", "zero_optimization.zenflow": "optim", "compile": "backend.kind",
+    "zero_optimization.offload_optimizer.device": "backend.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "backend.nvme_path",
+    "zero_optimization.offload_param.device": "backend.offload_params", "zero_optimization.offload_param.nvme_path": "backend.nvme_path",
+    "zero_optimization.cpu_offload": "backend.offload_optimizer", "zero_optimization.cpu_offload_param": "backend.offload_params",
+    "zero_optimization.cpu_offload_use_pin_memory": "backend.offload_optimizer",
 }  # fmt: skip
 """Keys with a home elsewhere in the recipe, or that would change who computes what; the raw section may not hold them at all."""
+TOP_LEVEL = frozenset(
+    "aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile compression_training csv_monitor "
+    "curriculum_learning activation_checkpointing data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather "
+    "disable_python_gc dump_state eigenvalue elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps "
+    "gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine log_level "
+    "managed_gradient_accumulation memory_breakdown nebula optimizer pipeline prescale_gradients progressive_layer_drop "
+    "scheduler seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients steps_per_print "
+    "tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu "
+    "use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer "
+    "zero_force_ds_cpu_optimizer zero_optimization".split()
+)
+"""Every name that DeepSpeed 0.19.8 looks up at the top of its configuration; it passes over any other without a word."""
 
 
 def derived(backend: DeepSpeed, optim: Optim, *, bf16: bool) -> dict[str, tuple[JsonValue, str]]:
@@ -84,6 +102,11 @@ def configuration(backend: DeepSpeed, optim: Optim, *, bf16: bool, num_trainable
 def conflicts(backend: DeepSpeed, optim: Optim) -> Iterator[tuple[str, str]]:
     """(path in the recipe, sentence) for every raw key that contradicts the recipe."""
     ours = derived(backend, optim, bf16=False)
+    for name in backend.deepspeed:
+        if name.split(".")[0] not in TOP_LEVEL:
+            near = difflib.get_close_matches(name, TOP_LEVEL, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            yield f"backend.deepspeed.{name}", f"DeepSpeed has no such key, and would pass over it in silence{hint}"
     for path, value in leaves(backend.deepspeed):
         home = next((BELONGS[key] for key in BELONGS if path == key or path.startswith(f"{key}.")), None)
         if home:

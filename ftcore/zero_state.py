@@ -82,8 +82,22 @@ class ZeroState:
         states = [self.adam.state.get(flat, {}) for flat in self.flats]
         return max((float(state["step"]) for state in states if "step" in state), default=0.0)
 
+    def require_held(self) -> None:
+        """Raises IntegrityError unless the masters and moments are here: DeepSpeed leaves empty tensors for what it swapped to NVMe."""
+        for fragment in self.fragments:
+            flat = self.flats[fragment.group]
+            moments = [value for kind, value in self.adam.state.get(flat, {}).items() if kind in MOMENTS]
+            held = min(tensor.numel() for tensor in (flat, *moments))
+            if held < fragment.offset + fragment.numel:
+                raise IntegrityError(
+                    "the optimizer's state is not in this rank's memory, so no checkpoint could hold it", where=fragment.name,
+                    got=f"{held} elements", wanted=f"{fragment.offset + fragment.numel} or more",
+                    remedy="backend.offload_optimizer=cpu (parameters may stay on nvme)",
+                )  # fmt: skip
+
     def save(self, path: Path, buffers: Mapping[str, Tensor]) -> None:
         """Streams this rank's flat tensors (and `buffers`) into `path`; holds no copy of them."""
+        self.require_held()
         steps = self.num_steps()
         kinds = ("weight", *MOMENTS) if steps else ("weight",)
         flats = {f"{group}.{kind}": self._flat(group, kind) for group in range(len(self.flats)) for kind in kinds}
@@ -102,6 +116,7 @@ class ZeroState:
 
     def load(self, folder: Path) -> dict[str, Tensor]:
         """Fills this rank's fragments from a checkpoint of any number of ranks; returns the buffers. `publish` then makes them count."""
+        self.require_held()
         with ExitStack() as stack:
             shards = [Shard.open(path, stack) for path in sorted((folder / FOLDER).glob("*.safetensors"))]
             self._check(shards, folder)

@@ -35,7 +35,8 @@ class DeepSpeed(Backend):
     offload_params: Device = "none"
     """Where sharded weights rest between uses (stage 3)."""
     offload_optimizer: Device = "none"
-    """Where masters and optimizer state live, and where the update is computed. `nvme` only where it proves to train the same."""
+    """Where masters and optimizer state live, and where the update is computed. `nvme` only where it proves to train the
+    same, and what has to be in a checkpoint stays in memory: in practice, parts too small to be swapped."""
     nvme_path: str | None = None
     """A folder on a fast local disk, for `nvme`."""
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
@@ -46,13 +47,19 @@ class DeepSpeed(Backend):
         return self.offload_params != "none" or self.offload_optimizer != "none"
 
     def refusals(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
-        if recipe.resources.workers == 1 and not self._offloads:
+        if recipe.resources.min_workers == 1 and not self._offloads:
+            key = "resources.workers" if isinstance(recipe.resources.workers, int) else "resources.workers.min"
             yield (
                 "backend.kind",
                 (
                     "ZeRO shards over workers, and there is one: nothing is sharded, and each step pays for it; "
-                    "set resources.workers to 2 or more, offload (backend.offload_optimizer: cpu), or take backend.kind: plain"
+                    f"set {key} to 2 or more, offload (backend.offload_optimizer: cpu), or take backend.kind: plain"
                 ),
+            )
+        if recipe.optim.kind != "adamw":
+            yield (
+                "optim.kind",
+                f"the deepspeed backend shards the state of adamw only; got {recipe.optim.kind}; or take backend.kind: plain",
             )
         if recipe.model.dtype in ("fp16", "fp64"):
             yield (
@@ -102,7 +109,9 @@ class DeepSpeed(Backend):
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.deterministic:
             torch.use_deterministic_algorithms(True)
-        return ZeroStepper(model, self, optim, num_steps, world, autocast)
+        stepper = ZeroStepper(model, self, optim, num_steps, world, autocast)
+        stepper.state.require_held()  # before training, rather than at its first checkpoint
+        return stepper
 
     def _check_place(self, world: World) -> None:
         """What only the worker's own machine can tell. Raises ConfigError."""

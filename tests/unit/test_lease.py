@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from ftcore import lease
-from ftcore.errors import ConfigError
+from ftcore.errors import ConfigError, StorageError
 from ftcore.lease import LEASE, Holder, acquire, holding
 from ftcore.rundir import RunDir
+from ftcore.storage import Folder
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -96,3 +98,21 @@ def test_of_many_who_take_over_at_once_one_wins(run: RunDir) -> None:
 
 def elsewhere() -> Holder:
     return Holder("token", "far", "another machine", 7, "1", "2026-01-01T00:00:00Z")
+
+
+def test_a_renewal_whose_answer_was_lost_is_taken_for_what_it_is(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_, lost = Folder.replace, []
+
+    def answer_lost(self: Folder, key: str, old: bytes | None, new: bytes) -> bool:
+        kept = replace_(self, key, old, new)
+        if len(lost) < 2 or json.loads(new)["released"]:
+            lost.append(new)
+            raise StorageError("the answer was lost") if len(lost) < 2 else OSError("of a kind nobody foresaw")
+        return kept
+
+    monkeypatch.setattr(Folder, "replace", answer_lost)
+    with holding(run) as held:
+        while held.mine.beat < 4:
+            time.sleep(0.02)
+        assert len(lost) == 2 and not held.lost.is_set()
+    assert json.loads(run.folder.read(LEASE))["released"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ftcore.models import CausalModel, load_base
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir, checkpoint_key
 from tests.memory_blocks import MemoryBlocks, packed_blocks
+from tests.worlds import in_world
 
 BLOCKS = MemoryBlocks(packed_blocks(24, seed=3), packed_blocks(5, seed=4))
 
@@ -269,3 +272,45 @@ def test_full_fine_tuning_resumes_models_whose_files_name_their_tensors_otherwis
     shutil.rmtree(tmp_path / "run" / "final")
     assert run(recipe) == whole
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.model_type == config.model_type
+
+
+def test_a_damaged_best_checkpoint_is_told_at_the_restore_and_has_a_remedy_at_the_end(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_for(tiny_model_dir, tmp_path, optim={"lr": 0.5, "batch_size": 8, "max_steps": 6, "warmup": 0}, eval={"every_steps": 1})
+    best = run(recipe).chosen_step
+    assert best < 6
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / checkpoint_key(best) / "state.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"eval\.choose=last"):
+        run(recipe)
+    assert f"the best step's checkpoint, {best}, is damaged" in caplog.text
+    last = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"choose": "last"})})
+    assert run(last).chosen_step == 6
+
+
+def chooses_a_step_that_is_not_the_last(rank: int, size: int, recipe: Recipe) -> int:
+    """Rank 0 seals slowly; every other rank still has to find the best step sealed."""
+    run = RunDir(recipe.output.runs, recipe.name)
+    put = run.put_in_place
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(1.0)
+        put(*arguments)
+
+    if rank == 0:
+        run.put_in_place = slowly  # type: ignore[method-assign]
+    training = Training(recipe, World(rank=rank, size=size, local_rank=rank), BLOCKS, run, None, None)
+    training.restore()
+    training._step()
+    training.at = replace(training.at, best_step=1, best_loss=1.0)
+    training.writer.save(training.at, recipe.method, training.stepper, is_main=rank == 0)
+    training.at = replace(training.at, step=recipe.optim.max_steps or 0)
+    training.run_steps()  # nothing is left to do
+    chosen = training.finish().chosen_step
+    training.close()
+    return chosen
+
+
+def test_no_rank_opens_the_best_checkpoint_before_it_is_sealed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    assert in_world(2, chooses_a_step_that_is_not_the_last, recipe_for(tiny_model_dir, tmp_path)) == [1, 1]

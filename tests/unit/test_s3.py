@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -155,10 +156,24 @@ def test_a_read_of_an_object_that_is_replaced_meanwhile_is_no_mixture(folder: Fo
 def test_uploads_in_parts_that_were_left_are_ended(folder: Folder) -> None:
     fs = open_s3()
     bucket = folder.url.removeprefix("s3://").split("/")[0]
-    fs.call_s3("create_multipart_upload", Bucket=bucket, Key="box/half")
-    assert len(fs.list_multipart_uploads(bucket)) == 1
+    for key in ("box/half", "box-10/another runs"):
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
     folder.abort_uploads()
-    assert fs.list_multipart_uploads(bucket) == []
+    assert [upload["Key"] for upload in fs.list_multipart_uploads(bucket)] == ["box-10/another runs"]
+
+
+def test_of_more_uploads_than_one_answer_lists_all_are_ended(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs, ended = open_s3(), []
+
+    def call(method: str, **arguments: str) -> dict[str, object]:
+        page = int(arguments.get("KeyMarker", "0"))
+        upload = {"Key": f"box/{page}", "UploadId": f"{page}", "Initiated": datetime(2026, 1, 1, tzinfo=UTC)}
+        return {"Uploads": [upload], "IsTruncated": page < 2, "NextKeyMarker": f"{page + 1}", "NextUploadIdMarker": "x"}
+
+    monkeypatch.setattr(fs, "call_s3", call)
+    monkeypatch.setattr(fs, "abort_mpu", lambda bucket, key, upload: ended.append(key))
+    folder.abort_uploads()
+    assert ended == ["box/0", "box/1", "box/2"]
 
 
 def test_a_failed_upload_in_parts_leaves_none(proxy: FaultyProxy, folder: Folder, tmp_path: Path) -> None:

@@ -54,6 +54,14 @@ def test_offload_follows_from_the_recipe() -> None:
         ("fp16: {enabled: true}", "fp16.enabled  this follows from model.dtype"),
         ("train_batch_size: 8", "train_batch_size  this follows from optim.batch_size"),
         ("zero_optimization: {overlap_comm: auto}", "zero_optimization.overlap_comm  `auto` is filled in by Hugging Face's Trainer only"),
+        ("zero_optimization: {offload_optimizer: {device: nvme}}", "zero_optimization.offload_optimizer.device  this follows from backend"),
+        ("zero_optimization: {offload_param: {nvme_path: /x}}", "zero_optimization.offload_param.nvme_path  this follows from backend"),
+        ("zero_optimization: {cpu_offload: true}", "zero_optimization.cpu_offload  this follows from backend.offload_optimizer"),
+        ("bfloat16: {enabled: true}", "bfloat16.enabled  this follows from model.dtype"),
+        (
+            "gradient_cliping: 5",
+            "gradient_cliping  DeepSpeed has no such key, and would pass over it in silence; did you mean `gradient_cl",
+        ),
         ("zero_optimization: 3", "zero_optimization  wanted a mapping; got 3"),
     ],
 )
@@ -65,6 +73,8 @@ def test_a_raw_key_that_contradicts_the_recipe_is_refused_by_name(raw: str, word
     ("backend", "override", "words"),
     [
         ("zero: 3", "resources.workers=1", "backend.kind  ZeRO shards over workers, and there is one: nothing is sharded"),
+        ("zero: 3", "resources.workers={min: 1, max: 4}", "set resources.workers.min to 2 or more"),
+        ("zero: 3", "optim.kind=adamw_8bit", "optim.kind  the deepspeed backend shards the state of adamw only; got adamw_8bit"),
         ("zero: 3", "model.dtype=fp64", "model.dtype  the deepspeed backend trains in fp32 and bf16; got fp64"),
         ("zero: 2, offload_params: cpu", "name=a", "backend.offload_params  weights are sharded, and so offloaded, in stage 3 only"),
         ("offload_optimizer: nvme", "name=a", "backend.nvme_path  offloading to nvme needs a folder"),
