@@ -77,7 +77,7 @@ def return_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none, and other habits
     if mallopt is not None:
-        mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
+        mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
 
 
