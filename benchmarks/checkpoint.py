@@ -69,7 +69,7 @@ def measure(recipe: Recipe, blocks: MemoryBlocks, options: argparse.Namespace) -
     for _ in range(options.checkpoints):
         training.writer.wait()
         steps[False] += [timed(training._step) for _ in range(options.steps_between)]
-        stalls.append(timed(lambda: training.writer.save(training.at, recipe.method, training.model, training.stepper, is_main=True)))
+        stalls.append(timed(lambda: training.writer.save(training.at, recipe.method, training.stepper, is_main=True)))
         while training.writer._thread is not None and training.writer._thread.is_alive():
             steps[True].append(timed(training._step))
     training.writer.wait()

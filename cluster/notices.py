@@ -7,16 +7,22 @@ In: FTCORE_PREEMPTION_FILE, FTCORE_PREEMPTION_URL. Out: why, once. Runs in: the 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 FILE_VARIABLE, URL_VARIABLE = "FTCORE_PREEMPTION_FILE", "FTCORE_PREEMPTION_URL"
 EVERY_S = 2.0
 TIMEOUT_S = 1.0
 MAX_BYTES = 4096
+AWS_TOKEN = "X-aws-ec2-metadata-token"
+log = logging.getLogger(__name__)
 
 
 class Notices:
@@ -43,13 +49,39 @@ class Notices:
 
     def _ask(self) -> None:
         """AWS answers 404 until there is a notice, Google FALSE."""
+        headers = {"Metadata-Flavor": "Google"}  # Google answers nothing without it; others do not look
+        told = False
         while True:
+            text = ""
             try:
-                with urllib.request.urlopen(self._url, timeout=TIMEOUT_S) as answer:
-                    text = answer.read(MAX_BYTES).decode(errors="replace").strip()
-            except OSError:  # no notice yet: nothing there, or 404
-                text = ""
+                text = _get(self._url, headers)
+            except urllib.error.HTTPError as error:
+                if error.code == 401:
+                    headers |= _aws_token(self._url)
+                elif error.code != 404 and not told:
+                    told = True
+                    log.warning("preemption notices cannot be read: %s answers %d", self._url, error.code)
+            except OSError as error:  # nothing listens there
+                if not told:
+                    told = True
+                    log.warning("preemption notices cannot be read from %s: %s", self._url, error)
             if text and text.upper() != "FALSE":
                 self._why = f"{self._url} says {text[:80]}"
                 return
             time.sleep(EVERY_S)
+
+
+def _get(url: str, headers: Mapping[str, str], method: str = "GET") -> str:
+    asked = urllib.request.Request(url, headers=dict(headers), method=method)
+    with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as answer:
+        return str(answer.read(MAX_BYTES).decode(errors="replace").strip())
+
+
+def _aws_token(url: str) -> dict[str, str]:
+    """The session token that AWS's metadata service (version 2) wants; nothing where it gives none."""
+    parts = urllib.parse.urlsplit(url)
+    try:
+        token = _get(f"{parts.scheme}://{parts.netloc}/latest/api/token", {f"{AWS_TOKEN}-ttl-seconds": "21600"}, "PUT")
+    except OSError:
+        return {}
+    return {AWS_TOKEN: token}

@@ -68,6 +68,10 @@ class Relay:
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
+        self._unanswered: Any = None
+
+    def __reduce__(self) -> tuple[type[Relay], tuple[Any]]:
+        return Relay, (self._mailbox,)
 
     @classmethod
     def open(cls) -> Relay:
@@ -79,10 +83,16 @@ class Relay:
         self._mailbox.push.remote(dict(message))
 
     def drain(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        """What arrived since the last call, in order. An actor that is still starting has nothing to say yet."""
+        """What arrived since the last call, in order. An actor that is still starting has nothing to say yet.
+
+        An answer that is late is waited for again the next time: it holds what the mailbox then no longer has.
+        """
+        asked = self._unanswered if self._unanswered is not None else self._mailbox.drain.remote()
         try:
-            return list(ray.get(self._mailbox.drain.remote(), timeout=timeout_s))
+            self._unanswered = None
+            return list(ray.get(asked, timeout=timeout_s))
         except GetTimeoutError:
+            self._unanswered = asked
             return []
 
     def command(self, orders: Orders) -> None:

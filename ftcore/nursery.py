@@ -29,12 +29,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ftcore.backends.base import World
-from ftcore.errors import FtcoreError
+from ftcore.errors import ClusterError, FtcoreError
 
 GROUP_TIMEOUT_S = 1800
 PR_SET_PDEATHSIG = 1
@@ -110,20 +111,47 @@ class Worker:
 class Nursery:
     """A supervisor's way to the nursery at `path`, a socket in a folder that only its user may enter."""
 
-    def __init__(self, path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
-        self._path, self._process = path, process
+    def __init__(self, path: Path, preload: Sequence[str] = ()) -> None:
+        self._path, self._preload = path, tuple(preload)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._born = False
 
     @classmethod
     def open(cls, path: Path, preload: Sequence[str]) -> Nursery:
-        """Starts it; imports begin at once, beside whatever the supervisor does next. It ends with this process."""
+        """Starts it; imports begin at once, beside whatever the supervisor does next. It ends with this process.
+
+        Raises ClusterError when the folder of `path` is another user's: what comes through the socket is code.
+        """
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        command = [sys.executable, "-c", f"from {__name__} import tend; tend()", str(path), *preload]
+        owner = path.parent.stat()
+        if owner.st_uid != os.getuid() or owner.st_mode & 0o077:
+            raise ClusterError(
+                "the folder of the workers' socket is open to other users", where=path.parent, wanted="a folder of yours, mode 700",
+                remedy="remove it, or set TMPDIR to a folder of yours",
+            )  # fmt: skip
+        nursery = cls(path, preload)
+        nursery._start()
+        return nursery
+
+    def _start(self) -> None:
+        self._path.unlink(missing_ok=True)
+        command = [sys.executable, "-c", f"from {__name__} import tend; tend()", str(self._path), *self._preload]
         modules = os.pathsep.join(dict.fromkeys(p for p in sys.path if p))
-        return cls(path, subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": modules}))
+        # asked through NVML whether there is a GPU, torch does not start CUDA, which would not survive the fork
+        variables = {**os.environ, "PYTHONPATH": modules, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
 
     def bear(self, birth: Birth) -> Worker:
-        """Forks a worker; waits for the imports the first time. Raises WorkerDied when there is no nursery."""
+        """Forks a worker; waits for the imports the first time, and for new ones when the nursery itself was killed since the last."""
+        if self._process is not None and self._process.poll() is not None and self._born:
+            self._process.communicate()
+            self._start()
+        worker = self._bear(birth)
+        self._born = True
+        return worker
+
+    def _bear(self, birth: Birth) -> Worker:
+        """Raises WorkerDied when there is no nursery."""
         line, until = socket.socket(socket.AF_UNIX), time.monotonic() + IMPORT_TIMEOUT_S
         while True:
             try:
@@ -158,6 +186,9 @@ def tend() -> None:
     listener.listen(BACKLOG)
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise RuntimeError("an import started CUDA, which a forked worker cannot use; FTCORE_PLUGINS must not do that")
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [], REAP_EVERY_S)
         children -= {pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]}
@@ -227,8 +258,11 @@ def _group(world: World, address: str) -> Any:
     if world.size == 1:
         yield
         return
-    import torch.distributed as dist  # the nursery of a supervisor has it already; reading this module must not
+    import torch  # the nursery of a supervisor has it already; reading this module must not
+    import torch.distributed as dist
 
+    if world.device != "cpu":
+        torch.cuda.set_device(world.device)
     backend = "gloo" if world.device == "cpu" else "nccl"
     dist.init_process_group(
         backend, init_method=f"tcp://{address}", rank=world.rank, world_size=world.size, timeout=timedelta(seconds=GROUP_TIMEOUT_S)
@@ -256,8 +290,9 @@ class _Line:
 
     def end(self, kind: str, content: Any) -> None:
         try:
+            ForkingPickler.loads(ForkingPickler.dumps(content))  # some errors go in and do not come out again
             self._send(kind, content)
-        except (TypeError, AttributeError, ValueError):  # cannot be pickled
+        except Exception:
             self._send(kind, RuntimeError(f"{type(content).__name__}: {content}") if kind == "error" else None)
 
     def _send(self, kind: str, content: Any) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,15 @@ from pathlib import Path
 if not __package__:  # run as a file: the rooms are siblings of this script's folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cluster.connect import connect
+from cluster.connect import connect, local_num_cpus
 from cluster.findings import EVERYWHERE, Finding, clocks, disks, machines, runnable, table, together, versions
-from cluster.node_facts import node_facts
+from cluster.node_facts import NodeFacts, node_facts
 from cluster.preflight import HERE, Nodes
-from cluster.resources import alive_nodes, check_fits, needs_ray, wants
+from cluster.resources import Node, alive_nodes, check_fits, needs_ray, wants
 from cluster.runtime_env import inside_job
 from ftcore.cli import guarded
-from ftcore.errors import ClusterError
+from ftcore.data.read import plan, read
+from ftcore.errors import ClusterError, FtcoreError
 from ftcore.model_files import model_files
 from ftcore.recipe import Recipe, load_recipe
 from ftcore.reduce_ping import Ping, reduce_ping
@@ -97,7 +98,8 @@ def _findings(nodes: Nodes, recipe: Recipe | None, min_free_gib: float) -> list[
     findings += clocks(offsets) if offsets else []
     findings += nodes.ports()
     if recipe:
-        findings += fits(recipe) if nodes.counted else []
+        findings += fits(recipe, alive_nodes() if nodes.counted else [_here(facts)])
+        findings += rows(recipe)
         findings += [finding for folder in folders for finding in shared(nodes, folder)]
         findings += model(nodes, recipe)
     return findings + all_reduce(nodes)
@@ -123,13 +125,33 @@ def _used(recipe: Recipe | None) -> set[str]:
     return {name for name, is_used in chosen.items() if is_used}
 
 
-def fits(recipe: Recipe) -> list[Finding]:
+def _here(facts: Mapping[str, NodeFacts]) -> Node:
+    """This machine as a Ray of our own would count it."""
+    return Node(HERE, local_num_cpus(), sum(len(fact.gpus) for fact in facts.values()))
+
+
+def rows(recipe: Recipe) -> list[Finding]:
+    """Whether each source can be found and read: its first row."""
+    findings = []
+    for index, source in enumerate(recipe.data.sources):
+        where = f"data.sources.{index}"
+        try:
+            found = any(True for piece in plan([source]) for _ in read(piece))
+        except FtcoreError as error:
+            findings.append(Finding("problem", "rows", EVERYWHERE, f"{where}: {error.what}: {error.where}", error.remedy))
+            continue
+        text = f"{where}: {source.path} " + ("can be read" if found else "holds no row")
+        findings.append(Finding("ok" if found else "problem", "rows", EVERYWHERE, text, "" if found else "check the path"))
+    return findings
+
+
+def fits(recipe: Recipe, nodes: list[Node]) -> list[Finding]:
     """Whether the workers have room."""
     asked = recipe.resources
     if not needs_ray(asked):
         return []
     try:
-        check_fits(asked, alive_nodes())
+        check_fits(asked, nodes)
     except ClusterError as error:
         return [Finding("problem", "resources", EVERYWHERE, f"{error.what}: wanted {error.wanted}, got {error.got}", error.remedy)]
     return [Finding("ok", "resources", EVERYWHERE, f"room for {wants(asked)}, {asked.placement}")]

@@ -59,6 +59,7 @@ def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
     check_loggers(recipe.output.loggers, run)
     check_places(recipe)
     if not resume:
+        prepare(recipe, log=log)  # what is wrong with the rows is found before the old run is moved; the blocks are kept
         with holding(run, log):
             pass  # nobody else trains it now
         move_aside(run, log)

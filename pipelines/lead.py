@@ -24,20 +24,18 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2._internal.execution.callback import ControllerCallback  # the public callbacks do not run when a controller starts
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer would load torch into every seat
+from ray.util.placement_group import remove_placement_group
 
 from cluster.outbox import Message
 from cluster.placement import Place, draining_nodes, gone, look, place
 from cluster.relay import Orders, Relay
-from cluster.resources import alive_nodes, fits, scaling_numbers
-from cluster.runtime_env import worker_variables
+from cluster.resources import alive_nodes, fits
 from cluster.worker_logs import WorkerPlace, laid_out, why_it_died
 from ftcore.errors import ClusterError, Interrupted
 from ftcore.nursery import Post
 from ftcore.recipe import Resources
 from pipelines.causes import explained, headline, is_death, is_lost_peer, of_ray_train, root_cause, would_happen_again
-from pipelines.seat import sit
+from pipelines.trainer import trainer
 
 POLL_S = 0.1
 SETTLE_S = 0.3
@@ -49,9 +47,8 @@ NUM_MISSED = 3
 """A node that does not answer this many looks in a row is gone, whatever Ray still believes."""
 GROW_EVERY_S, GROW_NOT_BEFORE_S = 5.0, 20.0
 LEAVE_S = 20.0
-RunConfig: Any = ray.train.RunConfig  # the signatures that mypy reads are those of Ray Train v1
-ScalingConfig: Any = ray.train.ScalingConfig
-FailureConfig: Any = ray.train.FailureConfig
+EMPTY_STARTS = 3
+"""Groups in a row that may find the room they saw taken; such a start costs no failure."""
 Hear = Callable[[Message], None]
 
 
@@ -67,6 +64,9 @@ class Group:
     """Rank -> error of this generation's workers that ended."""
     failed_at: float = 0.0
     controller: Any = None
+    room: Any = None
+    """Its placement group."""
+    abandoned: bool = False
     trained: bool = False
     arrived: set[int] = field(default_factory=set)
     told: bool = False
@@ -83,19 +83,28 @@ class Lead:
         self.work, self.resources, self.relay, self.name, self.hear, self.logs = work, resources, relay, name, hear, logs
         self.preload: tuple[str, ...] = ()
         self.workers: dict[int, WorkerPlace] = {}
-        self.num_failures = 0
+        self.num_failures = self.num_empty_starts = 0
         self.group_number = self.generation = 0
         self.avoid: set[str] = set()
         self.why = ""
         """Why the workers were asked to stop: "" (they were not), user, going, growing."""
+        self.grown: tuple[int, frozenset[str]] | None = None
+        """Size and nodes when this run last stopped to grow: if that gave no larger group, only other nodes make it try again."""
         self.fatal: BaseException | None = None
         self.stopped: Interrupted | None = None
+        self.asked = threading.Event()
 
     def stop(self) -> None:
-        """The user wants the run to end, with a checkpoint."""
-        self.why = "user"
-        self.relay.ask_to_stop()
-        self.hear({"event": "stopping"})
+        """The user wants the run to end, with a checkpoint. Called by a signal's handler, which must do no more than this."""
+        self.asked.set()
+
+    def _heed(self) -> bool:
+        """Passes the user's wish on, once. Whether it was there."""
+        if self.asked.is_set() and self.why != "user":
+            self.why = "user"
+            self.relay.ask_to_stop()
+            self.hear({"event": "stopping"})
+        return self.asked.is_set()
 
     def through(self) -> Any:
         while True:
@@ -118,7 +127,7 @@ class Lead:
         try:
             return place(
                 self.resources, lambda text: self.hear({"event": "waiting", "text": text}),
-                avoid=self.avoid, again=self.group_number > 0, stopped=lambda: self.why == "user",
+                avoid=self.avoid, again=self.group_number > 0, stopped=self._heed,
             )  # fmt: skip
         except ClusterError as error:
             if self.why == "user":
@@ -145,6 +154,7 @@ class Lead:
             thread.start()
             while thread.is_alive():
                 thread.join(POLL_S)
+                self._heed()
                 self._drain(group)
                 self._judge(group)
                 self._watch(group)
@@ -153,7 +163,7 @@ class Lead:
             raise self.fatal
         if error:
             self._lost(group, error[0])
-        elif self.stopped is None:
+        elif self.stopped is None and not group.abandoned:
             return True, value[0]
         return False, None
 
@@ -162,21 +172,13 @@ class Lead:
             "work": self.work, "relay": self.relay, "cwd": str(Path.cwd()), "group": self.group_number,
             "id": uuid.uuid4().hex[:12], "preload": self.preload, "gpus": self.resources.gpus_per_worker,
         }  # fmt: skip
-        return DataParallelTrainer(
-            sit,
-            train_loop_config=order,
-            scaling_config=ScalingConfig(**scaling_numbers(self.resources, at.num_workers), label_selector=at.selector() or None),
-            run_config=RunConfig(
-                name=self.name, storage_path=scratch, failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                callbacks=[_Introduction(self.relay, self.group_number)], worker_runtime_env={"env_vars": worker_variables(self.resources)},
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        )  # fmt: skip
+        return trainer(order, self.relay, self.resources, at, name=self.name, scratch=scratch)
 
     def _next_generation(self, group: Group) -> None:
         self.generation += 1
         group.ended.clear()
         group.failed_at = 0.0
+        self.workers = {}
         self.relay.command(Orders(self.group_number, self.generation, stop=bool(self.why)))
 
     def _over(self) -> None:
@@ -194,7 +196,10 @@ class Lead:
         event = message["event"]
         if event == "controller" and message["group"] == self.group_number:
             group.controller = message["actor"]
+        elif event == "room" and message["group"] == self.group_number:
+            group.room = message["placement"]
         elif event == "seated":
+            self.num_empty_starts = 0
             group.nodes[message["rank"]] = message["node_id"]
         elif event == "worker":
             self._arrived(group, message)
@@ -220,7 +225,7 @@ class Lead:
 
     def _judge(self, group: Group) -> None:
         """Decides what follows from workers that ended, once enough of them have."""
-        if not group.ended or self.fatal is not None or self.stopped is not None:
+        if not group.ended or self.fatal is not None or self.stopped is not None or group.abandoned:
             return
         everyone = len(group.ended) == group.at.num_workers
         failures = {rank: error for rank, error in group.ended.items() if error is not None}
@@ -236,42 +241,43 @@ class Lead:
             self.stopped = cause
             self._over()
             return
+        where = self.workers.get(rank)
         if self._may_go_on(cause):
             if gone(set(group.nodes.values())):
                 self._abandon(group)
             else:
                 self._next_generation(group)  # first: reading a dead worker's log takes a second
-        self._tell_failure(rank, cause)
+        self._tell_failure(rank, cause, where)
 
     def _count(self, rank: int, cause: BaseException) -> bool:
         """Whether the run may go on after this failure; says so. Otherwise `fatal` is set and the group leaves."""
         going_on = self._may_go_on(cause)
-        self._tell_failure(rank, cause)
+        self._tell_failure(rank, cause, self.workers.get(rank))
         return going_on
 
     def _may_go_on(self, cause: BaseException) -> bool:
         self.num_failures += 1
         return not (would_happen_again(cause) or 0 <= self.resources.max_failures < self.num_failures)
 
-    def _tell_failure(self, rank: int, cause: BaseException) -> None:
+    def _tell_failure(self, rank: int, cause: BaseException, where: WorkerPlace | None) -> None:
         final = would_happen_again(cause) or 0 <= self.resources.max_failures < self.num_failures
-        got = why_it_died(self.workers.get(rank), str(cause)) if is_death(cause) else headline(cause)
+        got = why_it_died(where, str(cause)) if is_death(cause) else headline(cause)
         self.hear({"event": "failure", "rank": rank, "cause": got, "final": final})
         if final:
-            self.fatal = explained(rank, cause, got, self.workers.get(rank, "place unknown"), self.num_failures, self.logs)
+            self.fatal = explained(rank, cause, got, where or "place unknown", self.num_failures, self.logs)
             self._over()
 
     def _lost(self, group: Group, error: BaseException) -> None:
         """Ray Train gave the group up: a seat died, or its room was taken before it was reserved."""
-        if self.stopped is not None:
+        if self.stopped is not None or group.abandoned:
             return  # it was over already; the rest of it does not matter
         if not isinstance(error, ray.train.TrainingFailedError | RayActorError):
             raise error
         rank, cause = of_ray_train(error)
         if not group.nodes and rank < 0 and not would_happen_again(cause):
-            self.hear({"event": "waiting", "text": f"the workers did not start ({headline(cause)}); looking for room again"})
-            self.num_failures += 1
-            if self.num_failures <= max(3, self.resources.max_failures):
+            self.num_empty_starts += 1
+            if self.num_empty_starts <= EMPTY_STARTS:
+                self.hear({"event": "waiting", "text": f"the workers did not start ({headline(cause)}); looking for room again"})
                 return
         if not self._count(rank, cause):
             raise self.fatal or error
@@ -279,7 +285,7 @@ class Lead:
     def _watch(self, group: Group) -> None:
         """Looks at the nodes once a second: gone, going, or new ones to grow onto."""
         now = time.monotonic()
-        if now - group.looked < LOOK_EVERY_S or not group.nodes or self.fatal is not None or self.stopped is not None:
+        if now - group.looked < LOOK_EVERY_S or not group.nodes or self.fatal is not None or self.stopped is not None or group.abandoned:
             return
         group.looked = now
         mine = set(group.nodes.values())
@@ -309,25 +315,21 @@ class Lead:
         if now - group.grow_looked < GROW_EVERY_S or now - group.started < GROW_NOT_BEFORE_S or not group.trained or self.why:
             return
         group.grow_looked = now
-        room = fits(self.resources, look(self.avoid).free)
+        mine = set(group.nodes.values()) if self.resources.placement == "STRICT_SPREAD" else set()
+        free = [node for node in look(self.avoid).free if node.id not in mine]
+        room = fits(self.resources, free)
         seen_before, group.room_seen = group.room_seen, room
-        if room and seen_before:
-            self.why = "growing"
+        at = (group.at.num_workers, frozenset(node.id for node in free))
+        if room and seen_before and at != self.grown:
+            self.why, self.grown = "growing", at
             self.hear({"event": "growing", "to": min(self.resources.max_workers, group.at.num_workers + room)})
             self.relay.ask_to_stop()
 
     def _abandon(self, group: Group) -> None:
         """Leaves a group that has lost a node: its controller would wait until Ray knows, and hold the others' room meanwhile."""
+        group.abandoned = True
         self._over()
         if group.controller is not None:
             ray.kill(group.controller)
-
-
-class _Introduction(ControllerCallback):
-    """Runs in Ray Train's controller: tells the driver who it is, so that a group can be given up."""
-
-    def __init__(self, relay: Relay, group: int) -> None:
-        self.relay, self.group = relay, group
-
-    def after_controller_start(self, train_run_context: object) -> None:
-        self.relay.push({"event": "controller", "group": self.group, "actor": ray.get_runtime_context().current_actor})
+        if group.room is not None:
+            remove_placement_group(group.room)  # it would outlive its controller, until this driver ends

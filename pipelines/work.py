@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from cluster.outbox import Outbox
 from ftcore.data.prepared import Prepared
-from ftcore.loop import train
 from ftcore.nursery import Post
 from ftcore.recipe import parse_recipe
 from ftcore.rundir import RunDir
 
-PRELOAD = (__name__, "peft")
-"""What a nursery imports before its first worker is asked for."""
+PRELOAD = (__name__, "ftcore.loop", "peft")
+"""What a nursery imports before its first worker is asked for; the driver and the seats, who only pass the work on, never do."""
 
 
 def work(recipe_yaml: str, plugins: tuple[str, ...], prepared_url: str, run: RunDir, post: Post) -> None:
     """The recipe is validated again, so that every process fills the same tables."""
+    from ftcore.loop import train
+
     recipe = parse_recipe(recipe_yaml, plugins=plugins)
     outbox = Outbox(post.say)
     try:

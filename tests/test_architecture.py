@@ -175,6 +175,7 @@ LATE: dict[str, str] = {
     "pipelines.fit": "the driver launches workers before it loads what only they and the report need",
     "ftcore.storage": "local folders do not pay for fsspec",
     "ftcore.remote": "s3fs is loaded for s3:// alone",
+    "pipelines.work": "the driver and Ray Train's workers only pass the work on, without torch",
     "pipelines.runs": "the first step does not wait for what publishing needs",
 }
 

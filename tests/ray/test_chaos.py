@@ -36,3 +36,9 @@ def test_twenty_kills_are_survived_bit_for_bit() -> None:
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes() -> None:
     said = chaos("--kills", "3", "--steps-between", "1000", "--where", "lose,gain,drain", "--tolerance", "1e-5")
     assert "3 finished / 3 identical" in said
+
+
+@pytest.mark.proof
+def test_a_run_leaves_a_machine_that_goes_without_a_failure() -> None:
+    said = chaos("--kills", "2", "--steps-between", "400", "--where", "leave,terminate")
+    assert "2 finished / 2 identical" in said

@@ -82,4 +82,6 @@ def test_the_demo_ends_in_verified_adapters(tmp_path: Path, words: tuple[str, ..
     store = AdapterStore(tmp_path / "adapters")
     for name in ("acme/next-operation", "globex/next-operation"):
         card = store.verify(store.resolve(name))
-        assert card.recipe is not None and all(str(value) in str(card.recipe.resolved) for value in ("deepspeed", "qlora") if value in words[0])
+        assert card.recipe is not None and all(
+            str(value) in str(card.recipe.resolved) for value in ("deepspeed", "qlora") if value in words[0]
+        )

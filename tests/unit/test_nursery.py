@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from cluster import notices as notices_module
 from cluster.notices import Notices
 from ftcore.backends.base import World
 from ftcore.errors import StorageError
@@ -117,9 +120,78 @@ def test_a_nursery_that_cannot_import_says_so(tmp_path: Path) -> None:
     nursery.close()
 
 
+def test_a_nursery_that_was_killed_is_opened_again_for_the_next_worker(tmp_path: Path) -> None:
+    nursery = Nursery.open(tmp_path / "s", [])
+    first = nursery.bear(Birth(waits, ALONE, "", {}))
+    assert nursery._process is not None
+    nursery._process.kill()
+    nursery._process.wait()
+    while first.end is None:
+        first.hear(0.1)
+    assert isinstance(first.end.error, WorkerDied)
+    again = nursery.bear(Birth(says_hello, ALONE, "", {"GIVEN": "value"}))
+    while again.end is None:
+        again.hear(0.1)
+    nursery.close()
+    assert again.end.value == "value"
+
+
+class Unpickable(Exception):
+    """Goes into a pickle, and does not come out."""
+
+    def __init__(self, text: str, *, needed: int) -> None:
+        super().__init__(text)
+
+
+def fails_oddly(post: Post) -> None:
+    raise Unpickable("the true cause", needed=1)
+
+
+def test_an_error_that_cannot_travel_is_told_in_words(tmp_path: Path) -> None:
+    nursery = Nursery.open(tmp_path / "s", [])
+    worker = nursery.bear(Birth(fails_oddly, ALONE, "", {}))
+    while worker.end is None:
+        worker.hear(0.1)
+    nursery.close()
+    assert str(worker.end.error) == "Unpickable: the true cause"
+
+
 def test_a_notice_file_is_heard_once(tmp_path: Path) -> None:
     notices = Notices(file=str(tmp_path / "going"))
     assert notices.heard() == ""
     (tmp_path / "going").touch()
     notices._looked = float("-inf")
     assert [notices.heard(), notices.heard()] == [f"{tmp_path / 'going'} appeared", ""]
+
+
+def test_a_clouds_notice_is_read_with_the_headers_it_demands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices_module, "EVERY_S", 0.02)
+
+    class Cloud(BaseHTTPRequestHandler):
+        """Answers as AWS's second version and Google's do, together."""
+
+        def do_PUT(self) -> None:
+            self._say(200, "token-1" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else "")
+
+        def do_GET(self) -> None:
+            allowed = self.headers["X-aws-ec2-metadata-token"] == "token-1" and self.headers["Metadata-Flavor"] == "Google"
+            self._say(200 if allowed else 401, "TRUE" if allowed else "no")
+
+        def _say(self, code: int, text: str) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Cloud)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    notices = Notices(url=f"http://127.0.0.1:{server.server_port}/preempted")
+    until, why = time.monotonic() + 10, ""
+    while not why and time.monotonic() < until:
+        why = notices.heard()
+        time.sleep(0.02)
+    server.shutdown()
+    server.server_close()
+    assert why.endswith("says TRUE")
