@@ -11,8 +11,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+import ftcore.invariants as invariants_module
 from ftcore.invariants import FewBlocks, Finding, few_blocks, invariants
 from ftcore.methods.base import METHODS
+from ftcore.probes import ProbeReport
 from ftcore.recipe import Recipe, parse_recipe
 from ftcore.recipe_file import dump_yaml
 from ftcore.stages.base import STAGES
@@ -206,3 +208,10 @@ def test_the_command_prints_a_line_a_check_and_exits_with_3_when_one_failed(
     assert "PASS  accumulation" in capsys.readouterr().out
     assert program.main([*arguments, "stage=mean_of_means"]) == 3
     assert "FAIL  accumulation" in capsys.readouterr().out
+
+
+def test_a_wrong_adapter_is_not_hidden_by_what_bf16_rounds(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(tiny_model_dir, tmp_path, model={"path": str(tiny_model_dir), "dtype": "bf16"})
+    report = ProbeReport(False, 1e-4, 1e-3, None, 5e-5, "bf16", "bf16", False, "another adapter")
+    monkeypatch.setattr(invariants_module, "check", lambda *_: report)
+    assert tried(recipe, tmp_path, "save -> reload")["save -> reload"].outcome == "FAIL"

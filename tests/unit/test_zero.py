@@ -11,8 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ftcore.backends.base import World
 from ftcore.recipe import Recipe
 from ftcore.rundir import RunDir
+from ftcore.zero_export import export_model
 from tests.worlds import in_world
 from tests.zero_runs import BLOCKS, STEPS, Job, apart, clipped, job, losses, train_all, validations
 
@@ -138,7 +140,7 @@ def what_goes_wrong(rank: int, size: int, jobs: list[Job]) -> list[str]:
     from ftcore.loop import Training, train
 
     told = []
-    empty, infinite, full = (Recipe.model_validate(each.tree) for each in jobs)
+    empty, infinite, full, misspelt = (Recipe.model_validate(each.tree) for each in jobs)
     world = World(rank=rank, size=size, local_rank=rank)
     gathering, zero_export.gathering = zero_export.gathering, lambda parameter: nullcontext()
     try:
@@ -171,16 +173,22 @@ def what_goes_wrong(rank: int, size: int, jobs: list[Job]) -> list[str]:
     except FtcoreError as error:
         told.append(error.what)
     zero_state.ZeroState.save = save
+    try:
+        train(misspelt, world, BLOCKS, RunDir(misspelt.output.runs, misspelt.name))
+    except FtcoreError as error:
+        told.append(f"{error.where}: {error.got}")
     return told
 
 
 def test_an_empty_adapter_an_infinite_gradient_and_a_lost_part_are_refused_on_every_rank(tiny_model_dir: Path, tmp_path: Path) -> None:
     jobs = [job(tiny_model_dir, tmp_path, name, zero(3), LORA, max_steps=2) for name in ("empty", "infinite", "full")]
+    jobs.append(job(tiny_model_dir, tmp_path, "misspelt", zero(3, deepspeed={"zero_optimization": {"overlap_com": True}}), LORA))
     first, second = in_world(2, what_goes_wrong, jobs)
     gathered = "a gathered parameter is not what its shards hold"
     infinite = "the gradient of step 2 is not finite; weights kept: True"
-    assert first == [gathered, infinite, "rank 1 could not write its part of a checkpoint"]
-    assert second == [gathered, infinite, "cannot write a checkpoint this"]
+    misspelt = "backend.deepspeed: overlap_com: Extra inputs are not permitted"
+    assert first == [gathered, infinite, "rank 1 could not write its part of a checkpoint", misspelt]
+    assert second == [gathered, infinite, "cannot write a checkpoint this", misspelt]
     assert not (tmp_path / "empty" / "final").exists()
     assert RunDir(tmp_path, "full").checkpoint_steps() == []
     assert not [path for path in (tmp_path / "full" / "checkpoints").iterdir() if path.name.endswith(".tmp")]
@@ -192,3 +200,10 @@ def test_a_recipe_with_a_raw_section_survives_being_written_out() -> None:
     tree = job(Path("base"), Path("runs"), "run", zero(3), LORA).tree | {"resources": {"workers": 2}}
     recipe = Recipe.model_validate(tree)
     assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_a_bf16_model_with_an_fp32_buffer_is_exported(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    model.register_buffer("correction", torch.arange(3.0))
+    export_model(model, tmp_path, torch.bfloat16, World(), lambda values: values)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["correction"], torch.arange(3.0))
