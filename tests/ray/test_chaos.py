@@ -22,6 +22,12 @@ def chaos(*words: str) -> str:
 
 
 @pytest.mark.ray
+def test_a_killed_worker_and_a_kill_in_mid_checkpoint_are_survived_bit_for_bit() -> None:
+    said = chaos("--kills", "2", "--steps-between", "12", "--where", "worker,checkpoint")
+    assert "2 kills (seed 0): 2 finished / 2 identical" in said and "final weights the same bytes" in said
+
+
+@pytest.mark.proof
 def test_one_kill_of_each_kind_is_survived_bit_for_bit() -> None:
     said = chaos("--kills", "5", "--steps-between", "12", "--where", "worker,seat,node,driver,checkpoint")
     assert "5 kills (seed 0): 5 finished / 5 identical" in said and "final weights the same bytes" in said
