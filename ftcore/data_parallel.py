@@ -59,6 +59,15 @@ def bucketed(parameters: list[nn.Parameter]) -> list[GradientBucket]:
     return [GradientBucket(group) for group in groups]
 
 
+def summed(values: list[float], world: World) -> list[float]:
+    """The sums over all ranks, in float64; a collective."""
+    if world.size == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
 class PlainStepper:
     """See `backends.base.Stepper`."""
 
@@ -136,11 +145,7 @@ class PlainStepper:
         return StepInfo(norm, lr, skipped=self.scaler.is_enabled() and self.scaler.get_scale() < before)
 
     def reduce(self, values: list[float]) -> list[float]:
-        if self.world.size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.world.device)
-        dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+        return summed(values, self.world)
 
     def whole(self) -> dict[str, Tensor]:
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable} if self.world.is_main else {}

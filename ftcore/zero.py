@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ftcore.backends.base import StepInfo, World
 from ftcore.backends.deepspeed import DeepSpeed
 from ftcore.crew import Crew
+from ftcore.data_parallel import summed
 from ftcore.errors import ConfigError, ModelError
 from ftcore.methods.base import Method
 from ftcore.models import autocasting, keep_masters
@@ -104,11 +104,7 @@ class ZeroStepper:
         return StepInfo(norm, lr)
 
     def reduce(self, values: list[float]) -> list[float]:
-        if self.world.size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.world.device)
-        dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+        return summed(values, self.world)
 
     def whole(self) -> dict[str, Tensor]:
         self._settle()
