@@ -292,7 +292,7 @@ class _Line:
         try:
             ForkingPickler.loads(ForkingPickler.dumps(content))  # some errors go in and do not come out again
             self._send(kind, content)
-        except Exception:
+        except Exception:  # whatever its class does when it is packed or unpacked: the words travel
             self._send(kind, RuntimeError(f"{type(content).__name__}: {content}") if kind == "error" else None)
 
     def _send(self, kind: str, content: Any) -> None:
