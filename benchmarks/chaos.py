@@ -49,7 +49,7 @@ import itertools
 
 import yaml
 
-from benchmarks.processes import children_of, command_of, parent_of, raylet_of, signal_to, signal_to_all
+from benchmarks.processes import all_processes, children_of, command_of, environment_of, parent_of, raylet_of, signal_to, signal_to_all
 from ftcore.journal import read_lines
 from ftcore.rundir import RunDir
 from tests.conftest import make_tiny_model
@@ -212,6 +212,8 @@ class Arena:
         elif kind == "node":
             victim = self.busy_node()
             signal_to_all(raylet_of(victim))
+            for nursery in self.nurseries():  # these nodes are one machine and share it: the new node must not find it ready
+                signal_to(nursery)
             self.nodes.remove(victim)
             self.cluster.remove_node(victim, allow_graceful=False)
             self.add_node()
@@ -249,9 +251,13 @@ class Arena:
         return sorted(pid for node in self.nodes for pid in children_of(raylet_of(node)) if "RayTrainWorker" in command_of(pid))
 
     def training(self) -> list[int]:
-        """The processes that train: forked from a nursery, which is a child of a seat."""
-        mothers = [pid for seat in self.seats() for pid in children_of(seat) if "ftcore.nursery" in command_of(pid)]
-        return sorted(pid for mother in mothers for pid in children_of(mother))
+        """The processes that train: forked from a nursery."""
+        return sorted(pid for nursery in self.nurseries() for pid in children_of(nursery))
+
+    def nurseries(self) -> list[int]:
+        """They belong to no seat; this cluster's are known by its token."""
+        ours = f"RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']}"
+        return [pid for pid in all_processes() if "ftcore.tending" in command_of(pid) and ours in environment_of(pid)]
 
     def half_written(self) -> bool:
         """Whether a checkpoint is being written just now."""

@@ -16,8 +16,12 @@ def raylet_of(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
+def all_processes() -> list[int]:
+    return [int(place.name) for place in Path("/proc").glob("[0-9]*")]
+
+
 def children_of(parent: int) -> list[int]:
-    return [int(place.name) for place in Path("/proc").glob("[0-9]*") if parent_of(int(place.name)) == parent]
+    return [pid for pid in all_processes() if parent_of(pid) == parent]
 
 
 def command_of(pid: int) -> str:
@@ -25,6 +29,14 @@ def command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return ""
+
+
+def environment_of(pid: int) -> list[str]:
+    """`NAME=value` as it was started with; empty for another user's."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def parent_of(pid: int) -> int:

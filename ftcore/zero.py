@@ -32,7 +32,7 @@ from ftcore.methods.base import Method
 from ftcore.models import autocasting, keep_masters
 from ftcore.optim import Optim
 from ftcore.zero_config import configuration
-from ftcore.zero_export import export_model, gathered
+from ftcore.zero_export import export_model, gathered, refuse_merges
 from ftcore.zero_runtime import is_sharded, save_no_weights, shape_of
 from ftcore.zero_state import ZeroState, part_name
 
@@ -63,6 +63,8 @@ class ZeroStepper:
         if not halves:
             keep_masters(model)
         self.model, self.optim, self.num_steps, self.world = model, optim, num_steps, world
+        if all(p.requires_grad for p in model.parameters()):
+            refuse_merges(model, torch.float32)  # now, rather than as its result is written
         self.autocast = None if halves else autocast
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if backend.zero == 3:
@@ -149,13 +151,16 @@ class ZeroStepper:
 @contextmanager
 def _naming_the_section() -> Iterator[None]:
     """DeepSpeed's own judgement of its configuration as a ConfigError: what the recipe derives is sound, so a raw key is meant."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
     try:
         yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+    except (ValidationError, DeepSpeedConfigError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        place = ".".join(map(str, first["loc"])) if first else "a key"
         raise ConfigError(
-            "DeepSpeed refuses a key of its configuration", where="backend.deepspeed", got=f"{place}: {first['msg']}",
+            "DeepSpeed refuses a key of its configuration", where="backend.deepspeed",
+            got=f"{place}: {first['msg']}" if first else " ".join(str(error).split()),
             wanted="keys and values as DeepSpeed's documentation has them", remedy=f"correct or remove {place}",
         ) from error  # fmt: skip
 

@@ -69,8 +69,7 @@ def _squares(tensor: Tensor) -> float:
 def export_model(model: nn.Module, folder: Path, dtype: torch.dtype, world: World, reduce: Reduce) -> None:
     """Streams the whole model in `dtype` into `folder`, as `from_pretrained` reads it, and reads every byte back."""
     parameters = list(model.named_parameters())
-    plans = {name: _written_as(model, name, shape_of(parameter), dtype) for name, parameter in parameters}
-    _refuse_merges(model, plans, dtype)
+    plans = _plans(model, dtype)
     kept = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     flat = [plan for outputs in plans.values() for plan in outputs]
@@ -89,17 +88,21 @@ def export_model(model: nn.Module, folder: Path, dtype: torch.dtype, world: Worl
         _write_facts(model, folder, dtype, sum(plan.num_bytes for plan in flat), files)
 
 
+def _plans(model: nn.Module, dtype: torch.dtype) -> dict[str, list[TensorPlan]]:
+    return {name: _written_as(model, name, shape_of(parameter), dtype) for name, parameter in model.named_parameters()}
+
+
 def _written_as(model: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[TensorPlan]:
     """What transformers' files call this parameter, and into what they cut it (fused experts, for one)."""
     outputs = revert_weight_conversion(model, {name: torch.empty(shape, dtype=dtype, device="meta")})
     return [TensorPlan(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in outputs.items()]
 
 
-def _refuse_merges(model: nn.Module, plans: dict[str, list[TensorPlan]], dtype: torch.dtype) -> None:
+def refuse_merges(model: nn.Module, dtype: torch.dtype) -> None:
     """Raises ModelError when this architecture's files merge several parameters into one tensor: those cannot be written one by one."""
     shapes = {name: torch.empty(shape_of(p), dtype=dtype, device="meta") for name, p in model.named_parameters()}
     together = {key: tuple(tensor.shape) for key, tensor in revert_weight_conversion(model, shapes).items()}
-    alone = {plan.name: plan.shape for outputs in plans.values() for plan in outputs}
+    alone = {plan.name: plan.shape for outputs in _plans(model, dtype).values() for plan in outputs}
     if alone != together:
         odd = sorted(key for key in together.keys() | alone.keys() if together.get(key) != alone.get(key))
         raise ModelError(

@@ -13,9 +13,9 @@ from typing import Any
 from ftcore.data.order import Order
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError
+from ftcore.history import shown
 from ftcore.recipe import Recipe
 from ftcore.rundir import RunDir
-from pipelines.history import shown
 
 MAY_CHANGE = (
     "resources.", "output.", "plugins", "data.cache", "data.engine", "backend.micro_batch", "backend.gradient_checkpointing",

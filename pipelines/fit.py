@@ -22,13 +22,13 @@ from cluster.runtime_env import keep_memory
 from ftcore.adapters import AdapterRef
 from ftcore.data.prepared import Prepared
 from ftcore.errors import Interrupted
+from ftcore.history import remember
 from ftcore.lease import holding
 from ftcore.loggers import Loggers, check_loggers
 from ftcore.places import check_places
 from ftcore.progress import ProgressLine
 from ftcore.recipe import Recipe, dump_recipe
 from ftcore.rundir import RunDir
-from pipelines.history import remember
 from pipelines.launch import launch, launch_here
 from pipelines.prepare import prepare
 from pipelines.runs import at_home, began_with, begin, move_aside, parent_into, publish_once, recognise, same_command

@@ -15,7 +15,6 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +169,7 @@ class Lead:
     def _trainer(self, at: Place, scratch: str) -> Any:
         order = {
             "work": self.work, "relay": self.relay, "cwd": str(Path.cwd()), "group": self.group_number,
-            "id": uuid.uuid4().hex[:12], "preload": self.preload, "gpus": self.resources.gpus_per_worker,
+            "preload": self.preload, "gpus": self.resources.gpus_per_worker,
         }  # fmt: skip
         return trainer(order, self.relay, self.resources, at, name=self.name, scratch=scratch)
 

@@ -21,11 +21,11 @@ from ftcore.card import Card
 from ftcore.data.identity import identity
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, IntegrityError, StorageError
+from ftcore.history import remember, shown
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
 from ftcore.storage import MANIFEST, Folder, digest_of, is_sealed
 from pipelines.changes import refuse_changes
-from pipelines.history import remember, shown
 
 Log = Callable[[str], None]
 

@@ -34,13 +34,10 @@ def sit(order: dict[str, Any]) -> Any:
     if Path(order["cwd"]).is_dir():
         os.chdir(order["cwd"])  # so that the recipe's relative paths mean what they mean to the driver
     world = _place(order["gpus"])
-    # sockets need short paths; nodes of several addresses may share a machine, and Ray Train counts local ranks by address
-    path = Path(tempfile.gettempdir()) / f"ftcore-{os.getuid()}" / f"{order['id']}-{world.node}"
-    nursery = Nursery.open(path, order["preload"]) if world.local_rank == 0 else Nursery(path)
-    try:
-        return Seat(nursery, order["relay"], order["work"], world).through(order["group"])
-    finally:
-        nursery.close()
+    nursery = Nursery.open(Path(tempfile.gettempdir()) / f"ftcore-{os.getuid()}", order["preload"], node=world.node)
+    value = Seat(nursery, order["relay"], order["work"], world).through(order["group"])
+    nursery.close()  # not after an error: who takes this seat's place finds the nursery
+    return value
 
 
 def _place(gpus: float) -> World:

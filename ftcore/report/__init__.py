@@ -1,7 +1,7 @@
 """Report: one self-contained HTML page and one PNG of curves about a run, safe to open whatever its rows and names hold.
 
-In: a run's folder (recipe.yaml, audit.json, metrics.jsonl, final/, published.json; each may be missing). Out: report.html and curves.png
-in it. Runs in: the driver, after a run or in the middle of one.
+In: a run's folder (recipe.yaml, audit.json, metrics.jsonl, history.json, final/, published.json; each may be missing). Out: report.html
+and curves.png in it. Runs in: the driver, after a run or in the middle of one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ftcore
 from ftcore.card import utc_now
 from ftcore.data.audit import Audit
 from ftcore.data.audit_table import printable_lines
+from ftcore.history import recall, told
 from ftcore.report.chart import Curve, png, svg
 from ftcore.report.journal_view import figures, read_journal, series
 from ftcore.rundir import RunDir
@@ -36,6 +37,7 @@ def write_report(run: RunDir, *, comparison: str = "") -> str:
         finished=run.is_finished(), steps=run.checkpoint_steps(),
         figures=figures(lines), charts=[(curve, svg(curve)) for curve in curves], audit=_audit(run), recipe=_text(run, "recipe.yaml"),
         published=_json(run, "published.json"), result=_json(run, "final/result.json"), comparison=comparison,
+        history=told(recall(run)),
     )  # fmt: skip
     run.folder.write(HTML, page.encode("utf-8", errors="replace"))
     return f"{run.folder}/{HTML}"

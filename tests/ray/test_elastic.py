@@ -26,7 +26,8 @@ def test_sigterm_to_a_worker_with_nowhere_to_go_ends_the_run_with_a_checkpoint_a
     recipe, said = recipe_of(place, "terminated", output=FAR), list[str]()
     with at_step(12, lambda pids: os.kill(pids[1], signal.SIGTERM), monkeypatch), pytest.raises(Interrupted) as stopped:
         fit(recipe, log=said.append)
-    assert stopped.value.exit_code == 75 and stopped.value.got.startswith("sealed and usable: step 1"), stopped.value
+    sealed = int(stopped.value.got.removeprefix("sealed and usable: step "))
+    assert stopped.value.exit_code == 75 and 12 <= sealed < 60, stopped.value  # the driver hears of step 12 some steps later
     assert [line for line in said if "must go: SIGTERM" in line and "costs no failure" in line], said
     assert journal(fit(recipe, log=said.append)) == journal(uninterrupted)
 

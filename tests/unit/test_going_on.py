@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from ftcore.errors import ConfigError, Interrupted
+from ftcore.history import recall, remember
 from ftcore.lease import holding
 from ftcore.recipe import Recipe
 from ftcore.rundir import LEASE, RunDir
 from pipelines import changes, runs
 from pipelines.changes import other_past, refuse_changes
-from pipelines.history import recall, remember
 from pipelines.sft import main
 
 

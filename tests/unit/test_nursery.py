@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -40,9 +42,13 @@ def waits(post: Post) -> str:
     return "asked to stop"
 
 
+def says_where(post: Post) -> str:
+    return str(Path.cwd())
+
+
 @pytest.fixture
 def nursery(tmp_path: Path) -> Iterator[Nursery]:
-    opened = Nursery.open(tmp_path / "n" / "s", ["json", __name__])
+    opened = Nursery.open(tmp_path / "n", ["json", __name__])
     yield opened
     opened.close()
 
@@ -89,21 +95,87 @@ def test_a_worker_asked_to_stop_finishes_what_it_does_and_a_signal_is_told_as_a_
     assert [message["why"] for message in said if isinstance(message, dict)] == ([] if by == "order" else ["SIGTERM"])
 
 
-def test_nobody_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
-    code = (
-        f"import time\nfrom pathlib import Path\nfrom tests.unit.test_nursery import *\n"
-        f"nursery = Nursery.open(Path({str(tmp_path)!r}) / 's', [])\nworker = nursery.bear(Birth(waits, ALONE, '', {{}}))\n"
-        "print(nursery._process.pid, worker.pid, flush=True)\ntime.sleep(60)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as supervisor:
+SUPERVISOR = """
+import sys, time
+from pathlib import Path
+from tests.unit.test_nursery import *
+nursery = Nursery.open(Path(sys.argv[1]), [], linger_s=float(sys.argv[2]))
+worker = nursery.bear(Birth(waits, ALONE, "", {}))
+print(tender_of(nursery), worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def tender_of(nursery: Nursery) -> int:
+    """The number of the nursery's process, as the kernel knows it."""
+    assert nursery._hold is not None
+    return int(struct.unpack("3i", nursery._hold.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+def killed_supervisor(folder: Path, linger_s: float) -> tuple[int, int]:
+    """The numbers of the nursery and of the worker that a supervisor, killed now, had."""
+    command = [sys.executable, "-c", SUPERVISOR, str(folder), str(linger_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as supervisor:
         assert supervisor.stdout is not None
-        pids = [int(word) for word in supervisor.stdout.readline().split()]
+        tender, worker = map(int, supervisor.stdout.readline().split())
         supervisor.kill()
-    until = time.monotonic() + 10
+    return tender, worker
+
+
+def gone_within(seconds: float, *pids: int) -> bool:
+    until = time.monotonic() + seconds
     while any(alive(pid) for pid in pids) and time.monotonic() < until:
         time.sleep(0.05)
-    assert len(pids) == 2 and not any(alive(pid) for pid in pids)
+    return not any(alive(pid) for pid in pids)
+
+
+def test_nobody_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    assert gone_within(10, *killed_supervisor(tmp_path / "n", 0.5))
+
+
+def test_who_takes_a_killed_supervisors_place_finds_its_nursery(tmp_path: Path) -> None:
+    tender, worker = killed_supervisor(tmp_path / "n", 60)
+    assert gone_within(10, worker) and alive(tender)
+    again = Nursery.open(tmp_path / "n", [])
+    assert ended(again.bear(Birth(says_hello, ALONE, "", {"GIVEN": "again"})))[0].value == "again"
+    assert tender_of(again) == tender
+    again.close()
+    assert gone_within(10, tender), "it was said to be over"
+
+
+def test_a_nursery_is_shared_and_ends_with_the_last_who_holds_it(tmp_path: Path) -> None:
+    one, two = (Nursery.open(tmp_path / "n", []) for _ in range(2))
+    assert [ended(n.bear(Birth(says_hello, ALONE, "", {"GIVEN": "x"})))[0].value for n in (one, two)] == ["x", "x"]
+    tender = tender_of(one)
+    assert tender_of(two) == tender
+    one.close()
+    assert ended(two.bear(Birth(says_hello, ALONE, "", {"GIVEN": "y"})))[0].value == "y"
+    two.close()
+    assert gone_within(10, tender)
+
+
+@pytest.mark.parametrize("change", ["file", "variable", "node"])
+def test_another_program_or_environment_gets_another_nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    module = tmp_path / "imported_by_the_nursery.py"
+    module.write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    one = Nursery.open(tmp_path / "n", [module.stem], node="a")
+    ended(one.bear(Birth(says_hello, ALONE, "", {"GIVEN": "x"})))
+    if change == "file":
+        module.write_text("VALUE = 22\n")
+    elif change == "variable":
+        monkeypatch.setenv("HF_HOME", "/elsewhere")
+    two = Nursery.open(tmp_path / "n", [module.stem], node="b" if change == "node" else "a")
+    assert ended(two.bear(Birth(says_hello, ALONE, "", {"GIVEN": "y"})))[0].value == "y"
+    assert tender_of(two) != tender_of(one)
+    assert ended(one.bear(Birth(says_hello, ALONE, "", {"GIVEN": "z"})))[0].value == "z" if change != "file" else True
+    one.close()
+    two.close()
+
+
+def test_a_worker_works_in_its_supervisors_folder(nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ended(nursery.bear(Birth(says_where, ALONE, "", {})))[0].value == str(tmp_path)
 
 
 def alive(pid: int) -> bool:
@@ -114,18 +186,16 @@ def alive(pid: int) -> bool:
 
 
 def test_a_nursery_that_cannot_import_says_so(tmp_path: Path) -> None:
-    nursery = Nursery.open(tmp_path / "s", ["no_such_module_at_all"])
+    nursery = Nursery.open(tmp_path / "n", ["no_such_module_at_all"])
     with pytest.raises(WorkerDied, match="nursery"):
         nursery.bear(Birth(waits, ALONE, "", {}))
     nursery.close()
 
 
 def test_a_nursery_that_was_killed_is_opened_again_for_the_next_worker(tmp_path: Path) -> None:
-    nursery = Nursery.open(tmp_path / "s", [])
+    nursery = Nursery.open(tmp_path / "n", [])
     first = nursery.bear(Birth(waits, ALONE, "", {}))
-    assert nursery._process is not None
-    nursery._process.kill()
-    nursery._process.wait()
+    os.kill(tender_of(nursery), signal.SIGKILL)
     while first.end is None:
         first.hear(0.1)
     assert isinstance(first.end.error, WorkerDied)
@@ -148,7 +218,7 @@ def fails_oddly(post: Post) -> None:
 
 
 def test_an_error_that_cannot_travel_is_told_in_words(tmp_path: Path) -> None:
-    nursery = Nursery.open(tmp_path / "s", [])
+    nursery = Nursery.open(tmp_path / "n", [])
     worker = nursery.bear(Birth(fails_oddly, ALONE, "", {}))
     while worker.end is None:
         worker.hear(0.1)

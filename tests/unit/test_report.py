@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ftcore.data.audit import Audit, SplitFacts, Tally
+from ftcore.history import remember
 from ftcore.report import write_report
 from ftcore.report.chart import Curve, nice_ticks, png, svg
 from ftcore.report.journal_view import Series, duration, figures, read_journal, series
@@ -69,7 +70,7 @@ def test_the_page_has_no_script_and_names_no_other_address(run: RunDir) -> None:
     ]
 
 
-@pytest.mark.parametrize("place", ["audit", "recipe", "comparison", "published"])
+@pytest.mark.parametrize("place", ["audit", "recipe", "comparison", "published", "history"])
 def test_what_a_stranger_wrote_is_shown_and_cannot_act(run: RunDir, place: str) -> None:
     if place == "audit":
         run.folder.write_json("audit.json", audit_saying(EVIL.replace("\ud800", "")).to_json())
@@ -77,6 +78,8 @@ def test_what_a_stranger_wrote_is_shown_and_cannot_act(run: RunDir, place: str) 
         run.folder.write("recipe.yaml", EVIL.encode("utf-8", "surrogatepass"))
     if place == "published":
         run.folder.write_json("published.json", {"ref": EVIL.replace("\ud800", ""), "store": "s"})
+    if place == "history":
+        remember(run, "failure", rank=1, cause=EVIL.replace("\ud800", ""), final=False)
     page = page_of(run, comparison=EVIL if place == "comparison" else "")
     tags = Elements(page).tags
     assert not [tag for tag, attributes in tags if tag in ("script", "img") or any(name.startswith("on") for name in attributes)]
@@ -153,3 +156,14 @@ def test_a_chart_of_one_point_can_be_drawn() -> None:
 
 def test_durations_read_well() -> None:
     assert [duration(seconds) for seconds in (2.25, 42, 185, 8040)] == ["2.2 s", "42 s", "3 min 05 s", "2 h 14 min"]
+
+
+def test_the_page_tells_what_happened_beside_the_steps(run: RunDir) -> None:
+    assert "What happened" not in page_of(run)
+    remember(run, "began", step=0, changed={})
+    remember(run, "failure", rank=1, cause="process 7 died", final=False)
+    remember(run, "group", size=1)
+    remember(run, "went on", step=20, changed={"resources.workers": (2, 1)})
+    page = page_of(run)
+    for words in ("worker 1: process 7 died", "1 worker from the newest", "after step 20 with another resources.workers: 2 became 1"):
+        assert words in page
