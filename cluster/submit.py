@@ -108,10 +108,11 @@ def packed(recipe: Path, stack: ExitStack) -> tuple[str, str]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ftcore-submit-")))
     archive, named = folder / "working_dir.zip", f"{SENT_ALONG}/{recipe.name}"
     if root:
+        from ray._private.ray_constants import get_runtime_env_default_excludes
         from ray._private.runtime_env.packaging import create_package  # what Ray itself packs a folder with; there is no public name
 
         logging.getLogger(create_package.__module__).setLevel(logging.ERROR)
-        create_package(str(root), archive, include_gitignore=True)
+        create_package(str(root), archive, include_gitignore=True, excludes=get_runtime_env_default_excludes())
     with zipfile.ZipFile(archive, "a") as file:
         file.write(recipe, named)
         file.writestr(f"{SENT_ALONG}.txt", "recipes that were sent along with this job\n")

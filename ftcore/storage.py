@@ -320,28 +320,30 @@ def fetch(folder: Folder, into: Path) -> dict[str, Any]:
 
     A remote folder that is sealed anew meanwhile is fetched again: the result is the old one or the new one, never a mixture.
     """
-    before: dict[str, Any] | None = None
-    problem: IntegrityError | StorageError | None = None
+    failed_with: dict[str, Any] | None = None
+    problem: IntegrityError | None = None
     for _ in range(SEALED_ANEW_TRIES):
+        manifest: dict[str, Any] | None = None
         try:
             manifest = read_manifest(folder)
-            if problem and manifest == before:
-                raise problem  # nobody sealed it anew: it is damaged
-            before = manifest
             folder.at_once(partial(_fetch_one, folder, into, manifest["files"]), manifest["files"])
             (into / MANIFEST).write_bytes(json.dumps(manifest).encode())
             return manifest
-        except (IntegrityError, StorageError) as error:
-            gone = isinstance(error, StorageError) and error.errno == errno.ENOENT
-            if before is None or error is problem or not (gone or isinstance(error, IntegrityError)):
-                raise
-            problem = error
+        except IntegrityError as error:
+            if manifest == failed_with:
+                raise  # it was never sealed, or it is damaged: nobody seals it anew
+            problem, failed_with = error, manifest or failed_with
         time.sleep(SEALING_S)
     raise problem or AssertionError("unreachable")
 
 
 def _fetch_one(folder: Folder, into: Path, files: dict[str, dict[str, Any]], key: str) -> None:
-    folder.get(key, into / key)
+    try:
+        folder.get(key, into / key)
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            raise _gone(folder, key) from error
+        raise
     if (digest := file_digest(into / key)) != (wanted := files[key]["sha256"]):
         raise _altered(folder, key, f"sha256 {digest[:16]}", f"sha256 {wanted[:16]}")
 
