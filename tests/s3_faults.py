@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 CODES = {
@@ -94,6 +95,7 @@ class FaultyProxy:
         parts = urlsplit(target)
         self._target = (parts.hostname or "127.0.0.1", parts.port or 80)
         self._loop = asyncio.new_event_loop()
+        self._clients: set[asyncio.Task[Any] | None] = set()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="faulty-proxy", daemon=True)
 
@@ -126,16 +128,23 @@ class FaultyProxy:
         self._started.set()
         await self._stop.wait()
         server.close()
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        for _ in range(3):  # a connection may have come in as it closed; closed sockets need a turn of the loop
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(0.01)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while await self._one(reader, writer):
-                pass
-        writer.close()
+        task = asyncio.current_task()
+        self._clients.add(task)  # the loop itself holds tasks weakly
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                while await self._one(reader, writer):
+                    pass
+        finally:
+            self._clients.discard(task)
+            writer.transport.abort() if self._stop.is_set() else writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Handles one request; false when the connection is over."""

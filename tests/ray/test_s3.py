@@ -113,6 +113,7 @@ def test_no_step_is_missing_or_doubled_in_the_remote_journal(job: Job, said: str
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 25))
 
 
+@pytest.mark.proof
 def test_the_same_job_under_faults_ends_with_the_same_losses(job: Job, said: str, s3_endpoint: str) -> None:
     with faulty_proxy(s3_endpoint, seeded(0.15, seed=3)) as proxy:
         process = job.start("faults", proxy.url, **SHORT)

@@ -90,7 +90,7 @@ def test_a_model_trained_in_shards_is_a_plain_transformers_folder(two_workers: P
     assert "fine-tuned" in (two_workers / f"full-zero3{suffix}" / "final" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("method", [pytest.param(LORA, id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.proof)])
 def test_a_stopped_run_goes_on_at_the_same_and_at_another_number_of_workers(
     tiny_model_dir: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
