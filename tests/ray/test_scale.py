@@ -80,7 +80,7 @@ def test_the_demo_ends_in_verified_adapters(tmp_path: Path, words: tuple[str, ..
     )
     assert done.returncode == 0, done.stdout + done.stderr
     store = AdapterStore(tmp_path / "adapters")
-    for name in ("acme/next-operation", "globex/next-operation"):
+    for name in ("acme/desktop", "globex/desktop"):
         card = store.verify(store.resolve(name))
         assert card.recipe is not None and all(
             str(value) in str(card.recipe.resolved) for value in ("deepspeed", "qlora") if value in words[0]
