@@ -3,7 +3,7 @@
     python benchmarks/zero_memory.py [--layers 24] [--hidden 1024] [--workers 2 3] [--methods lora full] [--backends zero3 plain]
 
 A thread in each rank samples RssAnon (file pages are the kernel's to drop); the figure is the peak over what the process held after the
-same run of a model of 0.2 M parameters, for many imports come late: at the first load, step, export. `whole` is weights, gradients and
+same run of a model of 0.6 M parameters, for many imports come late: at the first load, step, export. `whole` is weights, gradients and
 optimizer state as the method needs them, in fp32; `bound` is 1.15 / N of that plus the largest layer ever gathered. Exits with 1 when a
 rank under ZeRO-3 is over it.
 """
@@ -146,7 +146,7 @@ def run(base: Path, backend: str, method: str, workers: int, steps: int) -> tupl
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="zero-memory-") as folder:
         results = context.SimpleQueue()
-        make_model(Path(folder) / "small", layers=2, hidden=64, vocabulary=1024)
+        make_model(Path(folder) / "small", layers=2, hidden=64, vocabulary=8192)
         small = recipe_tree(Path(folder) / "small", Path(folder) / "runs", "small", backend, method, steps)
         tree = recipe_tree(base, Path(folder) / "runs", "run", backend, method, steps)
         store = str(Path(folder) / "store")
