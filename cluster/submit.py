@@ -143,9 +143,8 @@ def client_for(address: str | None) -> Any:
     from ray.exceptions import RayError  # half a second, which a wrong recipe need not wait for
     from ray.job_submission import JobSubmissionClient
 
-    where = (
-        address or os.environ.get("RAY_API_SERVER_ADDRESS") or dashboard_of(os.environ.get("RAY_ADDRESS", "")) or "http://127.0.0.1:8265"
-    )
+    named = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    where = (as_url(named) if named else dashboard_of(os.environ.get("RAY_ADDRESS", ""))) or "http://127.0.0.1:8265"
     os.environ["RAY_API_SERVER_ADDRESS"] = where  # Ray lets these variables overrule the address it is given
     try:
         knock(where)
@@ -175,6 +174,13 @@ def knock(where: str) -> None:
     except HTTPError as error:
         if error.code not in (401, 403):
             raise
+
+
+def as_url(address: str) -> str:
+    """What people type for a dashboard: head:8265, head, http://head:8265; ray://head:10001 means the same host's."""
+    if "://" in address:
+        return dashboard_of(address)
+    return f"http://{address}" if ":" in address else f"http://{address}:8265"
 
 
 def dashboard_of(address: str) -> str:

@@ -31,11 +31,15 @@ from ftcore.backends.base import World
 from ftcore.errors import ClusterError
 
 LINGER_S = 60.0
+"""How long a nursery waits for a successor of killed supervisors: longer than Ray takes to notice and to start a driver or a worker."""
 IMPORT_TIMEOUT_S = 600.0
 """How long a nursery may take to import before it counts as stuck; imports from a cold network disk are slow."""
 START_S = 10.0
+"""How long a nursery may take from its lock to its socket, and a supervisor to say what it wants: two processes of one machine."""
 STARTS = 3
+"""How often a supervisor starts a nursery before it believes that none can live here."""
 RETRY_S = 0.05
+"""How often both sides look again for a socket that is about to be there: no system call waits for one."""
 HOLD, BEAR, OVER = b"h", b"b", b"o"
 """What a supervisor says first on a line: that it holds the nursery, or wants a worker; and at the end of a hold, that it is over."""
 READY, STALE, FAILED = b"r", b"s", b"f"

@@ -67,7 +67,10 @@ def _squares(tensor: Tensor) -> float:
 
 
 def export_model(model: nn.Module, folder: Path, dtype: torch.dtype, world: World, reduce: Reduce) -> None:
-    """Streams the whole model in `dtype` into `folder`, as `from_pretrained` reads it, and reads every byte back."""
+    """Streams the whole model in `dtype` into `folder`, as `from_pretrained` reads it, and reads every byte back.
+
+    Raises ModelError where `refuse_merges` does."""
+    refuse_merges(model, dtype)
     parameters = list(model.named_parameters())
     plans = _plans(model, dtype)
     kept = model.state_dict()

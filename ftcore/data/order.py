@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+
+ROUNDS = 4
+"""Double rounds of the Feistel network: eight half rounds, twice what a pseudorandom permutation needs (Luby and Rackoff 1988)."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,40 @@ class Order:
         return max_steps or max(1, round(epochs * self.steps_per_epoch))
 
     def window(self, step: int) -> np.ndarray:
-        """Global block indices of 0-based optimizer step `step`, int64 [<= batch_size]."""
+        """Global block indices of 0-based optimizer step `step`, int64 [<= batch_size]. Costs the same wherever the step is."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        return _epoch_order(self.num_blocks, self.seed, epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        first = index * self.batch_size
+        places = np.arange(first, min(first + self.batch_size, self.num_blocks), dtype=np.uint64)
+        return _shuffled(places, self.num_blocks, self.seed, epoch)
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_blocks)
+def _shuffled(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """What a shuffle of range(size) has at `places`, without making the shuffle: a keyed bijection, so time and memory go with the places.
+
+    A Feistel network over `left x right >= size`; a value outside the range is sent through again until it falls inside (Black and
+    Rogaway 2002, Ciphers with Arbitrary Finite Domains, sections 4 and 5). At most about 1 / sqrt(size) of them are.
+    """
+    left = math.isqrt(max(size - 1, 0)) + 1
+    right = -(-size // left)
+    keys = np.random.Philox(key=[seed, epoch]).random_raw(2 * ROUNDS)
+    values = places
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        low, high = values[outside] % np.uint64(left), values[outside] // np.uint64(left)
+        for of_high, of_low in zip(keys[::2], keys[1::2], strict=True):
+            low = (low + _mixed(high + of_high) % np.uint64(left)) % np.uint64(left)
+            high = (high + _mixed(low + of_low) % np.uint64(right)) % np.uint64(right)
+        values = values.copy()
+        values[outside] = high * np.uint64(left) + low
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """64 bits in, 64 well-mixed bits out: the finisher of SplitMix64 (Steele, Lea and Flood 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def deal(window: np.ndarray, sizes: np.ndarray, ranks: int, micro_batch: int) -> list[list[list[int]]]:

@@ -102,7 +102,7 @@ from tests.unit.test_nursery import *
 nursery = Nursery.open(Path(sys.argv[1]), [], linger_s=float(sys.argv[2]))
 worker = nursery.bear(Birth(waits, ALONE, "", {}))
 print(tender_of(nursery), worker.pid, flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 

@@ -14,6 +14,29 @@ def test_every_epoch_visits_every_block_once_in_another_order() -> None:
     assert len(order.window(4)) == 3
 
 
+@pytest.mark.parametrize("num_blocks", [*range(1, 40), 1000, 4097])
+def test_the_windows_of_an_epoch_are_a_shuffle_of_all_blocks(num_blocks: int) -> None:
+    order = Order(num_blocks, 8, 3)
+    assert sorted(np.concatenate([order.window(i) for i in range(order.steps_per_epoch)]).tolist()) == list(range(num_blocks))
+
+
+def test_a_place_holds_any_block_equally_often_and_neighbours_are_strangers() -> None:
+    seeds, size = 4000, 50
+    orders = np.array([Order(size, size, seed).window(0) for seed in range(seeds)])
+    counts = np.stack([np.bincount(place, minlength=size) for place in orders.T])
+    steps = np.bincount((np.diff(orders, axis=1) % size).ravel(), minlength=size)[1:]
+    for seen in (counts.ravel(), steps):  # chi-square over its degrees of freedom: one, give or take what chance allows
+        over = ((seen - seen.mean()) ** 2 / seen.mean()).sum() / (len(seen) - 1)
+        assert over < 1 + 6 * (2 / len(seen)) ** 0.5, over
+
+
+def test_a_step_deep_in_an_epoch_of_a_trillion_blocks_is_found_without_making_the_shuffle() -> None:
+    order = Order(num_blocks=10**12, batch_size=8, seed=7)
+    window = order.window(10**11)
+    assert len(set(window.tolist())) == 8 and window.min() >= 0 and window.max() < 10**12
+    assert window.max() - window.min() > 10**9
+
+
 def test_the_order_follows_from_the_seed_and_the_step_alone() -> None:
     assert Order(23, 5, 7).window(11).tolist() == Order(23, 5, 7).window(11).tolist()
     assert Order(23, 5, 7).window(0).tolist() != Order(23, 5, 8).window(0).tolist()

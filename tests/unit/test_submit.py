@@ -14,7 +14,7 @@ import pytest
 
 from cluster import follow, submit
 from cluster.follow import DETACHED, Follower
-from cluster.submit import dashboard_of, packed, refuse_secrets, script_of, variables
+from cluster.submit import as_url, dashboard_of, packed, refuse_secrets, script_of, variables
 from ftcore.errors import ClusterError, ConfigError
 
 SECRETS = {
@@ -78,6 +78,11 @@ def test_a_wrong_recipe_is_refused_before_any_cluster_is_asked(tmp_path: Path) -
 
 def test_the_dashboard_is_on_the_host_that_ray_address_names() -> None:
     assert [dashboard_of(text) for text in ("10.0.0.2:6379", "http://h:1", "auto", "")] == ["http://10.0.0.2:8265", "http://h:1", "", ""]
+
+
+def test_a_dashboard_is_found_by_what_people_type() -> None:
+    typed = ("head:8265", "head", "https://head/ray", "ray://head:10001")
+    assert [as_url(text) for text in typed] == ["http://head:8265", "http://head:8265", "https://head/ray", "http://head:8265"]
 
 
 class Cluster:
