@@ -83,8 +83,8 @@ $(S3_STAMP): | $(RUN)
 	@touch $@
 
 comma := ,
-# Byte code of what is rarely imported is left to its first import: half of all files, and pip compiles one by one.
-RARELY := transformers/models/(?!auto|qwen2/|llama/)|/tests?/|/testing/|sympy/
+# Byte code of what is rarely imported is left to its first import: a third of all files. (torch imports sympy: not rare.)
+RARELY := transformers/models/(?!auto|qwen2/|llama/)|/tests?/|/testing/
 # Without a GPU, the default torch wheel for Linux brings gigabytes of CUDA: PIP_EXTRA_INDEX_URL may name PyTorch's CPU wheels instead.
 define install
 echo "installing ftcore[$(1)] under constraints.txt (once; about a minute, 2 GB)"; \

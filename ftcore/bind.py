@@ -11,12 +11,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ftcore.adapter_files import WEIGHTS, check_adapter
 from ftcore.errors import IntegrityError, ModelError
+from ftcore.lean_imports import PeftModel, get_peft_model_state_dict
 
 
 def bind_adapter(base: nn.Module, folder: str | Path) -> PeftModel:

@@ -79,7 +79,7 @@ class Optim(Section):
         groups = [group for group in groups if group["params"]]
         if self.kind == "adamw":
             return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
-        from bitsandbytes.optim import AdamW
+        from ftcore.lean_imports import bnb
 
         if self.kind.startswith("paged") and any(p.device.type == "cpu" for p in trainable):
             raise ModelError(
@@ -87,4 +87,4 @@ class Optim(Section):
                 got=self.kind, wanted="adamw | adamw_8bit", remedy=f"optim.kind={self.kind.removeprefix('paged_')}",
             )  # fmt: skip
         paged, bits = self.kind.startswith("paged"), 8 if self.kind.endswith("8bit") else 32
-        return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, optim_bits=bits, is_paged=paged)
+        return bnb.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, optim_bits=bits, is_paged=paged)

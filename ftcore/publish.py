@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ftcore.adapter_files import CONTENT, TOKENIZER, WEIGHTS, content_digest, content_files, read_config
@@ -30,6 +29,7 @@ from ftcore.data.chat import Chat
 from ftcore.data.prepared import Prepared
 from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
 from ftcore.errors import ConfigError, IntegrityError
+from ftcore.lean_imports import PeftModel
 from ftcore.models import load_base, model_type
 from ftcore.probes import EXACT, IN_FP32, Probes, check, record
 from ftcore.recipe import Model, Recipe

@@ -12,7 +12,7 @@ from ftcore.nursery import Post
 from ftcore.recipe import parse_recipe
 from ftcore.rundir import RunDir
 
-PRELOAD = (__name__, "ftcore.loop", "peft")
+PRELOAD = (__name__, "ftcore.lean_imports", "ftcore.loop")
 """What a nursery imports before its first worker is asked for; the driver and the seats, who only pass the work on, never do."""
 
 

@@ -102,6 +102,13 @@ def refuse(problems: list[str]) -> None:
     assert not problems, "\n" + "\n".join(problems)
 
 
+def test_peft_and_bitsandbytes_come_in_through_one_door() -> None:
+    doors = {
+        module.at(seen.line) for module in modules() for seen in module.imports if seen.module.split(".")[0] in ("peft", "bitsandbytes")
+    }
+    assert {door.split(":")[0] for door in doors} == {"ftcore/lean_imports.py"}, doors
+
+
 def test_rooms_import_only_the_rooms_they_may() -> None:
     problems, known = [], {module.name for module in modules()}
     for module in modules():

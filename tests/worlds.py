@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _FORKSERVER = mp.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["ftcore.loop", "peft", "transformers.models.qwen2.modeling_qwen2"])
+_FORKSERVER.set_forkserver_preload(["ftcore.lean_imports", "ftcore.loop", "transformers.models.qwen2.modeling_qwen2"])
 
 
 def _entry(function: Callable[..., Any], rank: int, size: int, store: str, arguments: tuple[Any, ...], results: Any) -> None:

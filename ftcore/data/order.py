@@ -50,7 +50,8 @@ def _shuffled(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarra
     values = places
     outside = np.ones(len(values), dtype=bool)
     while outside.any():
-        low, high = values[outside] % np.uint64(left), values[outside] // np.uint64(left)
+        low: np.ndarray = values[outside] % np.uint64(left)
+        high: np.ndarray = values[outside] // np.uint64(left)
         for of_high, of_low in zip(keys[::2], keys[1::2], strict=True):
             low = (low + _mixed(high + of_high) % np.uint64(left)) % np.uint64(left)
             high = (high + _mixed(low + of_low) % np.uint64(right)) % np.uint64(right)

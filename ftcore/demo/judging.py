@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftModel
-
 from ftcore.data.chat import Chat
 from ftcore.data.tokenizer import load_tokenizer
 from ftcore.data.types import Conversation
 from ftcore.evals.ngram import BackoffNgram, user_of
 from ftcore.evals.predictors import LanguageModel, Predictor
 from ftcore.evals.tasks.next_operation import Table
+from ftcore.lean_imports import PeftModel
 from ftcore.models import CausalModel, choose_layout, load_base, model_type
 from ftcore.recipe import Data, Model, Source
 

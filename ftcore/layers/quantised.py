@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from ftcore.lean_imports import bnb
 
 CAST_NOTE = "inputs will be cast from"
 """bitsandbytes logs this at every 8-bit matmul on a GPU whose input is not fp16: each one, for ever."""

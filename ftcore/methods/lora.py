@@ -49,7 +49,7 @@ class Lora(Method):
     """Whole modules trained and saved beside the adapter (`embed_tokens`, `lm_head`)."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
+        from ftcore.lean_imports import LoraConfig, get_peft_model
 
         whole = any(name.endswith(("embed_tokens", "lm_head")) for name in self.modules_to_save)
         tied = whole and model.config.tie_word_embeddings  # a head trained apart from its embedding cannot be merged
@@ -97,8 +97,9 @@ class Lora(Method):
         return model.disable_adapter()
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-        from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
+
+        from ftcore.lean_imports import get_peft_model_state_dict
 
         folder.mkdir(parents=True, exist_ok=True)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -112,8 +113,9 @@ class Lora(Method):
         config.inference_mode = was
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
+
+        from ftcore.lean_imports import get_peft_model_state_dict, set_peft_model_state_dict
 
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
