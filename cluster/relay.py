@@ -6,6 +6,8 @@ Runs in: one actor without a CPU, on the driver's node. It lives as long as its 
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.outbox import Message
 
+LOOK_S = 0.01
 MAX_WAITING = 100_000
 """Messages kept while nobody drains; the oldest go first."""
 
@@ -59,7 +62,11 @@ class Mailbox:
         if generation == self._orders.generation:
             self._orders = replace(self._orders, address=address)
 
-    def orders(self) -> Orders:
+    async def orders(self, known: Orders | None, wait_s: float) -> Orders:
+        """The orders, as soon as they are others than `known`, and after `wait_s` in any case."""
+        until = time.monotonic() + wait_s
+        while self._orders == known and time.monotonic() < until:
+            await asyncio.sleep(LOOK_S)  # here it costs nothing; asked from a worker it would cost a call
         return self._orders
 
 
@@ -104,9 +111,11 @@ class Relay:
     def meet_at(self, generation: int, address: str) -> None:
         self._mailbox.meet_at.remote(generation, address)
 
-    def orders(self) -> Orders:
-        """In a worker. Raises RayError when the driver, and the mailbox with it, is gone."""
-        return ray.get(self._mailbox.orders.remote(), timeout=LOST_S)
+    def orders(self, known: Orders | None = None, wait_s: float = 0.0) -> Orders:
+        """In a worker: the orders, at once, or when they are others than `known`, within `wait_s`.
+
+        Raises RayError when the driver, and the mailbox with it, is gone."""
+        return ray.get(self._mailbox.orders.remote(known, wait_s), timeout=wait_s + LOST_S)
 
     def close(self) -> None:
         ray.kill(self._mailbox)

@@ -7,7 +7,8 @@ In: names of modules to import; for each worker its World, where they meet, and 
 Runs in: supervisors (Linux and macOS). The nursery's and the workers' side is ftcore.tending.
 
 Supervisors of one machine that want the same imports from the same files in the same environment share a nursery. It ends when the last
-of them says that it is over. When they were killed instead it stays for LINGER_S: whoever takes their place need not import again.
+of them has said that it is over, AFTER_S later: a search and a demo have one run after another. When they were killed instead it stays
+for LINGER_S: whoever takes their place need not import again.
 A worker ends with its supervisor's end of the connection; on Linux the kernel kills the workers of a nursery that dies.
 """
 
@@ -20,11 +21,13 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ftcore.backends.base import World
@@ -32,6 +35,8 @@ from ftcore.errors import ClusterError
 
 LINGER_S = 60.0
 """How long a nursery waits for a successor of killed supervisors: longer than Ray takes to notice and to start a driver or a worker."""
+AFTER_S = 10.0
+"""How long it waits for the next run when the last was over: less than anybody would wonder about a process that is still there."""
 IMPORT_TIMEOUT_S = 600.0
 """How long a nursery may take to import before it counts as stuck; imports from a cold network disk are slow."""
 START_S = 10.0
@@ -47,9 +52,11 @@ READY, STALE, FAILED = b"r", b"s", b"f"
 TEND = "from ftcore.tending import tend; tend()"
 PASSING = (
     "RAY_", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_",
-    "PYTHONPATH", "PYTEST_CURRENT_TEST", "SPDLOG",
+    "PYTHONPATH", "PYTEST_CURRENT_TEST", "SPDLOG", "PYTHONBREAKPOINT", "SPT_NOENV", "TORCHINDUCTOR_CACHE_DIR",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
 )  # fmt: skip
 """Variables that differ from one supervisor to the next and that no import asks for."""
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -117,18 +124,27 @@ class Worker:
 class Nursery:
     """A supervisor's hold on a nursery: one that is there, or else one that this supervisor starts."""
 
-    def __init__(self, folder: Path, preload: Sequence[str], node: str, linger_s: float) -> None:
+    def __init__(self, folder: Path, preload: Sequence[str], node: str, linger_s: float, variables: Mapping[str, str]) -> None:
         self._preload, self._linger_s = tuple(preload), linger_s
-        self._environment = _environment()
+        self._environment = _environment({**os.environ, **variables})
         self._path = folder / _key(self._preload, node, self._environment)
         self._hold: socket.socket | None = None
         self._is_ready = False
         self._starting: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def open(cls, folder: Path, preload: Sequence[str], *, node: str = "", linger_s: float = LINGER_S) -> Nursery:
+    def open(
+        cls,
+        folder: Path,
+        preload: Sequence[str],
+        *,
+        node: str = "",
+        linger_s: float = LINGER_S,
+        variables: Mapping[str, str] = NO_VARIABLES,
+    ) -> Nursery:  # fmt: skip
         """Finds or starts it; imports begin at once, beside whatever the supervisor does next. Nodes on one machine share none.
 
+        `variables`: of the environment of its imports, beside this process's own.
         Raises ClusterError when `folder` is another user's: what comes through the sockets in it is code.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -138,7 +154,7 @@ class Nursery:
                 "the folder of the workers' socket is open to other users", where=folder, wanted="a folder of yours, mode 700",
                 remedy="remove it, or set TMPDIR to a folder of yours",
             )  # fmt: skip
-        nursery = cls(folder, preload, node, linger_s)
+        nursery = cls(folder, preload, node, linger_s, variables)
         if not nursery._take_hold():
             nursery._start()
         return nursery
@@ -236,7 +252,7 @@ class Nursery:
             self._starting = None
 
     def close(self) -> None:
-        """It is over: nobody comes after this supervisor. The nursery ends unless others hold it."""
+        """It is over. The nursery ends soon unless others hold it, or come."""
         self._reap()
         if self._hold is None:
             self._take_hold()
@@ -246,14 +262,18 @@ class Nursery:
         self._let_go()
 
 
-def _environment() -> dict[str, str]:
+def _environment(whole: Mapping[str, str]) -> dict[str, str]:
     """What a nursery's imports may depend on: a worker's own variables come with its birth."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(PASSING)}
-    return mine | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(p for p in sys.path if Path(p).is_absolute() and Path(p).exists()))}
+    mine = {name: value for name, value in whole.items() if not name.startswith(PASSING)}
+    own = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib"))  # any interpreter finds these itself
+    others = (path for path in sys.path if Path(path).is_absolute() and Path(path).exists() and not path.startswith(own))
+    return mine | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(others))}
 
 
 def _key(preload: Sequence[str], node: str, environment: Mapping[str, str]) -> str:
     """Names the socket; short, for a socket's path holds about a hundred characters. Containers and network namespaces share none."""
     spaces = [str(place.readlink()) for name in ("net", "mnt", "pid", "user") if (place := Path("/proc/self/ns", name)).is_symlink()]
-    facts = repr((sys.executable, sys.version, __file__, tuple(preload), node, spaces, sorted(environment.items())))
+    paths = sorted(environment["PYTHONPATH"].split(os.pathsep))  # Ray's workers have their driver's, in another order
+    others = sorted(item for item in environment.items() if item[0] != "PYTHONPATH")
+    facts = repr((sys.executable, sys.version, __file__, tuple(preload), node, spaces, paths, others))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from ftcore.backends.base import World
 from ftcore.errors import FtcoreError
-from ftcore.nursery import BEAR, FAILED, HOLD, OVER, READY, RETRY_S, STALE, START_S, Birth, Post
+from ftcore.nursery import AFTER_S, BEAR, FAILED, HOLD, OVER, READY, RETRY_S, STALE, START_S, Birth, Post
 
 GROUP_TIMEOUT_S = 1800
 PR_SET_PDEATHSIG = 1
@@ -120,7 +120,7 @@ class _Tending:
             over = False
         self.holds.remove(hold)
         hold.close()
-        self.until = 0.0 if over else time.monotonic() + self.linger_s
+        self.until = time.monotonic() + (min(AFTER_S, self.linger_s) if over else self.linger_s)
 
     def _meet(self, line: socket.socket) -> None:
         line.settimeout(START_S)

@@ -19,10 +19,12 @@ from typing import TypeVar
 from cluster.connect import Connection
 from cluster.relay import Relay
 from cluster.resources import alive_nodes, check_fits
+from cluster.runtime_env import worker_variables
 from ftcore.backends.base import World
 from ftcore.nursery import Post
 from ftcore.recipe import Resources
 from pipelines.lead import Hear, Lead
+from pipelines.seat import nursery_here
 
 T = TypeVar("T")
 
@@ -41,11 +43,24 @@ def launch(
     lead = Lead(work, resources, relay, name=name, hear=hear, logs=connection.logs)
     lead.preload = tuple(preload)
     try:
-        with on_stop_signal(lead.stop):
+        with _prepared(resources, connection, lead.preload), on_stop_signal(lead.stop):
             value: T = lead.through()
             return value
     finally:
         relay.close()
+
+
+@contextmanager
+def _prepared(resources: Resources, connection: Connection, preload: Sequence[str]) -> Iterator[None]:
+    """On a Ray of this machine alone, the workers' imports begin now, beside the start of Ray Train, and not after it."""
+    if connection.kind not in ("local", "joined") or connection.nodes > 1:
+        yield
+        return
+    nursery = nursery_here(preload, worker_variables(resources))
+    try:
+        yield
+    finally:
+        nursery.close()
 
 
 def launch_here(work: Callable[[Post], T], *, hear: Hear) -> T:

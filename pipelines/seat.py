@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import ray.train
 from cluster.notices import Notices
 from cluster.relay import Orders, Relay
 from ftcore.backends.base import World
-from ftcore.nursery import Birth, Nursery, Worker, WorkerDied
+from ftcore.nursery import NO_VARIABLES, Birth, Nursery, Worker, WorkerDied
 from pipelines.causes import headline
 
 HEAR_S = 0.05
 ORDERS_EVERY_S = 0.2
-IDLE_S = 0.05
+ORDERS_WITHIN_S = 10.0
 
 
 def sit(order: dict[str, Any]) -> Any:
@@ -34,10 +35,16 @@ def sit(order: dict[str, Any]) -> Any:
     if Path(order["cwd"]).is_dir():
         os.chdir(order["cwd"])  # so that the recipe's relative paths mean what they mean to the driver
     world = _place(order["gpus"])
-    nursery = Nursery.open(Path(tempfile.gettempdir()) / f"ftcore-{os.getuid()}", order["preload"], node=world.node)
+    nursery = nursery_here(order["preload"])
     value = Seat(nursery, order["relay"], order["work"], world).through(order["group"])
     nursery.close()  # not after an error: who takes this seat's place finds the nursery
     return value
+
+
+def nursery_here(preload: Sequence[str], variables: Mapping[str, str] = NO_VARIABLES) -> Nursery:
+    """The nursery of this node's seats. `variables` are the seats' own, when it is somebody else who prepares it for them."""
+    folder = Path(tempfile.gettempdir()) / f"ftcore-{os.getuid()}"
+    return Nursery.open(folder, preload, node=ray.util.get_node_ip_address(), variables=variables)
 
 
 def _place(gpus: float) -> World:
@@ -66,9 +73,10 @@ class Seat:
     def through(self, group: int) -> Any:
         """Serves each generation of this group. Raises RayError when the driver is gone."""
         done = met = 0
+        orders: Orders | None = None
         self._tell("seated", node_id=ray.get_runtime_context().get_node_id(), supervisor=os.getpid())
         while True:
-            orders = self.relay.orders()
+            orders = self.relay.orders(orders, ORDERS_WITHIN_S)
             if orders.over or orders.group != group:
                 return self.value
             if orders.generation > max(met, done) and self.world.is_main:
@@ -77,7 +85,6 @@ class Seat:
             elif orders.generation > done and orders.address:
                 done = orders.generation
                 self._serve(orders)
-            time.sleep(IDLE_S)
 
     def _serve(self, orders: Orders) -> None:
         """One worker's life, or less when the driver wants another generation."""

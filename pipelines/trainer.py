@@ -15,6 +15,7 @@ import ray.train
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback  # the public ones do not run at a start
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer would load torch into every seat
 
 from cluster.placement import Place
@@ -33,7 +34,11 @@ does itself (Ray's cleaner cannot where the cluster has no dashboard)."""
 
 
 class LeanTrainer(DataParallelTrainer):
-    """A group is up sooner by the start of two processes."""
+    """A group is up sooner by the start of three processes."""
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        scaling: Any = self.scaling_config
+        return super()._initialize_and_run_controller(**{**parts, "scaling_policy": _Settled(scaling)})
 
     def _create_default_callbacks(self) -> Any:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, NOT_OURS)]
@@ -51,6 +56,17 @@ def trainer(order: dict[str, Any], relay: Relay, resources: Resources, at: Place
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )  # fmt: skip
+
+
+class _Settled(FixedScalingPolicy):
+    """As many workers as there was room for, without a word to the coordinator of autoscalers: an actor of its own, whose start everything
+    else would wait for. A cluster that can grow sees the placement group that waits."""
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class _Introduction(ControllerCallback, WorkerGroupCallback):

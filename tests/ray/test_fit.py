@@ -41,7 +41,7 @@ def write_rows(path: Path, count: int = 120) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Any]:
     """What all recipes of this file share: base, rows, and where things land."""
     root = tmp_path_factory.mktemp("fit")
@@ -83,7 +83,7 @@ def at_step(step: int, act: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(local_ray: None, place: dict[str, Any]) -> Outcome:
     return fit(recipe_of(place, "whole", output={"adapter": "acme/support"}), log=lambda line: None)
 
