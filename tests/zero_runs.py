@@ -14,7 +14,7 @@ from tests.memory_blocks import MemoryBlocks, packed_blocks
 BLOCKS = MemoryBlocks(packed_blocks(50, per_block=2, seed=3), packed_blocks(5, seed=4))
 ALL_SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """The tiny model is below the size from which stage 3 keeps parameters sharded between uses."""
-STEPS = 12
+STEPS = 8
 
 
 @dataclass(frozen=True)

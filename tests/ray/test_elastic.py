@@ -11,9 +11,7 @@ import pytest
 
 from ftcore.errors import Interrupted
 from pipelines.fit import Outcome, fit
-from tests.ray.test_fit import at_step, journal, recipe_of
-from tests.ray.test_fit import place as place
-from tests.ray.test_fit import uninterrupted as uninterrupted
+from tests.ray.small_runs import at_step, journal, recipe_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]  # Ray warns of its own defaults
 FAR = {"checkpoint_every": 1000}

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,76 +12,16 @@ from typing import Any
 import pytest
 
 from cluster.connect import connect
-from cluster.relay import Message
 from ftcore.adapters import AdapterStore
 from ftcore.errors import ClusterError, ConfigError, Interrupted, ModelError, TrainingError
-from ftcore.recipe import Recipe, Resources
+from ftcore.recipe import Resources
 from ftcore.storage import explain_oserror
-from pipelines import fit as fit_module
 from pipelines.causes import would_happen_again
 from pipelines.fit import Outcome, fit
 from pipelines.launch import launch
+from tests.ray.small_runs import SLOW_STEPS, at_step, journal, recipe_of, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]  # Ray warns of its own defaults
-WORDS = ["open", "close", "file", "report", "folder", "move", "rename", "archive", "quick", "fox", "jumps", "name", "answer", "question"]
-SLOW_STEPS = 60
-
-
-def write_rows(path: Path, count: int = 120) -> Path:
-    draw = random.Random(0)
-    with path.open("w") as file:
-        for index in range(count):
-            question, answer = f"{index} {' '.join(draw.choices(WORDS, k=6))}", " ".join(draw.choices(WORDS, k=8))
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Any]:
-    """What all recipes of this file share: base, rows, and where things land."""
-    root = tmp_path_factory.mktemp("fit")
-    return {
-        "model": {"path": str(tiny_model_dir), "dtype": "fp32"},
-        "data": {"sources": [str(write_rows(root / "rows.jsonl"))], "max_length": 64, "validation": 0.1, "cache": str(root / "prepared")},
-        "method": {"kind": "lora", "rank": 4, "dropout": 0.1},
-        "stage": "sft",
-        "optim": {"batch_size": 4, "lr": 1e-2, "max_steps": SLOW_STEPS, "epochs": 100},
-        "resources": {"workers": 2, "max_failures": 1},
-        "output": {"runs": str(root / "runs"), "store": str(root / "store"), "checkpoint_every": 5},
-    }
-
-
-def recipe_of(place: dict[str, Any], name: str, **changes: dict[str, Any]) -> Recipe:
-    return Recipe.model_validate({**place, "name": name, **{key: {**place[key], **value} for key, value in changes.items()}})
-
-
-def journal(outcome: Outcome) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in outcome.run.folder.read("metrics.jsonl").decode().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-@contextmanager
-def at_step(step: int, act: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls `act(pids by rank)` in this process, once, when the driver hears of `step`."""
-    hear, pids = fit_module._Ear.hear, {}
-
-    def heard(ear: Any, message: Message) -> None:
-        hear(ear, message)
-        if message["event"] == "worker":
-            pids[message["rank"]] = message["pid"]
-        if message["event"] == "lines" and message["lines"][-1]["step"] >= step and "done" not in pids:
-            pids["done"] = 0
-            act(pids)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(fit_module._Ear, "hear", heard)
-        yield
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(local_ray: None, place: dict[str, Any]) -> Outcome:
-    return fit(recipe_of(place, "whole", output={"adapter": "acme/support"}), log=lambda line: None)
 
 
 def test_two_workers_train_from_rows_to_a_promoted_adapter(uninterrupted: Outcome, place: dict[str, Any]) -> None:

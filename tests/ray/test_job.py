@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ftcore.adapters import AdapterStore
-from tests.ray.test_fit import write_rows
+from tests.ray.small_runs import write_rows
 
 pytestmark = pytest.mark.ray
 REPO = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import yaml
 from cluster.bridge import why_not
 from cluster.netns import NetnsCluster
 from ftcore.adapters import AdapterStore
-from tests.ray.test_fit import write_rows
+from tests.ray.small_runs import write_rows
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(bool(why_not()), reason=f"no network namespaces here: {why_not()}")]

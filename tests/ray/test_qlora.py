@@ -11,7 +11,7 @@ from ftcore.adapter_commands import main as adapters_main
 from ftcore.adapters import AdapterStore
 from ftcore.recipe import Recipe
 from pipelines.fit import fit
-from tests.ray.test_fit import write_rows
+from tests.ray.small_runs import write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]  # Ray warns of its own defaults
 

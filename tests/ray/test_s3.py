@@ -21,7 +21,7 @@ import pytest
 from ftcore.adapters import AdapterStore
 from ftcore.rundir import RunDir
 from ftcore.storage import Folder, verify
-from tests.ray.test_fit import write_rows
+from tests.ray.small_runs import write_rows
 from tests.s3_faults import faulty_proxy, seeded
 from tests.s3_server import KEY_ID, SECRET, make_bucket, variables
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from cluster.bridge import why_not
 from cluster.netns import NetnsCluster
 from ftcore.adapters import AdapterStore
-from tests.ray.test_fit import write_rows
+from tests.ray.small_runs import write_rows
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.ray.test_fit import write_rows
+from tests.ray.small_runs import write_rows
 
 SCRIPT = Path(__file__).resolve().parents[2] / "pipelines/sft.py"
 

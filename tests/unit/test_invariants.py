@@ -20,7 +20,7 @@ from ftcore.recipe_file import dump_yaml
 from ftcore.stages.base import STAGES
 from pipelines import invariants as program
 from tests.memory_blocks import MemoryBlocks, packed_blocks
-from tests.ray.test_fit import write_rows
+from tests.ray.small_runs import write_rows
 
 BLOCKS = MemoryBlocks(packed_blocks(14, per_block=3, seed=3))
 PACKAGE = "acme_broken"

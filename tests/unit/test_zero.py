@@ -18,7 +18,7 @@ from ftcore.zero_export import export_model
 from tests.worlds import in_world
 from tests.zero_runs import BLOCKS, STEPS, Job, apart, clipped, job, losses, train_all, validations
 
-LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "targets": "all-linear"}
+LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "targets": ("q_proj", "v_proj", "down_proj")}
 FULL: dict[str, Any] = {"kind": "full"}
 PLAIN = {"kind": "plain"}
 
@@ -90,23 +90,30 @@ def test_a_model_trained_in_shards_is_a_plain_transformers_folder(two_workers: P
     assert "fine-tuned" in (two_workers / f"full-zero3{suffix}" / "final" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", [pytest.param(LORA, id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.proof)])
+@pytest.mark.parametrize(
+    ("method", "first", "second"),
+    [
+        pytest.param(LORA, 2, 3, id="lora-2-3"),
+        pytest.param(LORA, 3, 2, id="lora-3-2", marks=pytest.mark.proof),
+        pytest.param(FULL, 2, 3, id="full-2-3", marks=pytest.mark.proof),
+        pytest.param(FULL, 3, 2, id="full-3-2", marks=pytest.mark.proof),
+    ],
+)
 def test_a_stopped_run_goes_on_at_the_same_and_at_another_number_of_workers(
-    tiny_model_dir: Path, tmp_path: Path, method: dict[str, Any]
+    tiny_model_dir: Path, tmp_path: Path, method: dict[str, Any], first: int, second: int
 ) -> None:
     def run(name: str, backend: dict[str, Any], stop: int | None = None) -> Job:
         return job(tiny_model_dir, tmp_path, name, backend, method, stop_after=stop)
 
-    starts = [run("same", zero(3), 5), run("fewer", zero(3), 5), run("fewer2", zero(2), 5), run("stage", zero(3), 5)]
-    told = in_world(3, train_all, [run("whole", zero(3)), *starts, Job(run("same", zero(3)).tree)])
-    stopped = f"stopped at step 5 of {STEPS}"
-    assert told[0] == [f"finished at {STEPS}", *[stopped] * 4, f"finished at {STEPS}"] and told[0] == told[1] == told[2]
-    goes_on = [run("fewer", zero(3)), run("fewer2", zero(2)), run("stage", zero(1))]
-    assert in_world(2, train_all, [*goes_on, run("more", zero(3), 5)])[0][-1] == stopped
-    in_world(3, train_all, [run("more", zero(3))])
+    starts = [run("same", zero(3), 3), run("other", zero(3), 3), run("other2", zero(2), 3), run("stage", zero(3), 3)]
+    told = in_world(first, train_all, [run("whole", zero(3)), *starts, run("same", zero(3))])
+    stopped, finished = f"stopped at step 3 of {STEPS}", f"finished at {STEPS}"
+    assert told == [[finished, *[stopped] * 4, finished]] * first
+    goes_on = [run("other", zero(3)), run("other2", zero(2)), run("stage", zero(1))]
+    assert in_world(second, train_all, goes_on) == [[finished] * 3] * second
     whole = losses(tmp_path, "whole")
     assert losses(tmp_path, "same") == whole  # bit-identical
-    for name in ("fewer", "fewer2", "stage", "more"):
+    for name in ("other", "other2", "stage"):
         assert apart(losses(tmp_path, name), whole) <= 1e-5, name
 
 
