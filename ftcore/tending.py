@@ -63,7 +63,18 @@ def tend() -> None:
         path.unlink(missing_ok=True)
         _refuse_all(listener)
         os._exit(1)
+    _let_go_of_output()
     _Tending(path, lock, listener, linger_s).forever()
+
+
+def _let_go_of_output() -> None:
+    """Workers write where their supervisors do. Who reads what the first of these wrote must not wait for the end of the nursery."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _locked(lock: IO[str], path: Path) -> bool:

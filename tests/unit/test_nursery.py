@@ -173,6 +173,17 @@ def test_another_program_or_environment_gets_another_nursery(tmp_path: Path, mon
     two.close()
 
 
+def test_who_reads_the_output_of_a_killed_supervisor_need_not_wait_for_the_nursery(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SUPERVISOR, str(tmp_path / "n"), "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        tender, worker = map(int, supervisor.stdout.readline().split())
+        supervisor.kill()
+        supervisor.communicate(timeout=10)
+    assert gone_within(10, worker) and alive(tender)
+    os.kill(tender, signal.SIGKILL)
+
+
 def test_the_next_run_finds_the_nursery_of_the_last(tmp_path: Path) -> None:
     last = Nursery.open(tmp_path / "n", [], variables={"OMP_NUM_THREADS": "3"})
     ended(last.bear(Birth(says_hello, ALONE, "", {"GIVEN": "x"})))
