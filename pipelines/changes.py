@@ -8,6 +8,7 @@ often to look; and the length may, when no step already taken would have had ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ftcore.data.order import Order
@@ -24,13 +25,17 @@ MAY_CHANGE = (
 """Where and how fast; the loss does not depend on them. Also for a finished run: what is left to do is to publish and report."""
 MAY_CHANGE_UNFINISHED = ("eval.every_steps", "eval.patience", "eval.choose")
 """When to look, when to stop, what to take. Not eval.max_blocks: losses over other blocks cannot be compared with the best so far."""
+BASE_NAMES = ("model.path", "model.revision")
 LENGTH = ("optim.epochs", "optim.max_steps")
 
 
-def refuse_changes(run: RunDir, before: Recipe, now: Recipe, prepared_url: str, another: str) -> dict[str, tuple[Any, Any]]:
+def refuse_changes(
+    run: RunDir, before: Recipe, now: Recipe, prepared_url: str, another: str, same_base: Callable[[], bool] = bool
+) -> dict[str, tuple[Any, Any]]:
     """What changed, path -> (before, now). Raises ConfigError naming each key that changed and must not.
 
-    Before the first checkpoint everything may: nothing was learned yet. `another`: the remedy to offer.
+    Before the first checkpoint everything may: nothing was learned yet. `another`: the remedy to offer. `same_base`: whether a base that
+    goes by another name now holds the same weights.
     """
     old, new = leaves(before.model_dump(mode="json")), leaves(now.model_dump(mode="json"))
     changed = {path: (old.get(path), new.get(path)) for path in {**old, **new} if old.get(path) != new.get(path)}
@@ -39,6 +44,8 @@ def refuse_changes(run: RunDir, before: Recipe, now: Recipe, prepared_url: str, 
         return changed
     allowed = MAY_CHANGE if finished else (*MAY_CHANGE, *MAY_CHANGE_UNFINISHED)
     wrong = {path: pair for path, pair in changed.items() if not path.startswith(allowed)}
+    if wrong.keys() & set(BASE_NAMES) and same_base():
+        wrong = {path: pair for path, pair in wrong.items() if path not in BASE_NAMES}
     why = ""
     if wrong and not finished and set(wrong) <= set(LENGTH):
         why = other_past(before, now, steps[-1], Prepared.open(prepared_url).num_blocks("train"))

@@ -32,6 +32,7 @@ from ftcore.rundir import RunDir
 from pipelines.launch import launch, launch_here
 from pipelines.prepare import prepare
 from pipelines.runs import at_home, began_with, begin, move_aside, parent_into, publish_once, recognise, same_command
+from pipelines.same_base import recording_base
 from pipelines.work import PRELOAD, work
 
 Log = Callable[[str], None]
@@ -80,7 +81,8 @@ def _made(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
         prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
         begin(run, recipe, prepared, changed, log)
         parent_into(run, recipe, log)
-        _train(run, recipe, prepared, log)
+        with recording_base(run, recipe):
+            _train(run, recipe, prepared, log)
     return publish_once(run, recipe, log)
 
 

@@ -26,6 +26,7 @@ from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
 from ftcore.storage import MANIFEST, Folder, digest_of, is_sealed
 from pipelines.changes import refuse_changes
+from pipelines.same_base import is_same_base, refuse_other_base
 
 Log = Callable[[str], None]
 
@@ -86,13 +87,15 @@ def begin(run: RunDir, recipe: Recipe, prepared: Prepared, changed: Mapping[str,
 
 def recognise(run: RunDir, recipe: Recipe) -> tuple[bool, dict[str, tuple[Any, Any]]]:
     """Whether this recipe's run is finished already, and which keys changed. Raises ConfigError when the folder holds a run of another
-    recipe or of other rows."""
+    recipe, of another base or of other rows."""
     changed: dict[str, tuple[Any, Any]] = {}
     if run.folder.exists("recipe.yaml"):
         text = run.folder.read("recipe.yaml").decode()
         before = parse_recipe(text, f"{run.url}/recipe.yaml", plugins=recipe.plugins)
         url = run.folder.read_json(PREPARED)["url"] if run.folder.exists(PREPARED) else ""
-        changed = refuse_changes(run, before, recipe, url, _another(recipe))
+        changed = refuse_changes(run, before, recipe, url, _another(recipe), lambda: is_same_base(run, recipe))
+    if run.checkpoint_steps() or run.is_finished():
+        refuse_other_base(run, recipe, _another(recipe))
     if not run.is_finished():
         return False, changed
     refuse_other_data(run, recipe, run.folder.read_json(PREPARED)["identity"], identity(recipe, Folder(recipe.data.cache)))
