@@ -58,7 +58,8 @@ from tests.s3_server import credentials_file, make_bucket, moto_server, variable
 
 KINDS = ("worker", "seat", "node", "driver", "checkpoint", "upload")
 ELASTIC = ("lose", "gain", "drain")
-"""Not in the default: they change the number of workers, so losses differ in the last digits (give --tolerance)."""
+"""Not in the default: they change the number of workers, and with it the last digits and the draws of dropout. So these train in fp64
+without dropout, where --tolerance 1e-9 holds over thousands of steps; in fp32 two such runs drift apart, as any two do."""
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "qlora": {"kind": "qlora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"},
 }  # fmt: skip
@@ -146,16 +147,18 @@ def plan(kinds: list[str], options: argparse.Namespace) -> list[Kill]:
 
 
 def recipe_in(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    draw = random.Random(0)
+    draw, elastic = random.Random(0), "lose" in options.where
     with (folder / "rows.jsonl").open("w") as file:
         for index in range(200):
             question, answer = f"{index} {' '.join(draw.choices(WORDS, k=6))}", " ".join(draw.choices(WORDS, k=8))
             file.write(json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}) + "\n")
+    method = METHODS[options.method] | ({"dropout": 0.0} if elastic and options.method != "full" else {})
     return {
-        "name": "chaos", "model": {"path": str(make_tiny_model(folder / "base")), "dtype": "fp32"}, "stage": "sft",
+        "name": "chaos", "stage": "sft",
+        "model": {"path": str(make_tiny_model(folder / "base")), "dtype": "fp64" if elastic else "fp32"},
         "data": {"sources": [str(folder / "rows.jsonl")], "max_length": 64, "validation": 0, "cache": str(folder / "prepared")},
-        "method": METHODS[options.method], "backend": BACKENDS[options.backend],
-        "resources": {"workers": {"min": 1, "max": 2} if "lose" in options.where else 2, "max_failures": -1},
+        "method": method, "backend": BACKENDS[options.backend],
+        "resources": {"workers": {"min": 1, "max": 2} if elastic else 2, "max_failures": -1},
         "optim": {"batch_size": 4, "lr": 1e-3, "max_steps": options.steps_between * (options.kills + 2), "epochs": 1},
         "output": {"runs": str(folder / "runs"), "store": str(folder / "store"), "checkpoint_every": EVERY},
     }  # fmt: skip
