@@ -18,6 +18,7 @@ FAR = {"checkpoint_every": 1000}
 """So that a checkpoint is the notice's, not one of the many."""
 
 
+@pytest.mark.proof
 def test_sigterm_to_a_worker_with_nowhere_to_go_ends_the_run_with_a_checkpoint_and_code_75(
     uninterrupted: Outcome, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from tests.ray.small_runs import write_rows
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]  # Ray warns of its own defaults
 
 
-@pytest.mark.parametrize(("bits", "kind", "held"), [(4, "adamw", "nf4"), (8, "adamw_8bit", "int8")])
+@pytest.mark.parametrize(("bits", "kind", "held"), [(4, "adamw", "nf4"), pytest.param(8, "adamw_8bit", "int8", marks=pytest.mark.proof)])
 def test_two_workers_train_a_quantised_base_to_a_verified_adapter(
     local_ray: None, tiny_model_dir: Path, tmp_path: Path, bits: int, kind: str, held: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

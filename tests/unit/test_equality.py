@@ -70,8 +70,7 @@ def test_accumulation_does_not_change_the_losses(tiny_model_dir: Path, tmp_path:
     ("workers", "dtype"),
     [
         (2, "fp32"),
-        (3, "fp64"),
-        *(pytest.param(*case, marks=pytest.mark.proof) for case in ((2, "fp64"), (3, "fp32"), (4, "fp64"), (4, "fp32"))),
+        *(pytest.param(*case, marks=pytest.mark.proof) for case in ((2, "fp64"), (3, "fp64"), (3, "fp32"), (4, "fp64"), (4, "fp32"))),
     ],
 )
 def test_the_number_of_workers_does_not_change_the_losses(tiny_model_dir: Path, tmp_path: Path, workers: int, dtype: str) -> None:

@@ -34,7 +34,7 @@ STEPS, EVERY = 25, 5
 METHODS = {"lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"}}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 proof = pytest.mark.proof
-QUICK = ((1, "full"), (2, "lora"))
+QUICK = ((2, "lora"),)
 
 
 def tree_for(base: Path, runs: Path, name: str, method: dict[str, Any], dtype: str = "fp32", steps: int = STEPS) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def test_killed_in_a_step_and_in_a_checkpoint_a_run_is_bit_identical(tiny_model_
 @pytest.mark.parametrize(
     ("before", "after", "method", "dtype"),
     [
-        (2, 1, "lora", "fp64"), (2, 3, "full", "fp32"),
+        (2, 3, "full", "fp32"),
         *(
             pytest.param(before, after, method, dtype, marks=proof)
             for before, after in ((2, 1), (2, 3), (3, 2), (4, 1))
