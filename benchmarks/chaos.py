@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -44,8 +45,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
 # Ray gives its workers the least priority; on a machine that others use too, the seconds below would be theirs
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-import itertools
 
 import yaml
 

@@ -9,6 +9,7 @@ one wins, and a holder that was taken over (it slept, its network was gone) find
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -141,7 +142,7 @@ class Lease:
                 continue
             if not kept:
                 self.lost.set()
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # one that also ends a wait
+                _interrupt(threading.main_thread().ident or 0)
                 return
             self.mine = renewed
 
@@ -155,6 +156,14 @@ class Lease:
             return False
         self.mine = holder
         return True
+
+
+def _interrupt(thread: int) -> None:
+    """A KeyboardInterrupt in the main thread. By a signal, which ends a wait too; ignored (`nohup ... By a signal, which also ends a wait; where that is ignored (`nohup ... &`), at its next step."""`), at its next step."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.pthread_kill(thread, signal.SIGINT)
+    else:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
 
 def _held(folder: Folder, holder: Holder) -> ConfigError:
