@@ -159,7 +159,7 @@ class Lease:
 
 
 def _interrupt(thread: int) -> None:
-    """A KeyboardInterrupt in the main thread. By a signal, which ends a wait too; ignored (`nohup ... By a signal, which also ends a wait; where that is ignored (`nohup ... &`), at its next step."""`), at its next step."""
+    """A KeyboardInterrupt in the main thread: by a signal, which ends a wait too; where that is ignored (nohup), at its next step."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.pthread_kill(thread, signal.SIGINT)
     else:
