@@ -52,6 +52,7 @@ from benchmarks.processes import all_processes, children_of, command_of, environ
 from ftcore.journal import read_lines
 from ftcore.rundir import RunDir
 from tests.conftest import make_tiny_model
+from tests.ray.small_runs import write_rows
 from tests.s3_faults import Request, faulty_proxy
 from tests.s3_server import credentials_file, make_bucket, moto_server, variables
 
@@ -63,7 +64,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "qlora": {"kind": "qlora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"},
 }  # fmt: skip
 BACKENDS: dict[str, dict[str, Any]] = {"plain": {"kind": "plain"}, "deepspeed": {"kind": "deepspeed", "zero": 3}}
-WORDS = ["open", "close", "file", "report", "folder", "move", "rename", "archive", "quick", "fox", "jumps", "name", "answer", "question"]
 EVERY = 5
 """Steps between checkpoints."""
 GIVE_UP_S = 300.0
@@ -146,16 +146,12 @@ def plan(kinds: list[str], options: argparse.Namespace) -> list[Kill]:
 
 
 def recipe_in(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    draw, elastic = random.Random(0), "lose" in options.where
-    with (folder / "rows.jsonl").open("w") as file:
-        for index in range(200):
-            question, answer = f"{index} {' '.join(draw.choices(WORDS, k=6))}", " ".join(draw.choices(WORDS, k=8))
-            file.write(json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}) + "\n")
+    elastic, rows = "lose" in options.where, write_rows(folder / "rows.jsonl", count=200)
     method = METHODS[options.method] | ({"dropout": 0.0} if elastic and options.method != "full" else {})
     return {
         "name": "chaos", "stage": "sft",
         "model": {"path": str(make_tiny_model(folder / "base")), "dtype": "fp64" if elastic else "fp32"},
-        "data": {"sources": [str(folder / "rows.jsonl")], "max_length": 64, "validation": 0, "cache": str(folder / "prepared")},
+        "data": {"sources": [str(rows)], "max_length": 64, "validation": 0, "cache": str(folder / "prepared")},
         "method": method, "backend": BACKENDS[options.backend],
         "resources": {"workers": {"min": 1, "max": 2} if elastic else 2, "max_failures": -1},
         "optim": {"batch_size": 4, "lr": 1e-3, "max_steps": options.steps_between * (options.kills + 2), "epochs": 1},

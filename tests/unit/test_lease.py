@@ -82,7 +82,7 @@ def test_a_holder_that_was_taken_over_is_interrupted_and_told(run: RunDir, dispo
         with pytest.raises(ConfigError, match="took this run over"), holding(run) as held:
             run.folder.write(LEASE, elsewhere().to_json())
             try:
-                for _ in range(200):
+                for _ in range(200):  # short ones: an interrupt that is no signal arrives between two of them
                     time.sleep(0.05)
             except KeyboardInterrupt:
                 interrupted = held.lost.is_set()
