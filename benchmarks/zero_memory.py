@@ -3,9 +3,10 @@
     python benchmarks/zero_memory.py [--layers 24] [--hidden 1024] [--workers 2 3] [--methods lora full] [--backends zero3 plain]
 
 A thread in each rank samples RssAnon (file pages are the kernel's to drop); the figure is the peak over what the process held after the
-same run of a model of 0.6 M parameters, for many imports come late: at the first load, step, export. `whole` is weights, gradients and
-optimizer state as the method needs them, in fp32; `bound` is 1.15 / N of that plus the largest layer ever gathered. Exits with 1 when a
-rank under ZeRO-3 is over it.
+same run of a model of as many layers, 64 wide, for many imports come late: at the first load, step, export. `whole` is weights, gradients
+and optimizer state in fp32: 4 bytes a frozen weight, 16 a trained one, 20 under DeepSpeed, which keeps a master copy in fp32 too. `bound`
+is 1.15 / N of that plus the largest layer ever gathered, weights alone: a transformer layer, which recomputation gathers whole, or the
+embedding. Exits with 1 when a rank under ZeRO-3 is over it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import math
 import multiprocessing as mp
+import re
 import shutil
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +65,6 @@ class Sampler:
 
 def make_model(folder: Path, *, layers: int, hidden: int, vocabulary: int) -> None:
     """A random Qwen2 in sharded fp32 safetensors, written tensor by tensor."""
-    import json
-
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -104,7 +106,7 @@ def recipe_tree(base: Path, runs: Path, name: str, backend: str, method: str, st
     }  # fmt: skip
 
 
-def measure(rank: int, size: int, store: str, small: dict[str, Any], tree: dict[str, Any], results: Any) -> None:
+def measure(rank: int, size: int, store: str, small: dict[str, Any], tree: dict[str, Any], results: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -115,12 +117,15 @@ def measure(rank: int, size: int, store: str, small: dict[str, Any], tree: dict[
     ctypes.CDLL(None).malloc_trim(0)
     with Sampler() as sampler:
         shapes = trained(tree, rank, size, sampler.begin)
-    results.put((rank, sampler.peaks, shapes))
+    Path(results, f"{rank}.json").write_text(json.dumps([sampler.peaks, shapes]))
     dist.destroy_process_group()
 
 
-def trained(tree: dict[str, Any], rank: int, size: int, begin: Callable[[str], None]) -> list[tuple[tuple[int, ...], bool]]:
-    """(shape, trained) of every parameter of a model that was loaded, trained and exported; `begin` is told each phase."""
+Shapes = list[tuple[str, tuple[int, ...], bool]]
+
+
+def trained(tree: dict[str, Any], rank: int, size: int, begin: Callable[[str], None]) -> Shapes:
+    """(name, shape, trained) of every parameter of a model that was loaded, trained and exported; `begin` is told each phase."""
     from ftcore.backends.base import World
     from ftcore.loop import Training
     from ftcore.recipe import Recipe
@@ -136,36 +141,38 @@ def trained(tree: dict[str, Any], rank: int, size: int, begin: Callable[[str], N
     training.run_steps()
     begin("export")
     training.finish()
-    shapes = [(tuple(p.ds_shape) if "ds_id" in vars(p) else tuple(p.shape), p.requires_grad) for p in training.model.parameters()]
+    parameters = training.model.named_parameters()
+    shapes = [(name, tuple(p.ds_shape) if "ds_id" in vars(p) else tuple(p.shape), p.requires_grad) for name, p in parameters]
     training.close()
     return shapes
 
 
-def run(base: Path, backend: str, method: str, workers: int, steps: int) -> tuple[list[dict[str, int]], list[tuple[tuple[int, ...], bool]]]:
-    """Each rank's peaks by phase, and (shape, trained) of every parameter."""
+def run(base: Path, layers: int, backend: str, method: str, workers: int, steps: int) -> tuple[list[dict[str, int]], Shapes]:
+    """Each rank's peaks by phase, and (name, shape, trained) of every parameter."""
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="zero-memory-") as folder:
-        results = context.SimpleQueue()
-        make_model(Path(folder) / "small", layers=2, hidden=64, vocabulary=8192)
+        make_model(Path(folder) / "small", layers=layers, hidden=64, vocabulary=8192)
         small = recipe_tree(Path(folder) / "small", Path(folder) / "runs", "small", backend, method, steps)
         tree = recipe_tree(base, Path(folder) / "runs", "run", backend, method, steps)
         store = str(Path(folder) / "store")
-        processes = [context.Process(target=measure, args=(rank, workers, store, small, tree, results)) for rank in range(workers)]
+        processes = [context.Process(target=measure, args=(rank, workers, store, small, tree, folder)) for rank in range(workers)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
             raise SystemExit(f"exit codes {[process.exitcode for process in processes]}")
-        found = sorted((results.get() for _ in range(workers)), key=lambda result: result[0])
-    return [peaks for _, peaks, _ in found], found[0][2]
+        found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(workers)]
+    return [peaks for peaks, _ in found], found[0][1]
 
 
-def sizes(shapes: list[tuple[tuple[int, ...], bool]]) -> tuple[int, int, int]:
-    """(parameters, bytes of the whole: 4 a frozen weight, 16 a trained one; bytes of the largest parameter)."""
-    numels = [(math.prod(shape), trained) for shape, trained in shapes]
-    whole = sum(numel * (16 if trained else 4) for numel, trained in numels)
-    return sum(numel for numel, _ in numels), whole, 4 * max(numel for numel, _ in numels)
+def sizes(shapes: Shapes, trained_bytes: int) -> tuple[int, int]:
+    """(bytes of the whole, bytes of the largest layer)."""
+    layers: Counter[str] = Counter()
+    for name, shape, _ in shapes:
+        in_stack = re.search(r"layers\.\d+", name)
+        layers[in_stack[0] if in_stack else name] += 4 * math.prod(shape)
+    return sum(math.prod(shape) * (trained_bytes if is_trained else 4) for _, shape, is_trained in shapes), max(layers.values())
 
 
 def main() -> int:
@@ -187,8 +194,8 @@ def main() -> int:
         for method in args.methods:
             for backend in args.backends:
                 for workers in args.workers:
-                    peaks, shapes = run(base, backend, method, workers, args.steps)
-                    _, whole, largest = sizes(shapes)
+                    peaks, shapes = run(base, args.layers, backend, method, workers, args.steps)
+                    whole, largest = sizes(shapes, 16 if backend == "plain" else 20)
                     bound = 1.15 / workers * whole + largest
                     tops = [max(each.values()) for each in peaks]
                     shown = " ".join(f"{top / 2**20:8.0f}" for top in tops)

@@ -89,10 +89,10 @@ def derived(backend: DeepSpeed, optim: Optim, *, bf16: bool) -> dict[str, tuple[
 def configuration(backend: DeepSpeed, optim: Optim, *, bf16: bool, num_trainable: int = BUCKET) -> Tree:
     """What DeepSpeed is given: defaults, the raw section over them, what the recipe decides over both.
 
-    `num_trainable`: the reduce bucket is allocated whole, so for an adapter it is no larger than the adapter.
+    `num_trainable`: the reduce bucket is allocated whole, and once more in each reduction, so for an adapter it is a quarter of the adapter.
     """
     tree: Tree = {}
-    fitting = {"zero_optimization.reduce_bucket_size": min(BUCKET, num_trainable)}
+    fitting = {"zero_optimization.reduce_bucket_size": min(BUCKET, max(num_trainable // 4, 1_000_000))}
     for path, value in {**DEFAULTS, **fitting, **dict(leaves(backend.deepspeed))}.items():
         _put(tree, path, value)
     for path, (value, _) in derived(backend, optim, bf16=bf16).items():

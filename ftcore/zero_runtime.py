@@ -50,6 +50,40 @@ def start(world: World) -> None:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if not deepspeed.comm.is_initialized():
             deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        if dist.get_backend() == "gloo":
+            deepspeed.comm.comm.cdb.all_gather_function = gather_in_place
+
+
+class _Works:
+    """Several communications under way, waited for as one."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> bool:
+        for work in self._works:
+            work.wait()
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
+def gather_in_place(
+    output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> _Works | None:
+    """`dist.all_gather_into_tensor`, each rank broadcasting its part into its place.
+
+    gloo's own gathers into a second tensor of the output's size and copies: twice the memory, and 2.5x the time at 32 MiB.
+    """
+    parts = output_tensor.view(-1).chunk(dist.get_world_size(group))
+    parts[dist.get_rank(group)].copy_(input_tensor.view(-1))
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    works = _Works([dist.broadcast(part, src=rank, group=group, async_op=True) for rank, part in zip(ranks, parts, strict=True)])
+    if async_op:
+        return works
+    works.wait()
+    return None
 
 
 @contextmanager
