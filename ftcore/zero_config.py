@@ -89,7 +89,7 @@ def derived(backend: DeepSpeed, optim: Optim, *, bf16: bool) -> dict[str, tuple[
 def configuration(backend: DeepSpeed, optim: Optim, *, bf16: bool, num_trainable: int = BUCKET) -> Tree:
     """What DeepSpeed is given: defaults, the raw section over them, what the recipe decides over both.
 
-    `num_trainable`: the reduce bucket is allocated whole, and once more in each reduction, so for an adapter it is a quarter of the adapter.
+    `num_trainable`: the reduce bucket is allocated whole, and again in each reduction, so for an adapter it is a quarter of the adapter.
     """
     tree: Tree = {}
     fitting = {"zero_optimization.reduce_bucket_size": min(BUCKET, max(num_trainable // 4, 1_000_000))}
