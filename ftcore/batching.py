@@ -1,0 +1,140 @@
+"""Batching: which rows take part in the next step of an engine. Continuous: a row joins as soon as a place is free and leaves when it ends.
+
+In: rows that wait. Out: a Step: all rows that decode, and a chunk of prompt of the rows that do not yet. Runs in: the engine's thread.
+
+Places are numbered. Rows that decode hold the places 0..n-1 without a gap, so that their keys and values are one contiguous part of the
+cache: who ends gives its place to the last one (`moves` says which rows to copy where before the step). Rows that still read their prompt
+hold places from the top. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from ftcore.engines.base import Request
+
+
+@dataclass
+class Row:
+    """A request under way."""
+
+    request: Request
+    max_total: int
+    """Tokens of prompt and answer at most."""
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and answer so far."""
+    num_cached: int = 0
+    """Tokens whose keys and values are in the cache."""
+    place: int = -1
+    seed: int = 0
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def decodes(self) -> bool:
+        return self.num_cached == len(self.tokens) - 1 and self.num_cached >= self.num_prompt
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of one row's prompt to read."""
+
+    row: Row
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.row.num_cached + self.count == len(self.row.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass computes: a token for each decoding row (at place 0, 1, ...), then chunks of prompts, end to end."""
+
+    decoding: tuple[Row, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.decoding and not self.chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decoding) + sum(chunk.count for chunk in self.chunks)
+
+
+class Batcher:
+    """Rows that wait, rows that read, rows that decode."""
+
+    def __init__(self, num_places: int, chunk_tokens: int) -> None:
+        """`chunk_tokens`: prompt tokens a step reads at most beside the decoding rows, so that nobody's next token waits long."""
+        self.num_places, self.chunk_tokens = num_places, chunk_tokens
+        self.waiting: deque[Row] = deque()
+        self.reading: list[Row] = []
+        self.decoding: list[Row] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*self.decoding, *self.reading]
+
+    @property
+    def spare(self) -> int:
+        """The place behind the last, which nobody holds."""
+        return self.num_places
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.decoding) + len(self.reading) < self.num_places
+
+    def admit(self, row: Row) -> None:
+        """Gives a row the highest free place."""
+        taken = {each.place for each in self.reading}
+        row.place = next(place for place in range(self.num_places - 1, -1, -1) if place not in taken)
+        assert row.place >= len(self.decoding)
+        self.reading.append(row)
+
+    def step(self) -> Step:
+        """The next step; call after `settle`."""
+        budget, chunks = self.chunk_tokens, []
+        for row in self.reading:
+            count = min(budget, len(row.tokens) - row.num_cached)
+            if count:
+                chunks.append(Chunk(row, count))
+                budget -= count
+        return Step(tuple(self.decoding), tuple(chunks))
+
+    def settle(self) -> list[tuple[int, int]]:
+        """Rows that have read their prompt join those that decode. Returns (from, to) places to copy, in this order."""
+        moves = []
+        for row in [row for row in self.reading if row.decodes]:
+            self.reading.remove(row)
+            goal = len(self.decoding)
+            sitter = next((each for each in self.reading if each.place == goal), None)
+            if sitter is not None:  # they change places by way of the spare one
+                moves += [(goal, self.spare), (row.place, goal), (self.spare, row.place)]
+                sitter.place = row.place
+            elif row.place != goal:
+                moves.append((row.place, goal))
+            row.place = goal
+            self.decoding.append(row)
+        return moves
+
+    def remove(self, row: Row) -> list[tuple[int, int]]:
+        """Takes a row out wherever it is. Returns the copies that close the gap."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+            return []
+        if row in self.reading:
+            self.reading.remove(row)
+            return []
+        self.decoding.remove(row)
+        last = len(self.decoding)
+        mover = next((each for each in self.decoding if each.place == last), None)
+        if mover is None:
+            return []
+        mover.place = row.place
+        self.decoding.sort(key=lambda each: each.place)
+        return [(last, row.place)]

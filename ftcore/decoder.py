@@ -1,0 +1,143 @@
+"""Decoder: one forward pass of a base with many adapters over a slot cache. What the torch engine's thread runs, step by step.
+
+In: rows and chunks. Out: logits of the rows that are due a token. Runs in: the engine's thread, one call at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ftcore.errors import ModelError
+from ftcore.layers import slot_cache
+from ftcore.layers.multi_lora import MultiLora
+from ftcore.layers.slot_cache import SlotCache
+from ftcore.models import DTYPES, decoder_of, load_base
+from ftcore.recipe import Model
+
+if TYPE_CHECKING:
+    from ftcore.batching import Step
+    from ftcore.engines.torch import Torch
+
+
+def cores() -> int:
+    """Processor cores this process may use: its affinity, and the cgroup's quota where that is less."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()[:2]
+        if quota != "max":
+            allowed = min(allowed, max(1, int(quota) // int(period)))
+    return allowed
+
+
+class Decoder:
+    """A base in memory, its adaptable layers, its cache."""
+
+    def __init__(self, section: Torch, base: str) -> None:
+        device = section.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = section.dtype if section.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
+        self.precision, self.device, self.dtype = dtype, torch.device(device), DTYPES[dtype]
+        self.model = load_base(Model(path=base, dtype=dtype), device=device).eval().requires_grad_(False)
+        config = self.model.config.get_text_config()
+        self.vocabulary = int(config.vocab_size)
+        self.max_context = min(section.max_context, int(getattr(config, "max_position_embeddings", section.max_context)))
+        self.chunk_tokens = section.chunk_tokens
+        self.head = self.model.get_output_embeddings()
+        self._require_plain_head(config)
+        self.decoder = decoder_of(self.model)
+        self.lora = MultiLora(self.model, section.max_lanes, self.dtype)
+        heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self.cache = SlotCache(config.num_hidden_layers, section.max_batch, self.max_context, heads, size, self.dtype, device)
+        want = self._own_logits()
+        self.model.set_attn_implementation(slot_cache.register())
+        self._require_same(want)
+
+    @torch.inference_mode()
+    def step(self, step: Step) -> Tensor:
+        """Logits [n, V]: of each decoding row, then of each chunk that ends its prompt. Keys and values are written."""
+        decoding = [row.request.adapter for row in step.decoding]
+        self.lora.set_rows(decoding, [(chunk.row.request.adapter, chunk.count) for chunk in step.chunks])
+        ids = [row.tokens[-1] for row in step.decoding]
+        for chunk in step.chunks:
+            ids += chunk.row.tokens[chunk.row.num_cached : chunk.row.num_cached + chunk.count]
+        plan = slot_cache.plan(
+            [row.num_cached + 1 for row in step.decoding],
+            [(chunk.row.place, chunk.row.num_cached, chunk.count) for chunk in step.chunks],
+            self.device, self.dtype,
+        )  # fmt: skip
+        due, at = list(range(len(step.decoding))), len(step.decoding)
+        for chunk in step.chunks:
+            at += chunk.count
+            if chunk.is_last:
+                due.append(at - 1)
+        hidden = self._hidden(torch.tensor([ids], device=self.device), plan)
+        return self.head(hidden[torch.tensor(due, device=self.device)]) if due else hidden[:0]
+
+    @torch.inference_mode()
+    def next_logits(self, prompt: Sequence[int], digest: str, place: int) -> Tensor:
+        """[V] fp32 logits after a prompt, read at `place` in chunks as any other prompt is."""
+        hidden = torch.empty(0)
+        for start in range(0, len(prompt), self.chunk_tokens):
+            part = list(prompt[start : start + self.chunk_tokens])
+            self.lora.set_rows([], [(digest, len(part))])
+            plan = slot_cache.plan([], [(place, start, len(part))], self.device, self.dtype)
+            hidden = self._hidden(torch.tensor([part], device=self.device), plan)
+        return self.head(hidden[-1:])[0].float().cpu()
+
+    def _hidden(self, ids: Tensor, plan: slot_cache.StepPlan) -> Tensor:
+        out = self.decoder(
+            input_ids=ids, position_ids=plan.positions[None], use_cache=False, slot_cache=self.cache, slot_step=plan,
+        )  # fmt: skip
+        return out.last_hidden_state[0]
+
+    _PROOF = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)
+
+    @torch.inference_mode()
+    def _own_logits(self) -> Tensor:
+        """What the base itself says after a short prompt, by its own attention."""
+        ids = torch.tensor([[token % self.vocabulary for token in self._PROOF]], device=self.device)
+        return self.model(input_ids=ids, use_cache=False).logits[0, -3:].float().cpu()
+
+    @torch.inference_mode()
+    def _require_same(self, want: Tensor) -> None:
+        """Holds the engine's path (a chunk, another, one token) to the base's own logits. Raises ModelError where they differ."""
+        ids = [token % self.vocabulary for token in self._PROOF]
+        got, at = [], 0
+        try:
+            for part in (ids[:4], ids[4:9]):
+                plan = slot_cache.plan([], [(0, at, len(part))], self.device, self.dtype)
+                self.lora.set_rows([], [("", len(part))])
+                got.append(self.head(self._hidden(torch.tensor([part], device=self.device), plan)[-1:]))
+                at += len(part)
+            for token in ids[9:]:
+                plan = slot_cache.plan([at + 1], [], self.device, self.dtype)
+                self.lora.set_rows([""], [])
+                got.append(self.head(self._hidden(torch.tensor([[token]], device=self.device), plan)))
+                at += 1
+        except TypeError as error:
+            raise ModelError(
+                "this base does not let the engine reach its attention", got=str(error)[:200], remedy="serve it with engine vllm"
+            ) from error
+        apart = float((torch.cat(got[1:]).float().cpu() - want).abs().max())
+        limit = (1e-4 if self.dtype == torch.float32 else 0.05) * max(1.0, float(want.abs().max()))
+        if apart > limit:
+            raise ModelError(
+                "this base gives other logits in the engine than by itself", got=f"{apart:.3g} apart", wanted=f"at most {limit:.3g}",
+                remedy="serve it with engine vllm",
+            )  # fmt: skip
+
+    def _require_plain_head(self, config: object) -> None:
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ModelError(
+                    f"this base's head uses `{name}`, which the torch engine does not have", remedy="serve it with engine vllm"
+                )

@@ -1,0 +1,161 @@
+"""Engine: who speaks. The section that chooses one, and what a running engine is asked and answers.
+
+In: a base, adapter folders, requests of token ids. Out: a stream of tokens, each with the digest of the adapter whose weights computed it.
+Runs in: serving replicas, `ftcore chat`, evaluation, rollouts; no torch until `open()`.
+
+An engine knows digests, never names or tenants: what a name means is the caller's to decide, once, before it asks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ftcore.errors import ConfigError
+from ftcore.registry import Registry
+from ftcore.section import Choice, chosen
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults are the model's own distribution."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """The same text for the same request, whatever else is in the batch; None draws a seed."""
+    num_logprobs: int | None = None
+    """How many of the most likely tokens come with each token; 0 gives the token's own alone, None gives none."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to make."""
+
+    id: str
+    prompt: tuple[int, ...]
+    adapter: str = ""
+    """Digest of a loaded adapter; empty for the bare base."""
+    max_tokens: int = 16
+    stop_ids: frozenset[int] = frozenset()
+    """The answer ends before any of these."""
+    sampling: Sampling = Sampling()
+    salt: str = ""
+    """Keys and values are reused only between requests of one salt (a tenant)."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of an answer."""
+
+    id: int
+    adapter: str
+    """Digest held by the slot that computed this token; empty for the bare base."""
+    logprob: float | None = None
+    """Natural logarithm, of the model's distribution before temperature and filters."""
+    top: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None
+    """Set on the last one. After `stop` the id is the stop token, which is no part of the answer; after `abort` it is -1."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine holds and has done."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_steps: int = 0
+    num_tokens: int = 0
+    """Generated, since the start."""
+    num_prompt_tokens: int = 0
+    num_reused_tokens: int = 0
+    """Prompt tokens whose keys and values were there already."""
+    adapters: tuple[str, ...] = ()
+    adapter_bytes: int = 0
+    cache_tokens: int = 0
+    cache_capacity: int = 0
+
+
+class LiveEngine(ABC):
+    """A running engine. Every method may be called from the event loop that opened it, and none blocks that loop."""
+
+    max_context: int
+    """Prompt and answer together, in tokens."""
+    precision: str
+    """What it computes in ("fp32", "bf16", ...), as probes name it."""
+
+    @abstractmethod
+    async def load_adapter(self, digest: str, folder: Path) -> None:
+        """Makes a digest known; of several calls at once for one digest, one loads. Raises ModelError or IntegrityError with the reason."""
+
+    @abstractmethod
+    async def unload_adapter(self, digest: str) -> None:
+        """Forgets a digest and every key and value computed with it, once the requests that use it have ended."""
+
+    @abstractmethod
+    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+        """Streams the answer; closing the iterator aborts. Raises ConfigError for what cannot be asked, before the first token."""
+
+    @abstractmethod
+    async def abort(self, request_id: str) -> None:
+        """Ends a request within a step and frees what it held; unknown ids are passed over."""
+
+    @abstractmethod
+    async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Sequence[float]]:
+        """Logits after each prompt, [P, V] in fp32, through the very path that answers: what probes are compared with."""
+
+    @abstractmethod
+    def stats(self) -> Stats: ...
+
+    @abstractmethod
+    async def health(self) -> None:
+        """Returns within a step of a live engine; raises what ended a dead one."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class Engine(Choice):
+    """Section of an engine: what it runs and how much it may hold."""
+
+    max_batch: int = 16
+    """Answers made at once."""
+    max_context: int = 2048
+    """Longest prompt and answer together, in tokens; no longer than the base allows."""
+
+    @abstractmethod
+    async def open(self, base: str) -> LiveEngine:
+        """Loads the base (a folder or hub name) and starts."""
+
+
+ENGINES: Registry[type[Engine]] = Registry("engine", "ftcore.engines")
+EngineChoice = chosen(Engine, ENGINES, default="torch")
+
+
+def check_request(request: Request, max_context: int, vocabulary: int) -> None:
+    """Raises ConfigError for a request that no engine could answer."""
+    if not request.prompt:
+        raise ConfigError("the prompt is empty", where="prompt", wanted="at least one token")
+    if request.max_tokens < 1:
+        raise ConfigError("an answer has at least one token", where="max_tokens", got=str(request.max_tokens), wanted="1 or more")
+    if len(request.prompt) + 1 > max_context:
+        raise ConfigError(
+            "the prompt does not fit the context", where="prompt", got=f"{len(request.prompt)} tokens", wanted=f"at most {max_context - 1}"
+        )
+    if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+        raise ConfigError("the prompt holds a token that this base does not have", where="prompt", wanted=f"ids from 0 to {vocabulary - 1}")
+    if request.sampling.logit_bias and not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
+        raise ConfigError("logit_bias names a token that this base does not have", where="logit_bias", wanted=f"0 to {vocabulary - 1}")

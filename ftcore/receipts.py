@@ -1,0 +1,79 @@
+"""Receipts: a signed statement of which weights gave which answer, that anyone can check and only the server can make.
+
+In: request id, adapter and base digests, the answer. Out: a Receipt; or an IntegrityError when one does not hold. Runs in: serving
+replicas (sign), `ftcore verify-receipt` (check); no torch.
+
+Ed25519 over the canonical JSON of the receipt without its signature, behind a prefix of its own. The adapter's digest is the one that the
+slot held which computed the last token, not the one that was asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+from ftcore.card import Digest, Text, utc_now
+from ftcore.errors import IntegrityError
+from ftcore.section import Section
+from ftcore.signing import key_id
+from ftcore.storage import canonical_json
+
+PREFIX = b"ftcore receipt v1\n"
+
+
+class Receipt(Section):
+    """What was answered by what."""
+
+    request: Text
+    tenant: Text
+    adapter: Text
+    """`tenant/name@digest` in full; empty for the bare base."""
+    base: Digest
+    output: Digest
+    """SHA-256 over the canonical JSON of the list of the choices' texts."""
+    time: Text
+    key: Text
+    signature: Text = ""
+
+    def signed_bytes(self) -> bytes:
+        return PREFIX + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+
+
+def output_digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(canonical_json(list(texts))).hexdigest()
+
+
+class Signer:
+    """One replica's key; it never leaves the process."""
+
+    def __init__(self) -> None:
+        self._key = Ed25519PrivateKey.generate()
+        self.key_id = key_id(self._key.public_key())
+        self.public_pem = self._key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+    def sign(self, request: str, tenant: str, adapter: str, base: str, texts: Sequence[str]) -> Receipt:
+        receipt = Receipt(
+            request=request, tenant=tenant, adapter=adapter, base=base, output=output_digest(texts), time=utc_now(), key=self.key_id
+        )
+        value = base64.b64encode(self._key.sign(receipt.signed_bytes())).decode()
+        return receipt.model_copy(update={"signature": value})
+
+
+def verify_receipt(receipt: Receipt, texts: Sequence[str], public_keys: Mapping[str, str]) -> None:
+    """`public_keys`: key id -> PEM. Raises IntegrityError when the answer, any field or the signature is not what was signed."""
+    if output_digest(texts) != receipt.output:
+        raise IntegrityError("this is not the answer that the receipt is for", got=output_digest(texts)[:12], wanted=receipt.output[:12])
+    pem = public_keys.get(receipt.key)
+    key = load_pem_public_key(pem.encode()) if pem is not None else None
+    if not isinstance(key, Ed25519PublicKey) or key_id(key) != receipt.key:
+        raise IntegrityError("this receipt is signed by a key that is not known", got=receipt.key[:32], wanted="a key of /v1/receipt-keys")
+    try:
+        key.verify(base64.b64decode(receipt.signature, validate=True), receipt.signed_bytes())
+    except (InvalidSignature, binascii.Error, ValueError) as error:
+        raise IntegrityError("this receipt was altered after it was signed", where=receipt.request[:80]) from error

@@ -1,0 +1,75 @@
+"""Served base: a base as serving needs it (digests, tokenizer, chat template), and the proof that an adapter is what its card says on it.
+
+In: a base's folder or hub name, adapter versions, a running engine. Out: prompts as ids; a ProbeReport, or an error with the reason.
+Runs in: serving replicas, `ftcore chat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ftcore.card import Card
+from ftcore.data.chat import Chat
+from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
+from ftcore.data.types import Message
+from ftcore.engines.base import LiveEngine
+from ftcore.errors import DataError, IntegrityError, ModelError
+from ftcore.models import model_type
+from ftcore.probes import ProbeReport, Probes, compare
+from ftcore.recipe import Data, Model
+from ftcore.weights import base_folder, check_base, weights_digest
+
+
+class ServedBase:
+    """One base; opened once a replica."""
+
+    def __init__(self, path: str, revision: str = "main", chat_template: str = "auto") -> None:
+        folder = base_folder(path, revision)
+        check_base(folder)
+        model = Model(path=str(folder), chat_template=chat_template)
+        self.folder = folder
+        self.weights = weights_digest(folder)
+        self.tokenizer = load_tokenizer(model)
+        self.tokenizer_digest = tokenizer_digest(self.tokenizer)
+        self.chat: Chat | None = None
+        self.no_chat = ""
+        try:
+            self.chat = Chat.open(self.tokenizer, data=Data(sources="served"), template=chat_template, family=model_type(model))
+        except ModelError as error:  # completions need no template
+            self.no_chat = error.what
+        eos = self.tokenizer.eos_token_id
+        self.stop_ids = frozenset(self.chat.stop_ids if self.chat else () if eos is None else (eos,))
+
+    def chat_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        if self.chat is None:
+            raise DataError("this base has no chat template", got=self.no_chat, remedy="ask /v1/completions")
+        return tuple(self.chat.prompt_ids(messages))
+
+    def text_prompt(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text)["input_ids"])
+
+    def require_card(self, card: Card) -> None:
+        """Raises IntegrityError unless the adapter was trained on this base, with this tokenizer and this template."""
+        template = self.chat.template_digest if self.chat else ""
+        for what, got, wanted in (
+            ("base", card.base.weights, self.weights),
+            ("tokenizer", card.tokenizer, self.tokenizer_digest),
+            ("chat template", card.template or template, template),
+        ):
+            if got != wanted:
+                raise IntegrityError(
+                    f"this adapter belongs to another {what}", where=f"{card.tenant}/{card.name}@{card.digest[:12]}",
+                    got=got[:12], wanted=wanted[:12], remedy=f"serve it on {card.base.id}, or train it on this base",
+                )  # fmt: skip
+
+    async def prove(self, engine: LiveEngine, digest: str, folder: Path, precision: str) -> ProbeReport:
+        """Runs the version's probes through the engine's own path, with the adapter and without. Raises IntegrityError when they fail."""
+        probes = Probes.load(folder)
+        tuned = torch.tensor(await engine.next_logits(probes.prompts, digest))
+        bare = torch.tensor(await engine.next_logits(probes.prompts))
+        report = compare(probes, tuned, bare, precision, "cuda" if torch.cuda.is_available() else "cpu")
+        report.require(digest[:12])
+        return report

@@ -1,0 +1,248 @@
+"""API: OpenAI's routes over a Gate and something that answers Jobs. No Ray here: Serve's ingress and the tests both mount this.
+
+In: HTTP. Out: HTTP, server-sent events. Runs in: the ingress.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import ftcore
+from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
+from serving.gate import Gate, Refusal
+from serving.jobs import Event, Job, Opening, messages
+from serving.schema import Asked, ChatAsked, TextAsked, error_body
+from serving.shapes import Shape, chat_shape, text_shape
+from serving.tenants import Caller
+
+log = logging.getLogger(__name__)
+OPEN_ROUTES = ("/healthz", "/readyz")
+SESSION = "x-ftcore-session"
+
+
+class Answers(Protocol):
+    """What computes: a Serve handle, or a Replica in this process."""
+
+    def answer(self, job: Job) -> AsyncGenerator[Event, None]: ...
+
+    async def states(self) -> list[dict[str, Any]]:
+        """Of every replica that can be reached."""
+
+
+class Service:
+    """What the routes work with; made once in the process that serves them."""
+
+    def __init__(self, gate: Gate, answers: Answers) -> None:
+        self.gate, self.answers = gate, answers
+
+
+def build_api(service: Callable[[], Service]) -> FastAPI:
+    """`service` is called when a request comes: in Ray Serve the routes are made before it exists."""
+    api = FastAPI(title="ftcore", version=ftcore.__version__, docs_url=None, redoc_url=None)
+    _add_errors(api)
+    _add_models(api, service)
+
+    @api.post("/v1/chat/completions")
+    async def chat(asked: ChatAsked, request: Request) -> Response:
+        pairs = [(message.role, message.text) for message in asked.messages]
+        return await _answer(service(), request, asked, messages(pairs), asked.num_logprobs, asked.limit, chat_shape)
+
+    @api.post("/v1/completions")
+    async def complete(asked: TextAsked, request: Request) -> Response:
+        prompt = asked.prompt if isinstance(asked.prompt, str) else tuple(asked.prompt)
+        return await _answer(service(), request, asked, prompt, asked.num_logprobs, asked.limit, text_shape)
+
+    api.add_middleware(Door, service=service)
+    return api
+
+
+def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
+    @api.get("/v1/models")
+    async def models(request: Request) -> Response:
+        gate, caller = service().gate, request.state.caller
+        name = gate.settings.base_name
+        base = {"id": name, "object": "model", "created": 0, "owned_by": "ftcore", "root": name, "parent": None}
+        rows = [base]
+        for name, ref in gate.directory.picture.models(caller.tenant):
+            rows.append({**base, "id": name, "owned_by": caller.tenant, "root": ref.full, "parent": base["id"]})
+        return JSONResponse({"object": "list", "data": rows})
+
+    @api.get("/v1/receipt-keys")
+    async def keys() -> Response:
+        found: dict[str, str] = {}
+        for state in await service().answers.states():
+            found |= state["receipt_keys"]
+        return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
+
+    @api.get("/healthz")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @api.get("/readyz")
+    async def ready() -> Response:
+        states = await service().answers.states()
+        problem = service().gate.directory.problem
+        body = {"status": "ready" if states else "no replica", "replicas": len(states), "store": problem or "ok"}
+        return JSONResponse(body, 200 if states else 503)
+
+
+async def _answer(
+    service: Service, request: Request, asked: Asked, prompt: Any, num_logprobs: int | None, limit: int | None, shape: Shape
+) -> Response:  # fmt: skip
+    caller: Caller = request.state.caller
+    ref = service.gate.find(caller, asked.model, request.headers.get(SESSION, "")[:256])
+    if asked.n > caller.limits.max_choices:
+        raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
+    if limit is not None and limit > caller.limits.max_tokens:
+        raise Refusal(400, f"max_tokens is at most {caller.limits.max_tokens}", "invalid_value")
+    job = Job(
+        uuid.uuid4().hex, caller.tenant, ref, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
+        asked.sampling(num_logprobs), asked.stops, asked.n,
+    )  # fmt: skip
+    events = _admitted(service, caller, job)
+    try:
+        opening = await anext(events)  # whatever refuses does so before a header is sent
+    except BaseException:
+        await events.aclose()
+        raise
+    assert isinstance(opening, Opening)
+    headers = {"x-ftcore-request": job.id, "x-ftcore-base": opening.base, "x-ftcore-adapter": opening.adapter, "cache-control": "no-store"}
+    fingerprint = f"{opening.base[:12]}-{opening.adapter.rpartition('@')[2][:12] or 'base'}"
+    writer = shape(job.id, asked.model, int(time.time()), fingerprint)
+    if not asked.stream:
+        async with aclosing(events):
+            body = await writer.whole([event async for event in events])
+        return JSONResponse(body, headers=headers)
+    usage = asked.stream_options is not None and asked.stream_options.include_usage
+    return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
+
+
+async def _admitted(service: Service, caller: Caller, job: Job) -> AsyncGenerator[Event, None]:
+    """A job's events, in one of the tenant's places."""
+    with service.gate.place(caller):
+        async with aclosing(service.answers.answer(job)) as events:
+            async for event in events:
+                yield event
+
+
+async def _sse(bodies: AsyncGenerator[dict[str, Any], None], job: str) -> AsyncIterator[bytes]:
+    async with aclosing(bodies):
+        try:
+            async for body in bodies:
+                yield b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        except Exception as error:  # the status was sent: the stream itself has to say it
+            refusal = _refusal(error)
+            log.warning("request %s ended in the middle: %s", job, refusal.message)
+            yield b"data: " + json.dumps(error_body(refusal.message, refusal.kind, refusal.code)).encode() + b"\n\n"
+            return
+        yield b"data: [DONE]\n\n"
+
+
+class Door:
+    """Pure ASGI, before any body is read: who asks, and how much they send."""
+
+    def __init__(self, app: Any, service: Callable[[], Service]) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        gate = self._service().gate
+        limit = gate.settings.max_body_kib << 10
+        try:
+            if request.url.path not in OPEN_ROUTES:
+                scope.setdefault("state", {})["caller"] = gate.caller(request.headers.get("authorization"))
+            length = request.headers.get("content-length", "0")
+            if not length.isdigit() or int(length) > limit:
+                raise Refusal(413, f"a request is at most {limit} bytes", "request_too_large")
+        except Refusal as refusal:
+            await _refused(refusal)(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Any:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > limit:
+                raise _TooLarge
+            return message
+
+        async def guarded(message: Any) -> None:
+            if taken <= limit:
+                await send(message)
+
+        with suppress(_TooLarge):
+            await self._app(scope, counted, guarded)
+        if taken > limit:  # nothing was sent: an answer begins when the whole body is in
+            await _refused(Refusal(413, f"a request is at most {limit} bytes", "request_too_large"))(scope, receive, send)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _add_errors(api: FastAPI) -> None:
+    @api.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        return _refused(refusal)
+
+    @api.exception_handler(FtcoreError)
+    async def failed(_: Request, error: FtcoreError) -> Response:
+        return _refused(_refusal(error))
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+        more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+        message = f"{where}: {first['msg']}{more}" if where else f"{first['msg']}{more}"
+        return JSONResponse(error_body(message[:500], "invalid_request_error", str(first["type"]), where or None), 400)
+
+    @api.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, headers=error.headers)
+
+    @api.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return _refused(_refusal(error))
+
+
+def _refusal(error: BaseException) -> Refusal:
+    """What a client is told; the server's own troubles go to the log, not to them."""
+    cause = getattr(error, "cause", None)  # Ray wraps what a replica raised
+    if isinstance(cause, FtcoreError):
+        error = cause
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, ConfigError | DataError):
+        text = error.what + (f" (got {error.got}, wanted {error.wanted})" if error.wanted else "")
+        return Refusal(400, text[:500], "invalid_value")
+    if isinstance(error, IntegrityError | ModelError):
+        return Refusal(409, f"this adapter is not served: {error.what}"[:500], "adapter_refused", kind="adapter_error")
+    if isinstance(error, StorageError):
+        return Refusal(503, "the adapter store cannot be reached", "store_unavailable", kind="server_error", retry_after_s=5)
+    if type(error).__name__ in ("BackPressureError", "RayActorError", "ActorDiedError", "ActorUnavailableError"):
+        return Refusal(503, "no replica can take this request now", "overloaded", kind="server_error", retry_after_s=1)
+    log.error("unexpected: %s", type(error).__name__, exc_info=error)
+    return Refusal(500, "the server made a mistake", "internal_error", kind="server_error")
+
+
+def _refused(refusal: Refusal) -> Response:
+    headers = {"retry-after": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_body(refusal.message, refusal.kind, refusal.code), refusal.status, headers=headers)

@@ -1,0 +1,123 @@
+"""App: the Ray Serve application. An ingress that authenticates and resolves, replicas that compute, and a router between them.
+
+    serve run serving.app:build base=ftcore/demo/base store=adapters
+    ftcore serve [FILE.yaml] base=... store=... [tenants=...]
+
+In: ServeSettings. Out: an OpenAI-compatible endpoint. Runs in: Ray Serve; this file is the only one of the room that imports Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from ftcore.errors import ConfigError
+from serving.api import Service, build_api
+from serving.gate import Gate
+from serving.jobs import Event, Job
+from serving.replica import Replica
+from serving.router import AdapterRouter
+from serving.settings import ServeSettings
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The builder for `serve run` and Serve config files; `arguments` are ServeSettings' keys."""
+    return application(ServeSettings.model_validate(arguments))
+
+
+def application(settings: ServeSettings) -> serve.Application:
+    """Raises ConfigError for what would be unsafe: an open door beyond this machine."""
+    if settings.is_local_only and settings.host not in LOOPBACK:
+        raise ConfigError(
+            "without keys only this machine may ask", where="host", got=settings.host, wanted="127.0.0.1, or tenants=FOLDER",
+            remedy="make keys: ftcore tenants add NAME; ftcore tenants key NAME",
+        )  # fmt: skip
+    tree = settings.model_dump(mode="json")
+    engine = EngineReplica.options(  # type: ignore[attr-defined]
+        num_replicas=settings.replicas,
+        max_ongoing_requests=settings.queue,
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+    ).bind(tree)
+    return Ingress.options(max_ongoing_requests=settings.queue * settings.replicas).bind(tree, engine)  # type: ignore[attr-defined]
+
+
+@serve.deployment(
+    name="engine",
+    graceful_shutdown_timeout_s=60,
+    health_check_period_s=5,
+    health_check_timeout_s=30,
+    request_router_config=RequestRouterConfig(request_router_class=AdapterRouter),  # type: ignore[arg-type]
+)
+class EngineReplica:
+    """A Replica in an actor of its own."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self._settings = ServeSettings.model_validate(tree)
+        self._opening: asyncio.Task[Replica] | None = None
+
+    async def _replica(self) -> Replica:
+        if self._opening is None:
+            self._opening = asyncio.create_task(Replica.open(self._settings))
+        return await asyncio.shield(self._opening)
+
+    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+        replica = await self._replica()
+        async for event in replica.answer(job):
+            yield event
+
+    async def state(self) -> dict[str, Any]:
+        return (await self._replica()).state()
+
+    async def check_health(self) -> None:
+        await (await self._replica()).engine.health()
+
+
+class Handle:
+    """The engine deployment as the API sees it."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+        digest = job.ref.digest if job.ref else ""
+        response = self._handle.options(stream=True, multiplexed_model_id=digest).answer.remote(job)
+        ended = False
+        try:
+            async for event in response:  # type: ignore[union-attr]
+                yield event
+            ended = True
+        finally:
+            if not ended:
+                response.cancel()
+
+    async def states(self) -> list[dict[str, Any]]:
+        return [await self._handle.state.remote()]
+
+
+@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=60)
+@serve.ingress(lambda: build_api(_service))
+class Ingress:
+    """Reads keys and names, then hands jobs on."""
+
+    def __init__(self, tree: dict[str, Any], engine: DeploymentHandle) -> None:
+        self._settings = ServeSettings.model_validate(tree)
+        self.service = Service(Gate(self._settings), Handle(engine))
+        self._opened: asyncio.Task[None] | None = None
+
+    async def check_health(self) -> None:
+        if self._opened is None:
+            self._opened = asyncio.create_task(self.service.gate.open())
+        await asyncio.shield(self._opened)
+
+
+def _service() -> Service:
+    service = serve.get_replica_context().servable_object.service  # type: ignore[attr-defined]
+    assert isinstance(service, Service)
+    return service

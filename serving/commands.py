@@ -1,0 +1,109 @@
+"""Commands: `ftcore serve` and `ftcore tenants`.
+
+In: a command line. Out: a server until it is interrupted; keys on the terminal. Runs in: a person's terminal, a container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftcore.card import printable
+from ftcore.section import leaf_paths
+from serving.settings import ServeSettings, load_settings
+from serving.tenants import TenantStore
+
+
+def serve_main(arguments: Sequence[str]) -> int:
+    """Serves until SIGINT or SIGTERM, then drains."""
+    keys = ", ".join(leaf_paths(ServeSettings))
+    parser = argparse.ArgumentParser(
+        prog="ftcore serve", description="answer over HTTP (OpenAI's routes), each tenant with its own adapters on one base",
+        epilog=f"keys: {keys}", formatter_class=argparse.RawDescriptionHelpFormatter if len(keys) < 140 else argparse.HelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("file", nargs="?", metavar="FILE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="PATH=VALUE")
+    parsed = parser.parse_args(list(arguments))
+    named = parsed.file is not None and "=" in parsed.file
+    overrides = [parsed.file, *parsed.overrides] if named else parsed.overrides
+    settings = load_settings(None if named or parsed.file is None else Path(parsed.file), overrides)
+    return _serve(settings)
+
+
+def _serve(settings: ServeSettings) -> int:
+    from ray import serve
+
+    from cluster.connect import connect
+    from serving.app import application
+
+    app = application(settings)
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    connection = connect(local_cpus=settings.num_cpus * settings.replicas + 1)
+    over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: over.set())
+    started = time.monotonic()
+    print(f"loading {settings.base} in {settings.replicas} replica{'s' * (settings.replicas != 1)}", flush=True)
+    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config={"log_level": "WARNING"})
+    serve.run(app, name="ftcore", route_prefix="/", logging_config={"log_level": "WARNING"})
+    url = f"http://{settings.host}:{settings.port}"
+    print(f"ready in {time.monotonic() - started:.1f} s: {url}/v1  (store {settings.store})", flush=True)
+    if settings.is_local_only:
+        print(
+            f"no keys: only this machine may ask, as tenant `{settings.local_tenant}`; for more: ftcore tenants add FOLDER NAME", flush=True
+        )
+    key = "" if settings.is_local_only else " -H 'Authorization: Bearer ft_...'"
+    body = f'{{"model": "{settings.base_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    print(
+        f"try: curl {url}/v1/models{key}\n     curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        flush=True,
+    )
+    over.wait()
+    print("draining: answers under way are finished", flush=True)
+    serve.shutdown()
+    connection.close()
+    return 0
+
+
+def tenants_main(arguments: Sequence[str]) -> int:
+    """`ftcore tenants add|key|revoke|list|show FOLDER ...`"""
+    parser = argparse.ArgumentParser(
+        prog="ftcore tenants", description="make and revoke tenants' keys; a running server follows in seconds"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary, more in (
+        ("add", "a new tenant, with a first key", ("name",)), ("key", "another key for a tenant", ("name",)),
+        ("revoke", "end a key", ("name", "key")), ("list", "tenants, and how many keys each has", ()), ("show", "its keys", ("name",)),
+    ):  # fmt: skip
+        command = commands.add_parser(name, help=summary)
+        command.add_argument("folder", help="where tenants are kept: a folder, s3:// or another fsspec path")
+        for argument in more:
+            command.add_argument(argument)
+        if name in ("add", "key"):
+            command.add_argument("--days", type=float, help="the key ends after so many days")
+    parsed = parser.parse_args(list(arguments))
+    store = TenantStore(parsed.folder)
+    if parsed.command == "list":
+        for name in store.names():
+            usable = sum(not key.revoked for key in store.read(name).keys)
+            print(f"{printable(name):<32} {usable} key{'s' * (usable != 1)}")
+        return 0
+    if parsed.command == "show":
+        for key in store.read(parsed.name).keys:
+            until = "" if key.expires is None else time.strftime(" until %Y-%m-%d %H:%M", time.localtime(key.expires))
+            print(f"{key.id}  made {printable(key.created)}{until}{'  revoked' if key.revoked else ''}")
+        return 0
+    if parsed.command == "revoke":
+        store.revoke_key(parsed.name, parsed.key)
+        print(f"revoked {parsed.key} of {parsed.name}: no server takes it within seconds")
+        return 0
+    if parsed.command == "add":
+        store.add(parsed.name)
+    clear, key = store.new_key(parsed.name, days=parsed.days)
+    print(f"{clear}\nkey {key.id} of {parsed.name}, shown this once: keep it; serve with tenants={parsed.folder}")
+    return 0

@@ -1,0 +1,75 @@
+"""Jobs: what the ingress hands to a replica, and what comes back; plain values, so that they travel between processes.
+
+In: a checked request of a known caller. Out: a Job; Pieces of an answer. Runs in: ingress and replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from ftcore.adapters import AdapterRef
+from ftcore.data.types import Message, Role
+from ftcore.engines.base import Sampling
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request, with every name resolved."""
+
+    id: str
+    tenant: str
+    ref: AdapterRef | None
+    """None: the bare base."""
+    prompt: tuple[Message, ...] | tuple[int, ...] | str
+    max_tokens: int | None
+    """None: as much as the context holds."""
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    num_choices: int = 1
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """A token's log-probability and the most likely ones' in its place."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one choice, or its end."""
+
+    choice: int
+    text: str
+    tokens: tuple[TokenInfo, ...] = ()
+    finish: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first thing that comes back: the request was taken, by these weights."""
+
+    adapter: str
+    """`tenant/name@digest`, in full; empty for the base."""
+    base: str
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The last thing: what was used, and the receipt."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    receipt: dict[str, str]
+
+
+Event = Opening | Piece | Closing
+
+
+def messages(pairs: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
+    """(role, text) pairs as the library's messages; OpenAI's `developer` is our `system`."""
+    return tuple(Message(cast("Role", "system" if role == "developer" else role), text) for role, text in pairs)

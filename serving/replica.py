@@ -1,0 +1,181 @@
+"""Replica: one base, one engine, and the adapters that its requests need. The part of serving that computes.
+
+In: Jobs. Out: an Opening, Pieces, a Closing. Runs in: Ray Serve replicas; or in any event loop, for tests and `ftcore chat`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.data.types import Message
+from ftcore.engines.base import LiveEngine, Request, Token
+from ftcore.errors import ConfigError, FtcoreError, IntegrityError, ModelError
+from ftcore.receipts import Signer
+from ftcore.served_base import ServedBase
+from ftcore.text_stream import TextStream
+from serving.jobs import Closing, Event, Job, Opening, Piece, TokenInfo
+from serving.settings import ServeSettings
+from serving.slots import Slots
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """Answers Jobs. `open` makes one."""
+
+    def __init__(self, settings: ServeSettings, engine: LiveEngine, base: ServedBase, cache: Path) -> None:
+        self.settings, self.engine, self.base = settings, engine, base
+        self.store = AdapterStore(settings.store)
+        self.slots = Slots(engine, self.store, cache, self._prove, max_bytes=settings.adapter_mib << 20)
+        self.signer = Signer()
+        self.num_answers = 0
+        self._watch = asyncio.create_task(self._watch_revocations())
+
+    @classmethod
+    async def open(cls, settings: ServeSettings, cache: Path | None = None) -> Replica:
+        base = await asyncio.to_thread(ServedBase, settings.base, settings.base_revision)
+        engine = await settings.engine.open(str(base.folder))
+        return cls(settings, engine, base, cache or Path(tempfile.mkdtemp(prefix="ftcore-adapters-")))
+
+    async def close(self) -> None:
+        self._watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watch
+        await self.engine.close()
+
+    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+        """Streams the events of one job; closing the iterator aborts it. Raises FtcoreError for what cannot be answered."""
+        prompt = await asyncio.to_thread(self._prompt, job)
+        room = self.engine.max_context - len(prompt)
+        if room < 1:
+            raise ConfigError(
+                "the prompt does not fit the context", where="messages", got=f"{len(prompt)} tokens",
+                wanted=f"at most {self.engine.max_context - 1}", remedy="shorten it",
+            )  # fmt: skip
+        async with self._held(job.ref) as digest:
+            yield Opening(job.ref.full if job.ref else "", self.base.weights)
+            texts, used, computed = [""] * job.num_choices, 0, set()
+            async with aclosing(self._choices(job, prompt, min(room, job.max_tokens or room), digest)) as events:
+                async for choice, token, piece in events:
+                    computed.add(token.adapter)
+                    used += token.finish != "stop"
+                    if piece is not None:
+                        texts[choice] += piece.text
+                        yield piece
+            if computed != {digest}:
+                raise IntegrityError("another adapter's slot computed this answer", got=str(computed)[:80], wanted=digest[:12])
+            name = job.ref.full if job.ref else ""
+            receipt = self.signer.sign(job.id, job.tenant, name, self.base.weights, texts)
+            self.num_answers += 1
+            yield Closing(len(prompt), used, {key: str(value) for key, value in receipt.model_dump().items()})
+
+    async def _choices(
+        self, job: Job, prompt: tuple[int, ...], limit: int, digest: str
+    ) -> AsyncGenerator[tuple[int, Token, Piece | None], None]:
+        """Every choice's tokens as they come. A choice that fails ends all."""
+        queue: asyncio.Queue[tuple[int, Token, Piece | None] | BaseException | None] = asyncio.Queue()
+
+        async def one(choice: int) -> None:
+            try:
+                async with aclosing(self._one(job, choice, prompt, limit, digest)) as events:
+                    async for event in events:
+                        queue.put_nowait((choice, *event))
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        if job.num_choices == 1:
+            async with aclosing(self._one(job, 0, prompt, limit, digest)) as events:
+                async for token, piece in events:
+                    yield 0, token, piece
+            return
+        tasks = [asyncio.create_task(one(choice)) for choice in range(job.num_choices)]
+        try:
+            ended = 0
+            while ended < job.num_choices:
+                event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if event is None:
+                    ended += 1
+                else:
+                    yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(
+        self, job: Job, choice: int, prompt: tuple[int, ...], limit: int, digest: str
+    ) -> AsyncGenerator[tuple[Token, Piece | None], None]:
+        sampling = job.sampling
+        if choice and sampling.seed is not None:
+            sampling = type(sampling)(**{**asdict(sampling), "seed": sampling.seed + choice})
+        request = Request(f"{job.id}-{choice}", prompt, digest, limit, self.base.stop_ids, sampling, salt=job.tenant)
+        stream = TextStream(self.base.tokenizer, job.stops)
+        held: list[TokenInfo] = []
+        async with aclosing(self.engine.generate(request)) as tokens:
+            async for token in tokens:
+                if token.finish == "abort":
+                    raise ModelError("this answer was ended by the engine", where=job.id)
+                text = "" if token.finish == "stop" else stream.push(token.id)
+                if token.finish is not None:
+                    text += stream.end()
+                if token.logprob is not None and token.finish != "stop":
+                    held.append(self._info(token))
+                finish = "stop" if stream.stopped else token.finish
+                piece = None
+                if text or finish:
+                    piece, held = Piece(choice, text, tuple(held), finish), []
+                yield token, piece
+                if finish:
+                    return
+
+    def _info(self, token: Token) -> TokenInfo:
+        words = self.base.tokenizer.decode
+        return TokenInfo(words([token.id]), token.logprob or 0.0, tuple((words([id_]), logprob) for id_, logprob in token.top))
+
+    def _prompt(self, job: Job) -> tuple[int, ...]:
+        if isinstance(job.prompt, str):
+            return self.base.text_prompt(job.prompt)
+        if job.prompt and isinstance(job.prompt[0], Message):
+            return self.base.chat_prompt([turn for turn in job.prompt if isinstance(turn, Message)])
+        return tuple(token for token in job.prompt if isinstance(token, int))
+
+    @asynccontextmanager
+    async def _held(self, ref: AdapterRef | None) -> AsyncIterator[str]:
+        if ref is None:
+            yield ""
+            return
+        async with self.slots.pinned(ref):
+            yield ref.digest
+
+    async def _prove(self, ref: AdapterRef, folder: Path) -> None:
+        card = await asyncio.to_thread(self.store.card, ref)
+        self.base.require_card(card)
+        await self.base.prove(self.engine, ref.digest, folder, self.engine.precision)
+
+    async def _watch_revocations(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.poll_s)
+            with contextlib.suppress(FtcoreError):  # the store is away: what is loaded stays
+                await self.slots.drop_revoked()
+
+    def state(self) -> dict[str, Any]:
+        """What this replica holds, for people and for readiness."""
+        return {
+            "base": self.base.weights,
+            "resident": {slot.ref.full: {"pins": slot.pins, "load_s": round(slot.load_s, 3)} for slot in self.slots.resident.values()},
+            "refused": {ref.full: reason for ref, reason in self.slots.refusals.items()},
+            "engine": asdict(self.engine.stats()), "num_answers": self.num_answers,
+            "receipt_keys": {self.signer.key_id: self.signer.public_pem},
+        }  # fmt: skip

@@ -1,0 +1,86 @@
+"""Settings: everything `ftcore serve` and `serving.app:build` can be told, as one strict section.
+
+In: a YAML file, PATH=VALUE. Out: ServeSettings. Runs in: the command, the Serve controller's build task, every replica; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from ftcore.card import Name
+from ftcore.engines.base import EngineChoice
+from ftcore.errors import ConfigError
+from ftcore.recipe_errors import explain
+from ftcore.recipe_file import Tree, by_line, override, read_tree
+from ftcore.section import Section
+
+
+class Limits(Section):
+    """What one tenant may ask at once."""
+
+    max_concurrent: int = Field(64, ge=1)
+    """Answers under way and waiting; further ones get 429."""
+    max_tokens: int = Field(4096, ge=1)
+    """Longest answer."""
+    max_choices: int = Field(8, ge=1)
+    """`n`."""
+
+
+class ServeSettings(Section):
+    """One base, many tenants' adapters."""
+
+    base: str = Field(min_length=1)
+    """Folder or hub name of the base."""
+    base_revision: str = "main"
+    base_name: Name = "base"
+    """What clients call the bare base."""
+    store: str = Field(min_length=1)
+    """The adapter store: a folder, s3:// or another fsspec path."""
+    tenants: str = ""
+    """Folder of tenants and their keys (`ftcore tenants`); empty: no keys, and only this machine may ask, as tenant `local_tenant`."""
+    local_tenant: Name = "demo"
+    """Whose adapters are served when there are no keys."""
+    engine: EngineChoice = Field(default="torch")
+    """What computes."""
+    replicas: int = Field(1, ge=1)
+    """Copies of the base."""
+    num_cpus: float = Field(1, ge=0)
+    """Logical CPUs of a replica."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs of a replica."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    queue: int = Field(256, ge=1)
+    """Requests a replica takes at most, under way and waiting; further ones get 503 with Retry-After."""
+    adapter_mib: int = Field(4096, ge=1)
+    """Memory for loaded adapters; those not in use leave first."""
+    poll_s: float = Field(1.0, gt=0, le=5)
+    """How often the store is asked what names point at now, and what was revoked."""
+    max_body_kib: int = Field(4096, ge=1)
+    """Largest request."""
+    limits: Limits = Limits()
+
+    @property
+    def is_local_only(self) -> bool:
+        return not self.tenants
+
+
+def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:
+    """From a YAML file (or nothing) and `path=value`. Raises ConfigError that lists every problem with its line."""
+    tree = read_tree(path) if path is not None else Tree({}, name="settings")
+    for text in overrides:
+        override(tree, text)
+    problems = list(tree.problems)
+    try:
+        settings = ServeSettings.model_validate(tree.values)
+        if not problems:
+            return settings
+    except ValidationError as error:
+        problems += explain(error, tree, ServeSettings)
+    lines = "".join(f"\n  {problem}" for problem in sorted(problems, key=by_line))
+    raise ConfigError(
+        f"{len(problems)} problem{'s' * (len(problems) != 1)} in the settings{lines}", remedy="`ftcore serve --help` names the keys"
+    )

@@ -1,0 +1,118 @@
+"""Shapes: events of an answer in the two shapes that OpenAI's clients read, whole or streamed.
+
+In: Pieces and a Closing. Out: JSON bodies. Runs in: the ingress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from serving.jobs import Closing, Event, Piece, TokenInfo
+
+Shape = Callable[[str, str, int, str], "Writer"]
+
+
+class Writer:
+    """One answer. A shape says how a piece and a whole choice look."""
+
+    kind, chunk_kind, prefix = "", "", ""
+
+    def __init__(self, job: str, model: str, created: int, fingerprint: str) -> None:
+        self._common = {"id": f"{self.prefix}{job}", "created": created, "model": model, "system_fingerprint": fingerprint}
+
+    def opening(self, choice: int) -> dict[str, Any] | None:
+        """What a stream sends before a choice's first text, if anything."""
+        return None
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        pieces = [event for event in events if isinstance(event, Piece)]
+        closing = next(event for event in events if isinstance(event, Closing))
+        choices = []
+        for index in range(max(piece.choice for piece in pieces) + 1):
+            own = [piece for piece in pieces if piece.choice == index]
+            tokens = [token for piece in own for token in piece.tokens]
+            choices.append(self.choice(index, "".join(piece.text for piece in own), tokens, own[-1].finish or "stop"))
+        return {**self._common, "object": self.kind, "choices": choices, "usage": _usage(closing), "ftcore_receipt": closing.receipt}
+
+    async def stream(self, events: AsyncGenerator[Event, None], usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        common = {**self._common, "object": self.chunk_kind}
+        begun: set[int] = set()
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Piece):
+                    if event.choice not in begun:
+                        begun.add(event.choice)
+                        if (first := self.opening(event.choice)) is not None:
+                            yield {**common, "choices": [first]}
+                    yield {**common, "choices": [self.delta(event)]}
+                elif isinstance(event, Closing):
+                    last = {**common, "choices": [], "ftcore_receipt": event.receipt}
+                    yield {**last, "usage": _usage(event)} if usage else last
+
+
+class _Chat(Writer):
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def opening(self, choice: int) -> dict[str, Any]:
+        return {"index": choice, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text else {}
+        return {"index": piece.choice, "delta": delta, "logprobs": _chat_logprobs(piece.tokens), "finish_reason": piece.finish}
+
+    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": _chat_logprobs(tokens), "finish_reason": finish}
+
+
+class _Text(Writer):
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        return {"index": piece.choice, "text": piece.text, "logprobs": _text_logprobs(piece.tokens), "finish_reason": piece.finish}
+
+    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": _text_logprobs(tokens), "finish_reason": finish}
+
+
+def chat_shape(job: str, model: str, created: int, fingerprint: str) -> Writer:
+    return _Chat(job, model, created, fingerprint)
+
+
+def text_shape(job: str, model: str, created: int, fingerprint: str) -> Writer:
+    return _Text(job, model, created, fingerprint)
+
+
+def _usage(closing: Closing) -> dict[str, int]:
+    return {
+        "prompt_tokens": closing.prompt_tokens, "completion_tokens": closing.completion_tokens,
+        "total_tokens": closing.prompt_tokens + closing.completion_tokens,
+    }  # fmt: skip
+
+
+def _chat_logprobs(tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
+    if not tokens:
+        return None
+
+    def one(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [{**one(token.text, token.logprob), "top_logprobs": [one(*pair) for pair in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
+    if not tokens:
+        return None
+    return {
+        "tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [dict(token.top) for token in tokens], "text_offset": [],
+    }  # fmt: skip

@@ -1,0 +1,152 @@
+"""Slots: the adapters a replica holds. Loaded in the background, proven before they answer, pinned while they do, dropped when revoked.
+
+In: refs that requests need. Out: digests that the engine holds, pinned; or the reason why not. Runs in: serving replicas; no Ray, no HTTP.
+
+One load at a time for a digest, several digests at once; a load never delays what is loaded. A ref that was refused is remembered for a
+while, so that a broken version is not fetched again for every request. Two tenants with the same content share the engine's copy, but each
+ref is checked against its own card.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.engines.base import LiveEngine
+from ftcore.errors import FtcoreError, IntegrityError, StorageError
+
+log = logging.getLogger(__name__)
+REFUSED_FOR_S = 30.0
+"""How long a refusal is remembered; one of the store, which may come back, for a second."""
+
+Prove = Callable[[AdapterRef, Path], Awaitable[None]]
+"""Holds a fetched version to its card on this base, once the engine has it. Raises with the reason."""
+
+
+@dataclass
+class Slot:
+    """One version in this replica."""
+
+    ref: AdapterRef
+    pins: int = 0
+    used: float = field(default_factory=time.monotonic)
+    load_s: float = 0.0
+
+
+class Slots:
+    """The versions of one replica."""
+
+    def __init__(self, engine: LiveEngine, store: AdapterStore, cache: Path, prove: Prove, *, max_bytes: int, num_loads: int = 4) -> None:
+        """`cache`: where versions are fetched to; `max_bytes`: of all loaded adapters, as the engine counts them."""
+        self._engine, self._store, self._cache, self._prove, self._max_bytes = engine, store, cache, prove, max_bytes
+        self._slots: dict[AdapterRef, Slot] = {}
+        self._loading: dict[AdapterRef, asyncio.Task[Slot]] = {}
+        self._refused: dict[AdapterRef, tuple[float, FtcoreError]] = {}
+        self._room = asyncio.Semaphore(num_loads)
+        self._digests: dict[str, asyncio.Lock] = {}
+
+    @property
+    def resident(self) -> dict[AdapterRef, Slot]:
+        return dict(self._slots)
+
+    @property
+    def refusals(self) -> dict[AdapterRef, str]:
+        return {ref: str(error) for ref, (_, error) in self._refused.items()}
+
+    @asynccontextmanager
+    async def pinned(self, ref: AdapterRef) -> AsyncIterator[Slot]:
+        """Holds a version for as long as an answer takes; loads it first if need be. Raises the reason when it cannot be served."""
+        slot = self._slots.get(ref)
+        while slot is None:
+            await self.load(ref)
+            slot = self._slots.get(ref)  # dropped again before we came to run: load again
+        slot.pins += 1
+        try:
+            yield slot
+        finally:
+            slot.pins -= 1
+            slot.used = time.monotonic()
+
+    async def load(self, ref: AdapterRef) -> None:
+        """Brings a version in; of several calls at once, one works."""
+        if ref in self._slots:
+            return
+        until, error = self._refused.get(ref, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error
+        task = self._loading.get(ref)
+        if task is None:
+            task = self._loading[ref] = asyncio.create_task(self._load(ref))
+            task.add_done_callback(lambda done: self._loaded(ref, done))
+        await asyncio.shield(task)
+
+    def _loaded(self, ref: AdapterRef, task: asyncio.Task[Slot]) -> None:
+        self._loading.pop(ref, None)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, FtcoreError):
+            forget = 1.0 if isinstance(error, StorageError) else REFUSED_FOR_S
+            self._refused[ref] = (time.monotonic() + forget, error)
+            if len(self._refused) > 1000:
+                self._refused.pop(next(iter(self._refused)))
+            log.warning("refused %s: %s", ref, str(error).replace("\n", " "))
+        else:
+            self._refused.pop(ref, None)
+
+    async def _load(self, ref: AdapterRef) -> Slot:
+        started = time.monotonic()
+        async with self._room:
+            folder = await asyncio.to_thread(self._store.fetch, ref, self._cache)
+            async with self._digests.setdefault(ref.digest, asyncio.Lock()):
+                await self._engine.load_adapter(ref.digest, folder)
+                try:
+                    await self._prove(ref, folder)
+                except BaseException:
+                    if not self._holders(ref.digest):
+                        await self._engine.unload_adapter(ref.digest)
+                    raise
+                slot = self._slots[ref] = Slot(ref, load_s=time.monotonic() - started)
+        await self._make_room(ref)
+        log.info("loaded %s in %.2f s", ref, slot.load_s)
+        return slot
+
+    async def drop(self, ref: AdapterRef) -> None:
+        """Takes a version out: no new answer begins with it; the engine forgets it when the last one has ended."""
+        slot = self._slots.pop(ref, None)
+        if slot is None:
+            return
+        async with self._digests.setdefault(ref.digest, asyncio.Lock()):
+            if not self._holders(ref.digest):
+                await self._engine.unload_adapter(ref.digest)
+        log.info("dropped %s", ref)
+
+    def _holders(self, digest: str) -> list[AdapterRef]:
+        return [ref for ref in self._slots if ref.digest == digest]
+
+    async def _make_room(self, newest: AdapterRef) -> None:
+        """Drops what is not in use, least recently used first, until the rest fits. Pinned versions stay, whatever the limit."""
+        while self._engine.stats().adapter_bytes > self._max_bytes:
+            idle = sorted((slot for ref, slot in self._slots.items() if not slot.pins and ref != newest), key=lambda slot: slot.used)
+            if not idle:
+                log.warning("loaded adapters exceed %d MiB, and every one is in use", self._max_bytes >> 20)
+                return
+            await self.drop(idle[0].ref)
+
+    async def drop_revoked(self) -> list[AdapterRef]:
+        """Asks the store about every resident version; drops what was revoked. A store that is away drops nothing."""
+
+        def revoked() -> list[AdapterRef]:
+            return [ref for ref in list(self._slots) if self._store.revocation(ref) is not None]
+
+        found = await asyncio.to_thread(revoked)
+        for ref in found:
+            self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, IntegrityError("this version was revoked", where=ref))
+            await self.drop(ref)
+        return found

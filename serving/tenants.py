@@ -1,0 +1,163 @@
+"""Tenants and their keys: who may ask. A key is shown once and kept as a hash; every change is seen by all replicas within seconds.
+
+In: a folder with one JSON file a tenant. Out: a key made; the tenant whose key this is. Runs in: the command line (make, revoke), the
+ingress (check); no Ray, no torch.
+
+A key is `ft_` and 43 characters: 256 random bits. What is stored is its SHA-256: a random key needs no slow hash, and the table is looked
+up by that hash, so that the time an answer takes says nothing about how much of a key was right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from ftcore.card import Digest, Name, Text, utc_now
+from ftcore.errors import ConfigError, IntegrityError, StorageError
+from ftcore.section import Section
+from ftcore.storage import Folder
+from serving.settings import Limits
+
+KEY = re.compile(r"ft_[A-Za-z0-9_-]{43}")
+
+
+class Key(Section):
+    """One key of a tenant."""
+
+    id: Name
+    sha256: Digest
+    created: Text
+    expires: float | None = None
+    """Seconds since 1970; None: never."""
+    revoked: bool = False
+
+
+class Tenant(Section):
+    """A tenant as it is stored."""
+
+    name: Name
+    keys: tuple[Key, ...] = ()
+    limits: Limits | None = None
+    """None: the server's own."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks."""
+
+    tenant: str
+    key: str
+    """The key's id; empty where there are no keys."""
+    limits: Limits
+
+
+class TenantStore:
+    """The folder of tenants."""
+
+    def __init__(self, url: str) -> None:
+        self.folder = Folder(url)
+
+    def names(self) -> list[str]:
+        return sorted(name.removesuffix(".json") for name in self.folder.files() if name.endswith(".json") and "/" not in name)
+
+    def read(self, name: str) -> Tenant:
+        key = _file(name)
+        if not self.folder.exists(key):
+            raise ConfigError("there is no such tenant", got=ascii(name)[:80], remedy=f"ftcore tenants add {name}")
+        return self._parse(self.folder.read(key), key)
+
+    def add(self, name: str, limits: Limits | None = None) -> None:
+        tenant = Tenant(name=name, limits=limits)
+        if not self.folder.create(_file(name), tenant.model_dump_json(indent=1).encode()):
+            raise ConfigError("there is such a tenant already", got=name)
+
+    def new_key(self, name: str, *, days: float | None = None) -> tuple[str, Key]:
+        """(the key in the clear, its record). It is never to be had again."""
+        clear = "ft_" + secrets.token_urlsafe(32)
+        expires = None if days is None else time.time() + days * 86400
+        key = Key(id=secrets.token_hex(4), sha256=_hash(clear), created=utc_now(), expires=expires)
+        self._change(name, lambda tenant: tenant.model_copy(update={"keys": (*tenant.keys, key)}))
+        return clear, key
+
+    def revoke_key(self, name: str, key_id: str) -> None:
+        if key_id not in {key.id for key in self.read(name).keys}:
+            raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show {name}")
+
+        def change(tenant: Tenant) -> Tenant:
+            keys = tuple(key.model_copy(update={"revoked": True}) if key.id == key_id else key for key in tenant.keys)
+            return tenant.model_copy(update={"keys": keys})
+
+        self._change(name, change)
+
+    def snapshot(self, limits: Limits) -> KeyTable:
+        """Every usable key now. A file that cannot be read takes that tenant's keys out, and no other's."""
+        table, unread = {}, []
+        for name in self.names():
+            try:
+                tenant = self.read(name)
+            except (IntegrityError, StorageError, ConfigError):
+                unread.append(name)
+                continue
+            for key in tenant.keys:
+                if not key.revoked:
+                    table[key.sha256] = (Caller(tenant.name, key.id, tenant.limits or limits), key.expires)
+        return KeyTable(table, tuple(unread))
+
+    def _change(self, name: str, change: object) -> None:
+        assert callable(change)
+        key = _file(name)
+        for attempt in range(20):
+            self.read(name)
+            old = self.folder.read(key)
+            if self.folder.replace(key, old, change(self._parse(old, key)).model_dump_json(indent=1).encode()):
+                return
+            time.sleep(0.01 * (attempt + 1))
+        raise StorageError("others kept changing this tenant", where=f"{self.folder}/{key}", remedy="try again")
+
+    def _parse(self, raw: bytes, key: str) -> Tenant:
+        try:
+            tenant = Tenant.model_validate_json(raw)
+        except ValidationError as error:
+            raise IntegrityError("this tenant's file cannot be read", where=f"{self.folder}/{key}", got=str(error)[:200]) from error
+        if _file(tenant.name) != key:
+            raise IntegrityError("this file holds another tenant", where=f"{self.folder}/{key}", got=tenant.name)
+        return tenant
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """Usable keys by hash."""
+
+    keys: Mapping[str, tuple[Caller, float | None]]
+    unread: tuple[str, ...] = ()
+
+    def caller(self, header: str | None) -> Caller | None:
+        """Whose key an `Authorization` header holds; None when it holds none that is good now."""
+        scheme, _, clear = (header or "").partition(" ")
+        clear = clear.strip()
+        if scheme.lower() != "bearer" or not KEY.fullmatch(clear):
+            return None
+        digest = _hash(clear)
+        found = self.keys.get(digest)
+        if found is None:
+            return None
+        caller, expires = found
+        return None if expires is not None and expires <= time.time() else caller
+
+
+def _hash(clear: str) -> str:
+    return hashlib.sha256(clear.encode()).hexdigest()
+
+
+def _file(name: str) -> str:
+    from ftcore.adapters import PART
+
+    if not PART.fullmatch(name):
+        raise ConfigError("this is not a tenant's name", got=ascii(name)[:80], wanted="lower-case letters, digits, '.', '_', '-'")
+    return f"{name}.json"
