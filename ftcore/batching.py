@@ -28,6 +28,10 @@ class Row:
     """Tokens whose keys and values are in the cache."""
     place: int = -1
     seed: int = 0
+    key: int = 0
+    """The engine's own name for it."""
+    num_passed: int = 0
+    """Rows that came later and were let in before it."""
 
     @property
     def num_prompt(self) -> int:

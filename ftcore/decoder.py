@@ -9,12 +9,12 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ftcore.errors import ModelError
+from ftcore.errors import FtcoreError, ModelError
 from ftcore.layers import slot_cache
 from ftcore.layers.multi_lora import MultiLora
 from ftcore.layers.slot_cache import SlotCache
@@ -51,7 +51,7 @@ class Decoder:
         self.max_context = min(section.max_context, int(getattr(config, "max_position_embeddings", section.max_context)))
         self.chunk_tokens = section.chunk_tokens
         self.head = self.model.get_output_embeddings()
-        self._require_plain_head(config)
+        self._require_plain(config)
         self.decoder = decoder_of(self.model)
         self.lora = MultiLora(self.model, section.max_lanes, self.dtype)
         heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
@@ -83,15 +83,11 @@ class Decoder:
         return self.head(hidden[torch.tensor(due, device=self.device)]) if due else hidden[:0]
 
     @torch.inference_mode()
-    def next_logits(self, prompt: Sequence[int], digest: str, place: int) -> Tensor:
-        """[V] fp32 logits after a prompt, read at `place` in chunks as any other prompt is."""
-        hidden = torch.empty(0)
-        for start in range(0, len(prompt), self.chunk_tokens):
-            part = list(prompt[start : start + self.chunk_tokens])
-            self.lora.set_rows([], [(digest, len(part))])
-            plan = slot_cache.plan([], [(place, start, len(part))], self.device, self.dtype)
-            hidden = self._hidden(torch.tensor([part], device=self.device), plan)
-        return self.head(hidden[-1:])[0].float().cpu()
+    def read(self, part: Sequence[int], start: int, digest: str, place: int) -> Tensor:
+        """[V] logits after a part of a prompt that is read at `place`, as any other chunk is."""
+        self.lora.set_rows([], [(digest, len(part))])
+        plan = slot_cache.plan([], [(place, start, len(part))], self.device, self.dtype)
+        return self.head(self._hidden(torch.tensor([list(part)], device=self.device), plan)[-1:])[0]
 
     def _hidden(self, ids: Tensor, plan: slot_cache.StepPlan) -> Tensor:
         out = self.decoder(
@@ -111,22 +107,26 @@ class Decoder:
     def _require_same(self, want: Tensor) -> None:
         """Holds the engine's path (a chunk, another, one token) to the base's own logits. Raises ModelError where they differ."""
         ids = [token % self.vocabulary for token in self._PROOF]
-        got, at = [], 0
+        got, at, counts = [], 0, (4, 5, 1, 1)
+        self.lora.rows.proving = True
         try:
-            for part in (ids[:4], ids[4:9]):
-                plan = slot_cache.plan([], [(0, at, len(part))], self.device, self.dtype)
-                self.lora.set_rows([], [("", len(part))])
-                got.append(self.head(self._hidden(torch.tensor([part], device=self.device), plan)[-1:]))
-                at += len(part)
-            for token in ids[9:]:
-                plan = slot_cache.plan([at + 1], [], self.device, self.dtype)
-                self.lora.set_rows([""], [])
-                got.append(self.head(self._hidden(torch.tensor([[token]], device=self.device), plan)))
-                at += 1
-        except TypeError as error:
+            for count in counts:
+                decoding = count == 1
+                plan = slot_cache.plan([at + 1] if decoding else [], [] if decoding else [(0, at, count)], self.device, self.dtype)
+                self.lora.set_rows([""] if decoding else [], [] if decoding else [("", count)])
+                part = torch.tensor([ids[at : at + count]], device=self.device)
+                got.append(self.head(self._hidden(part, plan)[-1:]))
+                at += count
+        except FtcoreError:
+            raise
+        except Exception as error:
+            got_ = f"{type(error).__name__}: {error}"[:200]
             raise ModelError(
-                "this base does not let the engine reach its attention", got=str(error)[:200], remedy="serve it with engine vllm"
+                "this base does not let the engine reach its attention", got=got_, remedy="serve it with engine vllm"
             ) from error
+        finally:
+            self.lora.rows.proving = False
+        self.lora.prove_rows(counts)
         apart = float((torch.cat(got[1:]).float().cpu() - want).abs().max())
         limit = (1e-4 if self.dtype == torch.float32 else 0.05) * max(1.0, float(want.abs().max()))
         if apart > limit:
@@ -135,9 +135,18 @@ class Decoder:
                 remedy="serve it with engine vllm",
             )  # fmt: skip
 
-    def _require_plain_head(self, config: object) -> None:
+    def _require_plain(self, config: Any) -> None:
+        """Refuses what a step cannot do row by row; keeps positions below where rotary factors begin to depend on the longest row."""
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise ModelError(
                     f"this base's head uses `{name}`, which the torch engine does not have", remedy="serve it with engine vllm"
                 )
+        if getattr(config, "attention_chunk_size", None):
+            raise ModelError(
+                "this base's attention is cut into chunks, which the torch engine does not have", remedy="serve it with engine vllm"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            self.max_context = min(self.max_context, int(original or self.max_context))

@@ -60,13 +60,16 @@ def read_updates(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: 
         if a.shape[0] > max_rank:
             raise _refused(f"its rank is {a.shape[0]}", folder, f"a rank of at most {max_rank} (engine.max_rank)")
         scaled = b.float().T * scale_of(config, name, a.shape[0])
-        updates[name] = LayerUpdate(a.to(dtype).contiguous(), scaled.to(dtype).contiguous())
+        update = LayerUpdate(a.to(dtype).contiguous(), scaled.to(dtype).contiguous())
+        if not bool(torch.isfinite(update.a).all() and torch.isfinite(update.b).all()):
+            raise _refused(f"`{name}` is not finite in the engine's precision", folder, "finite weights", "serve it with engine.dtype=fp32")
+        updates[name] = update
     return updates
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha from `alpha_pattern` where a pattern names the layer, as PEFT looks it up."""
-    alpha = float(config.get("lora_alpha") or 8)
+    alpha = float(config.get("lora_alpha", 8))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             alpha = float(value)
@@ -85,6 +88,10 @@ def _require_servable(config: Mapping[str, Any], folder: Path) -> None:
     for key, name in UNSERVED.items():
         if config.get(key):
             raise _refused(f"it uses {name} ({key})", folder, "plain LoRA or rsLoRA", "merge it into a model of its own")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        got, remedy = f"it changes the base's own weights (init_lora_weights: {start})", "have PEFT convert it to plain LoRA as it saves"
+        raise _refused(got, folder, "an adapter that leaves the base as it is", remedy)
     if config.get("trainable_token_indices") or config.get("target_parameters"):
         raise _refused("it trains tokens or bare parameters", folder, "LoRA on linear layers", "merge it into a model of its own")
 

@@ -44,7 +44,7 @@ class Prefixes:
             return
         saved = copy(len(digests) * BLOCK)
         if saved.nbytes > self.limit:
-            return
+            return  # a prompt longer than the limit holds
         self.held += saved.nbytes
         for number, digest in enumerate(digests, 1):
             if (owner, digest) not in self._kept:

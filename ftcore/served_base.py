@@ -68,8 +68,8 @@ class ServedBase:
     async def prove(self, engine: LiveEngine, digest: str, folder: Path, precision: str) -> ProbeReport:
         """Runs the version's probes through the engine's own path, with the adapter and without. Raises IntegrityError when they fail."""
         probes = Probes.load(folder)
-        tuned = torch.tensor(await engine.next_logits(probes.prompts, digest))
-        bare = torch.tensor(await engine.next_logits(probes.prompts))
+        tuned = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts, digest)])
+        bare = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts)])
         report = compare(probes, tuned, bare, precision, "cuda" if torch.cuda.is_available() else "cpu")
         report.require(digest[:12])
         return report

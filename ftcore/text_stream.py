@@ -32,7 +32,7 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._ids[self._begin : self._shown])
         now = self._decode(self._ids[self._begin :])
-        if (now.endswith(HALF) and len(self._ids) - self._shown < 8) or len(now) <= len(before):
+        if now.endswith(HALF) and len(self._ids) - self._shown < 8:
             return ""
         self._begin, self._shown = self._shown, len(self._ids)
         return self._release(now[len(before) :])

@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from ftcore.errors import ConfigError
 from ftcore.registry import Registry
@@ -114,8 +116,8 @@ class LiveEngine(ABC):
         """Ends a request within a step and frees what it held; unknown ids are passed over."""
 
     @abstractmethod
-    async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Sequence[float]]:
-        """Logits after each prompt, [P, V] in fp32, through the very path that answers: what probes are compared with."""
+    async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
+        """Logits after each prompt, P arrays [V] in fp32, through the very path that answers: what probes are compared with."""
 
     @abstractmethod
     def stats(self) -> Stats: ...
@@ -131,9 +133,9 @@ class LiveEngine(ABC):
 class Engine(Choice):
     """Section of an engine: what it runs and how much it may hold."""
 
-    max_batch: int = 16
+    max_batch: int = Field(16, ge=1)
     """Answers made at once."""
-    max_context: int = 2048
+    max_context: int = Field(2048, ge=16)
     """Longest prompt and answer together, in tokens; no longer than the base allows."""
 
     @abstractmethod
@@ -147,15 +149,31 @@ EngineChoice = chosen(Engine, ENGINES, default="torch")
 
 def check_request(request: Request, max_context: int, vocabulary: int) -> None:
     """Raises ConfigError for a request that no engine could answer."""
-    if not request.prompt:
-        raise ConfigError("the prompt is empty", where="prompt", wanted="at least one token")
+    check_prompt(request.prompt, max_context - 1, vocabulary)
     if request.max_tokens < 1:
         raise ConfigError("an answer has at least one token", where="max_tokens", got=str(request.max_tokens), wanted="1 or more")
-    if len(request.prompt) + 1 > max_context:
-        raise ConfigError(
-            "the prompt does not fit the context", where="prompt", got=f"{len(request.prompt)} tokens", wanted=f"at most {max_context - 1}"
-        )
-    if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+    sampling = request.sampling
+    bounds = {
+        "temperature": (0, 100), "top_p": (0, 1), "top_k": (0, 2**31), "min_p": (0, 1), "repetition_penalty": (1e-3, 1e3),
+        "presence_penalty": (-100, 100), "frequency_penalty": (-100, 100),
+    }  # fmt: skip
+    for name, (least, most) in bounds.items():
+        if not least <= getattr(sampling, name) <= most:
+            raise ConfigError(f"{name} is out of bounds", where=name, got=str(getattr(sampling, name)), wanted=f"{least} to {most}")
+    if sampling.num_logprobs is not None and sampling.num_logprobs < 0:
+        raise ConfigError("there is no such number of log-probabilities", where="num_logprobs", got=str(sampling.num_logprobs))
+    for token, bias in sampling.logit_bias.items():
+        if not 0 <= token < vocabulary:
+            raise ConfigError("logit_bias names a token that this base does not have", where="logit_bias", wanted=f"0 to {vocabulary - 1}")
+        if not -1000 <= bias <= 1000:
+            raise ConfigError("logit_bias is out of bounds", where="logit_bias", got=str(bias), wanted="-1000 to 1000")
+
+
+def check_prompt(prompt: Sequence[int], longest: int, vocabulary: int) -> None:
+    """Raises ConfigError for a prompt that is empty, too long, or not of this base's tokens."""
+    if not prompt:
+        raise ConfigError("the prompt is empty", where="prompt", wanted="at least one token")
+    if len(prompt) > longest:
+        raise ConfigError("the prompt does not fit the context", where="prompt", got=f"{len(prompt)} tokens", wanted=f"at most {longest}")
+    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in prompt):
         raise ConfigError("the prompt holds a token that this base does not have", where="prompt", wanted=f"ids from 0 to {vocabulary - 1}")
-    if request.sampling.logit_bias and not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
-        raise ConfigError("logit_bias names a token that this base does not have", where="logit_bias", wanted=f"0 to {vocabulary - 1}")

@@ -62,14 +62,18 @@ class SlotCache:
     def __init__(
         self, num_layers: int, num_places: int, max_context: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: str
     ) -> None:
-        """`num_heads`: key heads. One place more than asked is made, for swaps."""
-        shape = (num_layers, 2, num_places + 1, num_heads, max_context, head_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        """`num_heads`: key heads. Two places more than asked are made: for swaps, and for probes."""
+        shape = (num_layers, 2, num_places + 2, num_heads, max_context, head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)  # masked positions count as 0 x value: never NaN
 
     def move(self, moves: Sequence[tuple[int, int]], lengths: Sequence[int]) -> None:
         """Copies places, `lengths` positions of each."""
         for (source, target), length in zip(moves, lengths, strict=True):
             self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
+
+    def clear(self, place: int) -> None:
+        """After a row whose numbers were not finite: they must not be the masked part of the next one."""
+        self.data[:, :, place] = 0
 
     def saved(self, place: int, length: int) -> Tensor:
         """A copy of a place's first positions, [layers, 2, H_kv, length, D]."""
@@ -149,6 +153,10 @@ def slot_attention(
             )
     if slot_cache is None or slot_step is None or query.shape[0] != 1:
         raise ModelError("this base does not hand the engine's cache to its attention", remedy="serve it with engine vllm")
+    if attention_mask is not None:
+        raise ModelError(
+            "this base makes attention masks of its own, which the torch engine does not have", remedy="serve it with engine vllm"
+        )
     if extra.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise ModelError("this base's attention is not causal: it generates nothing")
     return slot_cache.attend(module.layer_idx, slot_step, query, key, value, scaling, sliding_window), None

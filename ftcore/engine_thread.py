@@ -1,0 +1,389 @@
+"""The engine's thread: orders between steps, who is let in, one step after another, and what each step made.
+
+In: orders from an event loop. Out: tokens through `deliver`. Runs in: one thread of a serving process; everything here but `order` and
+`stop` is that thread's own.
+
+An order either runs or is refused with the reason why the engine ended: nobody waits for a thread that is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ftcore.batching import Batcher, Row, Step
+from ftcore.decoder import Decoder, cores
+from ftcore.engines.base import FinishReason, Request, Stats, Token
+from ftcore.errors import ConfigError, FtcoreError, ModelError
+from ftcore.layers.multi_lora import LayerUpdate
+from ftcore.prefixes import Prefixes
+from ftcore.sampling import Asked, Drawn, sample
+
+if TYPE_CHECKING:
+    from ftcore.engines.torch import Torch
+
+log = logging.getLogger(__name__)
+PATIENCE = 32
+"""Rows that may be let in before one that waits for lanes; then nobody is, until it has them."""
+Made = list[tuple[int, Token]]
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in this process's memory."""
+
+    updates: dict[str, LayerUpdate]
+    width: int
+    num_bytes: int
+    fingerprint: int
+    """Of the weights as they were read and checked; what lanes hold is compared with it."""
+
+
+@dataclass
+class Probe:
+    """A prompt whose next logits are asked; read a chunk a step, beside everybody's tokens."""
+
+    prompt: Sequence[int]
+    digest: str
+    done: Future[Any]
+    num_read: int = 0
+
+
+@dataclass
+class Counts:
+    steps: int = 0
+    tokens: int = 0
+    prompt: int = 0
+    reused: int = 0
+
+
+@dataclass
+class Order:
+    """Something to do between two steps."""
+
+    do: Callable[[], Any]
+    done: Future[Any] = field(default_factory=Future)
+
+    def run(self) -> None:
+        if self.done.set_running_or_notify_cancel():  # a caller that went away wants nothing any more
+            try:
+                self.done.set_result(self.do())
+            except Exception as error:
+                self.done.set_exception(error)
+
+    def refuse(self, error: BaseException) -> None:
+        if self.done.set_running_or_notify_cancel():
+            self.done.set_exception(error)
+
+
+class EngineThread:
+    """One for each engine."""
+
+    def __init__(self, section: Torch, base: str, deliver: Callable[[Made], None]) -> None:
+        self._section, self._base, self._deliver = section, base, deliver
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended: BaseException | None = None
+        self.ready: Future[None] = Future()
+        self.ready.set_running_or_notify_cancel()
+        self.adapters: dict[str, LoadedAdapter] = {}
+        self.stats = Stats()
+        self._leaving: dict[str, list[Future[None]]] = {}
+        self._rows: dict[int, Row] = {}
+        self._probes: deque[Probe] = deque()
+        self._counts = Counts()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def order(self, do: Callable[[], Any]) -> Future[Any]:
+        """Has `do` run between two steps; its result, what it raised, or why the engine ended."""
+        order = Order(do)
+        with self._lock:
+            if self._ended is None:
+                self._orders.put(order)
+            else:
+                order.refuse(self.end_error())
+        return order.done
+
+    def stop(self) -> None:
+        self._orders.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def end_error(self) -> ModelError:
+        got = f"{type(self._ended).__name__}: {self._ended}"[:300]
+        return ModelError("this engine has ended", got=got, remedy="open it again")
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended is not None
+
+    # ---- orders
+
+    def enter(self, key: int, request: Request) -> None:
+        if request.adapter and (request.adapter not in self.adapters or request.adapter in self._leaving):
+            raise ConfigError("this adapter is not loaded", where="adapter", got=request.adapter[:80], remedy="load it first")
+        total = min(self.decoder.max_context, len(request.prompt) + request.max_tokens)
+        seed = request.sampling.seed
+        row = Row(request, total, list(request.prompt), seed=secrets.randbits(63) if seed is None else seed, key=key)
+        self._rows[key] = row
+        self._batcher.waiting.append(row)
+
+    def end(self, key: int) -> None:
+        """Takes a row out, whatever it is doing; its stream, if anybody still reads it, hears `abort`."""
+        if key in self._rows:
+            self._remove(key)
+            self._deliver([(key, Token(-1, "", finish="abort"))])
+
+    def keep(self, digest: str, adapter: LoadedAdapter) -> None:
+        self.adapters[digest] = adapter
+
+    def leave(self, digest: str) -> Future[None]:
+        """Done when the last row that uses the digest has ended and it is forgotten."""
+        gone: Future[None] = Future()
+        gone.set_running_or_notify_cancel()
+        if digest not in self.adapters:
+            gone.set_result(None)
+        else:
+            self._leaving.setdefault(digest, []).append(gone)
+            self._forget_unused(digest)
+        return gone
+
+    def probe(self, prompt: Sequence[int], digest: str) -> Future[Any]:
+        """Done with the [V] logits after a prompt."""
+        if digest and (digest not in self.adapters or digest in self._leaving):
+            raise ConfigError("this adapter is not loaded", where="adapter", got=digest[:80], remedy="load it first")
+        done: Future[Any] = Future()
+        done.set_running_or_notify_cancel()
+        self._probes.append(Probe(prompt, digest, done))
+        return done
+
+    def publish(self) -> None:
+        counts, batcher = self._counts, self._batcher
+        self.stats = Stats(
+            len(batcher.rows), len(batcher.waiting), counts.steps, counts.tokens, counts.prompt, counts.reused, tuple(self.adapters),
+            sum(adapter.num_bytes for adapter in self.adapters.values()), sum(row.num_cached for row in batcher.rows),
+            self._section.max_batch * self.decoder.max_context,
+        )  # fmt: skip
+
+    # ---- the loop
+
+    def _run(self) -> None:
+        try:
+            torch.set_num_threads(self._section.num_threads or cores())
+            self.decoder = Decoder(self._section, self._base)
+            self._batcher = Batcher(self._section.max_batch, self._section.chunk_tokens)
+            self._prefixes = Prefixes(self._section.prefix_mib << 20)
+        except BaseException as error:
+            self._ended = error
+            wrapped = (
+                error
+                if isinstance(error, FtcoreError)
+                else ModelError("the engine cannot begin", got=f"{type(error).__name__}: {error}"[:300])
+            )
+            wrapped.__cause__ = None if wrapped is error else error
+            self.ready.set_exception(wrapped)
+            return
+        self.ready.set_result(None)
+        ended: BaseException = RuntimeError("closed")
+        try:
+            while self._obey():
+                self._admit()
+                self._read_probe()
+                self._step()
+        except BaseException as error:
+            log.exception("the engine ended in the middle of a step")
+            ended = error
+        self._finish(ended)
+
+    def _finish(self, error: BaseException) -> None:
+        """Refuses everything that waits, and everything that comes."""
+        with self._lock:
+            self._ended = error
+        while True:
+            try:
+                order = self._orders.get_nowait()
+            except queue.Empty:
+                break
+            if order is not None:
+                order.refuse(self.end_error())
+        for gone in [gone for each in self._leaving.values() for gone in each] + [probe.done for probe in self._probes]:
+            gone.set_exception(self.end_error())
+        self._deliver([(key, Token(-1, "", finish="abort")) for key in self._rows])
+
+    def _obey(self) -> bool:
+        """Does what was ordered; waits for an order when there is nothing to compute. False when it is to end."""
+        while True:
+            idle = not self._batcher.rows and not self._batcher.waiting and not self._probes
+            if idle:
+                self.publish()
+            try:
+                order = self._orders.get(block=idle)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order.run()
+
+    def _needed(self) -> set[str]:
+        """Digests whose lanes somebody is using."""
+        probing = {self._probes[0].digest} if self._probes and self._probes[0].num_read else set()
+        return ({row.request.adapter for row in self._batcher.rows} | probing) - {""}
+
+    def _has_lanes(self, digest: str, needed: set[str]) -> bool:
+        """Makes an adapter active beside `needed`, if there is room; joins `needed` then."""
+        if not digest or digest in needed:
+            return True
+        lora = self.decoder.lora
+        if sum(self.adapters[each].width for each in needed) + self.adapters[digest].width > lora.lanes.capacity:
+            return False
+        lora.activate(digest, self.adapters[digest].updates, needed)
+        needed.add(digest)
+        return True
+
+    def _admit(self) -> None:
+        """Lets waiting rows in, oldest first, while there are places and lanes for them."""
+        batcher = self._batcher
+        if not batcher.waiting or not batcher.has_room:
+            return
+        needed, blocked, oldest = self._needed(), set[str](), None
+        for row in list(batcher.waiting):
+            if not batcher.has_room or (oldest is not None and oldest.num_passed >= PATIENCE):
+                return
+            digest = row.request.adapter
+            if digest in blocked or not self._has_lanes(digest, needed):
+                blocked.add(digest)
+                oldest = oldest or row
+                continue
+            if oldest is not None:
+                oldest.num_passed += 1
+            batcher.waiting.remove(row)
+            batcher.admit(row)
+            saved = self._prefixes.longest((digest, row.request.salt), row.tokens[:-1])
+            if saved is not None:
+                self.decoder.cache.restore(row.place, saved)
+                row.num_cached = saved.shape[-2]
+                self._counts.reused += row.num_cached
+
+    def _read_probe(self) -> None:
+        """One chunk of the first probe, if there are lanes for it now."""
+        if not self._probes:
+            return
+        probe = self._probes[0]
+        if not self._has_lanes(probe.digest, self._needed()):
+            if not self._batcher.rows:  # nobody will make room
+                self._probes.popleft().done.set_exception(ModelError("this adapter is wider than all lanes", got=probe.digest[:12]))
+            return
+        part = probe.prompt[probe.num_read : probe.num_read + self._section.chunk_tokens]
+        logits = self.decoder.read(part, probe.num_read, probe.digest, self._batcher.spare + 1)
+        probe.num_read += len(part)
+        if probe.num_read == len(probe.prompt):
+            self._probes.popleft().done.set_result(logits.float().cpu().numpy())
+
+    def _step(self) -> None:
+        step = self._batcher.step()
+        if step.is_empty:
+            return
+        logits = self.decoder.step(step)
+        due = [*step.decoding, *(chunk.row for chunk in step.chunks if chunk.is_last)]
+        for row in step.decoding:
+            row.num_cached += 1
+        for chunk in step.chunks:
+            chunk.row.num_cached += chunk.count
+            self._counts.prompt += chunk.count
+        sound = torch.isfinite(logits.sum(-1)).tolist() if due else []
+        asked = [Asked(row.request.sampling, row.request.prompt, row.tokens[row.num_prompt :], row.seed) for row in due]
+        drawn = sample(logits, asked) if due else []
+        made = [self._taken(row, token) if fine else self._spoiled(row) for row, token, fine in zip(due, drawn, sound, strict=True)]
+        made = self._withdrawn(made)
+        self._keep_prefixes(step)
+        self._counts.steps += 1
+        self._counts.tokens += len(made)
+        lengths = {row.place: row.num_cached for row in self._batcher.rows}
+        self._move(self._batcher.settle(), lengths)
+        for key, token in made:
+            if token.finish is not None:
+                self._remove(key)
+        self.publish()
+        self._deliver(made)
+
+    def _taken(self, row: Row, token: Drawn) -> tuple[int, Token]:
+        """A row's next token."""
+        row.tokens.append(token.id)
+        finish: FinishReason | None = None
+        if token.id in row.request.stop_ids:
+            finish = "stop"
+        elif len(row.tokens) >= row.max_total:
+            finish = "length"
+        return row.key, Token(token.id, row.request.adapter, token.logprob, token.top, finish)
+
+    def _withdrawn(self, made: Made) -> Made:
+        """`made`, unless an answer that ends here came from a slot that holds other weights than were loaded: then all its rows end."""
+        lora = self.decoder.lora
+        ending = {token.adapter for _, token in made if token.finish in ("stop", "length")} - {""}
+        bad = {digest for digest in ending if lora.held(digest) != self.adapters[digest].fingerprint}
+        if not bad:
+            return made
+        for digest in bad:
+            log.error("the slot of adapter %s holds other weights than were loaded: its answers are withdrawn", digest[:12])
+            self._prefixes.forget(digest)
+        doomed = [row for row in self._batcher.rows if row.request.adapter in bad]
+        kept = [(key, token) for key, token in made if token.adapter not in bad]
+        for digest in bad:
+            lora.deactivate(digest)
+        return kept + [(row.key, Token(-1, row.request.adapter, finish="abort")) for row in doomed]
+
+    def _spoiled(self, row: Row) -> tuple[int, Token]:
+        """A row whose numbers are not finite ends; nothing of it stays in the cache."""
+        log.error(
+            "adapter %s gives numbers that are not finite: request %s ends", row.request.adapter[:12] or "(base)", row.request.id[:64]
+        )
+        self.decoder.cache.clear(row.place)
+        row.tokens.append(0)
+        return row.key, Token(-1, row.request.adapter, finish="abort")
+
+    def _keep_prefixes(self, step: Step) -> None:
+        for chunk in step.chunks:
+            row = chunk.row
+            if row.num_cached == row.num_prompt and self._prefixes.limit:
+                owner = (row.request.adapter, row.request.salt)
+                self._prefixes.keep(owner, row.request.prompt, partial(self.decoder.cache.saved, row.place))
+
+    def _move(self, moves: list[tuple[int, int]], lengths: dict[int, int]) -> None:
+        for source, target in moves:
+            self.decoder.cache.move([(source, target)], [lengths[source]])
+            lengths[target] = lengths[source]
+
+    def _remove(self, key: int) -> None:
+        row = self._rows.pop(key)
+        lengths = {each.place: each.num_cached for each in self._batcher.rows}
+        self._move(self._batcher.remove(row), lengths)
+        self._forget_unused(row.request.adapter)
+
+    def _forget_unused(self, digest: str) -> None:
+        if digest not in self._leaving or any(row.request.adapter == digest for row in self._rows.values()):
+            return
+        if any(probe.digest == digest for probe in self._probes):
+            for probe in [probe for probe in self._probes if probe.digest == digest]:
+                self._probes.remove(probe)
+                probe.done.set_exception(ConfigError("this adapter was unloaded", where="adapter", got=digest[:12]))
+        self.decoder.lora.deactivate(digest)
+        self.adapters.pop(digest, None)
+        self._prefixes.forget(digest)
+        for gone in self._leaving.pop(digest):
+            gone.set_result(None)
