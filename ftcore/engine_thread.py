@@ -23,7 +23,7 @@ import torch
 
 from ftcore.batching import Batcher, Row, Step
 from ftcore.decoder import Decoder, cores
-from ftcore.engines.base import FinishReason, Request, Stats, Token
+from ftcore.engines.base import EngineEnded, FinishReason, Request, Stats, Token
 from ftcore.errors import ConfigError, FtcoreError, ModelError
 from ftcore.layers.multi_lora import LayerUpdate
 from ftcore.prefixes import Prefixes
@@ -125,9 +125,9 @@ class EngineThread:
     def join(self) -> None:
         self._thread.join()
 
-    def end_error(self) -> ModelError:
+    def end_error(self) -> EngineEnded:
         got = f"{type(self._ended).__name__}: {self._ended}"[:300]
-        return ModelError("this engine has ended", got=got, remedy="open it again")
+        return EngineEnded("this engine has ended", got=got, remedy="open it again")
 
     @property
     def has_ended(self) -> bool:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     body, keys = _json(parsed.answer), _json(parsed.keys)
     try:
         receipt = Receipt.model_validate(body["ftcore_receipt"])
-        texts = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in body["choices"]]
+        texts = [_text(place, choice, body["object"]) for place, choice in enumerate(body["choices"])]
         pems = {row["id"]: row["pem"] for row in keys["data"]}
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError("this is not an answer with a receipt, or not a list of keys", got=str(error)[:200]) from error
@@ -40,6 +40,14 @@ def main(arguments: Sequence[str]) -> int:
             raise IntegrityError("the version that answered was revoked since", where=ref, got=reason)
     print(f"sound: {receipt.adapter or 'the bare base'} on base {receipt.base[:12]} answered request {receipt.request} at {receipt.time}")
     return 0
+
+
+def _text(place: int, choice: dict[str, Any], kind: str) -> str:
+    """A choice's text, in the one form that its kind of answer has: another beside it would be read by somebody and signed by nobody."""
+    is_chat = kind == "chat.completion"
+    if ("text" in choice) == is_chat or ("message" in choice) != is_chat or choice["index"] != place:
+        raise ConfigError("this answer is not as it was sent", where=f"choices[{place}]", wanted=f"the form of a {kind}")
+    return str(choice["message"]["content"] if is_chat else choice["text"])
 
 
 def _json(path: Path) -> Any:

@@ -3,8 +3,8 @@
 In: request id, adapter and base digests, the answer. Out: a Receipt; or an IntegrityError when one does not hold. Runs in: serving
 replicas (sign), `ftcore verify-receipt` (check); no torch.
 
-Ed25519 over the canonical JSON of the receipt without its signature, behind a prefix of its own. The adapter's digest is the one that the
-slot held which computed the last token, not the one that was asked for.
+Ed25519 over the canonical JSON of the receipt without its signature, behind a prefix of its own. Before an answer ends, the engine holds
+the weights in the slot that computed it to those it read from the version's verified files; an answer from anything else is withdrawn.
 """
 
 from __future__ import annotations

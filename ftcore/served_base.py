@@ -46,6 +46,7 @@ class ServedBase:
     def chat_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self.chat is None:
             raise DataError("this base has no chat template", got=self.no_chat, remedy="ask /v1/completions")
+        self.chat.require_no_forgery(messages)
         return tuple(self.chat.prompt_ids(messages))
 
     def text_prompt(self, text: str) -> tuple[int, ...]:

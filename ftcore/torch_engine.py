@@ -50,7 +50,8 @@ class TorchEngine(LiveEngine):
         except asyncio.CancelledError:
             engine._thread.stop()
             raise
-        engine.max_context, engine.precision = engine._thread.decoder.max_context, engine._thread.decoder.precision
+        decoder = engine._thread.decoder
+        engine.max_context, engine.vocabulary, engine.precision = decoder.max_context, decoder.vocabulary, decoder.precision
         return engine
 
     async def load_adapter(self, digest: str, folder: Path) -> None:
@@ -74,6 +75,8 @@ class TorchEngine(LiveEngine):
         await asyncio.sleep(0)
 
     async def _load(self, digest: str, folder: Path) -> None:
+        if self._thread.has_ended:
+            raise self._thread.end_error()
         adapter = await self._loop.run_in_executor(self._loaders, self._read, folder)
         await self._ordered(partial(self._thread.keep, digest, adapter))
         self._known.add(digest)
@@ -91,7 +94,7 @@ class TorchEngine(LiveEngine):
         await asyncio.wrap_future(gone)
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        check_request(request, self.max_context, self._thread.decoder.vocabulary)
+        check_request(request, self.max_context, self.vocabulary)
         key, stream = next(self._next_key), asyncio.Queue[Token]()
         self._streams[key] = stream
         self._keys.setdefault(request.id, set()).add(key)
@@ -117,7 +120,7 @@ class TorchEngine(LiveEngine):
     async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
         found = []
         for prompt in prompts:
-            check_prompt(prompt, self.max_context, self._thread.decoder.vocabulary)
+            check_prompt(prompt, self.max_context, self.vocabulary)
             found.append(await asyncio.wrap_future(await self._ordered(partial(self._thread.probe, list(prompt), digest))))
         return found
 

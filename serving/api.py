@@ -5,6 +5,7 @@ In: HTTP. Out: HTTP, server-sent events. Runs in: the ingress.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,10 +21,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import ftcore
+from ftcore.engines.base import EngineEnded
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
 from serving.gate import Gate, Refusal
 from serving.jobs import Event, Job, Opening, messages
-from serving.schema import Asked, ChatAsked, TextAsked, error_body
+from serving.published_keys import published_keys
+from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, TextAsked, error_body
 from serving.shapes import Shape, chat_shape, text_shape
 from serving.tenants import Caller
 
@@ -80,9 +84,7 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
 
     @api.get("/v1/receipt-keys")
     async def keys() -> Response:
-        found: dict[str, str] = {}
-        for state in await service().answers.states():
-            found |= state["receipt_keys"]
+        found = await asyncio.to_thread(published_keys, service().gate.settings.store)
         return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
 
     @api.get("/healthz")
@@ -91,7 +93,11 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
 
     @api.get("/readyz")
     async def ready() -> Response:
-        states = await service().answers.states()
+        try:
+            states = await asyncio.wait_for(service().answers.states(), 5)
+        except Exception as error:  # none can be reached, whatever the reason
+            log.warning("no replica says that it is ready: %s", type(error).__name__)
+            states = []
         problem = service().gate.directory.problem
         body = {"status": "ready" if states else "no replica", "replicas": len(states), "store": problem or "ok"}
         return JSONResponse(body, 200 if states else 503)
@@ -106,6 +112,8 @@ async def _answer(
         raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
     if limit is not None and limit > caller.limits.max_tokens:
         raise Refusal(400, f"max_tokens is at most {caller.limits.max_tokens}", "invalid_value")
+    if num_logprobs is not None and (limit or caller.limits.max_tokens) * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
+        raise Refusal(400, f"at most {MAX_LOGPROBS} log-probabilities: ask for fewer tokens, choices or alternatives", "invalid_value")
     job = Job(
         uuid.uuid4().hex, caller.tenant, ref, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n,
@@ -118,6 +126,7 @@ async def _answer(
         raise
     assert isinstance(opening, Opening)
     headers = {"x-ftcore-request": job.id, "x-ftcore-base": opening.base, "x-ftcore-adapter": opening.adapter, "cache-control": "no-store"}
+    headers |= {"x-ftcore-replica": opening.replica} | ({"x-ftcore-cold": "1"} if opening.was_cold else {})
     fingerprint = f"{opening.base[:12]}-{opening.adapter.rpartition('@')[2][:12] or 'base'}"
     writer = shape(job.id, asked.model, int(time.time()), fingerprint)
     if not asked.stream:
@@ -130,7 +139,7 @@ async def _answer(
 
 async def _admitted(service: Service, caller: Caller, job: Job) -> AsyncGenerator[Event, None]:
     """A job's events, in one of the tenant's places."""
-    with service.gate.place(caller):
+    with service.gate.places(caller, job.num_choices):
         async with aclosing(service.answers.answer(job)) as events:
             async for event in events:
                 yield event
@@ -163,10 +172,11 @@ class Door:
         gate = self._service().gate
         limit = gate.settings.max_body_kib << 10
         try:
-            if request.url.path not in OPEN_ROUTES:
-                scope.setdefault("state", {})["caller"] = gate.caller(request.headers.get("authorization"))
+            if scope["path"] not in OPEN_ROUTES:
+                client, name = (scope.get("client") or ("",))[0], urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+                scope.setdefault("state", {})["caller"] = gate.caller(request.headers.get("authorization"), client, name)
             length = request.headers.get("content-length", "0")
-            if not length.isdigit() or int(length) > limit:
+            if not (length.isascii() and length.isdigit()) or int(length) > limit:
                 raise Refusal(413, f"a request is at most {limit} bytes", "request_too_large")
         except Refusal as refusal:
             await _refused(refusal)(scope, receive, send)
@@ -206,9 +216,10 @@ def _add_errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        problems = error.errors()
+        first = problems[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-        more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         message = f"{where}: {first['msg']}{more}" if where else f"{first['msg']}{more}"
         return JSONResponse(error_body(message[:500], "invalid_request_error", str(first["type"]), where or None), 400)
 
@@ -231,6 +242,8 @@ def _refusal(error: BaseException) -> Refusal:
     if isinstance(error, ConfigError | DataError):
         text = error.what + (f" (got {error.got}, wanted {error.wanted})" if error.wanted else "")
         return Refusal(400, text[:500], "invalid_value")
+    if isinstance(error, EngineEnded):
+        return Refusal(503, "the engine that would answer has ended", "engine_ended", kind="server_error", retry_after_s=1)
     if isinstance(error, IntegrityError | ModelError):
         return Refusal(409, f"this adapter is not served: {error.what}"[:500], "adapter_refused", kind="adapter_error")
     if isinstance(error, StorageError):

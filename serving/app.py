@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -43,9 +44,11 @@ def application(settings: ServeSettings) -> serve.Application:
     engine = EngineReplica.options(  # type: ignore[attr-defined]
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.queue,
+        max_queued_requests=settings.queue,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     ).bind(tree)
-    return Ingress.options(max_ongoing_requests=settings.queue * settings.replicas).bind(tree, engine)  # type: ignore[attr-defined]
+    most = 2 * settings.queue * settings.replicas + 8  # what is over the replicas' share is told so, by the handle
+    return Ingress.options(max_ongoing_requests=most, max_queued_requests=most).bind(tree, engine)  # type: ignore[attr-defined]
 
 
 @serve.deployment(
@@ -69,8 +72,9 @@ class EngineReplica:
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         replica = await self._replica()
-        async for event in replica.answer(job):
-            yield event
+        async with aclosing(replica.answer(job)) as events:
+            async for event in events:
+                yield event
 
     async def state(self) -> dict[str, Any]:
         return (await self._replica()).state()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ftcore.card import printable
 from ftcore.section import leaf_paths
@@ -49,6 +50,19 @@ def _serve(settings: ServeSettings) -> int:
         signal.signal(number, lambda *_: over.set())
     started = time.monotonic()
     print(f"loading {settings.base} in {settings.replicas} replica{'s' * (settings.replicas != 1)}", flush=True)
+    try:
+        return _until_over(settings, app, over, started)
+    finally:
+        print("draining: answers under way are finished", flush=True)
+        serve.delete("ftcore")
+        if connection.started:
+            serve.shutdown()
+        connection.close()
+
+
+def _until_over(settings: ServeSettings, app: Any, over: threading.Event, started: float) -> int:
+    from ray import serve
+
     serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config={"log_level": "WARNING"})
     serve.run(app, name="ftcore", route_prefix="/", logging_config={"log_level": "WARNING"})
     url = f"http://{settings.host}:{settings.port}"
@@ -64,9 +78,6 @@ def _serve(settings: ServeSettings) -> int:
         flush=True,
     )
     over.wait()
-    print("draining: answers under way are finished", flush=True)
-    serve.shutdown()
-    connection.close()
     return 0
 
 

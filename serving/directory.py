@@ -13,46 +13,53 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ftcore.adapters import PART, AdapterRef, AdapterStore
-from ftcore.errors import FtcoreError
+from ftcore.adapter_files import CARD
+from ftcore.adapters import POINTER, AdapterRef, AdapterStore
+from ftcore.errors import FtcoreError, IntegrityError
 from ftcore.pointer import Pointer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The pointers of one moment."""
+class Name:
+    """One adapter name of one tenant."""
 
-    names: dict[tuple[str, str], Pointer] = field(default_factory=dict)
-    revoked: frozenset[AdapterRef] = frozenset()
-    versions: frozenset[AdapterRef] = frozenset()
+    pointer: Pointer
+    versions: frozenset[str]
+    """Digests that are sealed."""
+    revoked: frozenset[str]
+
+    def digest(self, version: str, session: str = "") -> str:
+        """What a version means: "", an alias, or the beginning of one digest; "" when nothing usable."""
+        digest = self.pointer.pick(version, session)
+        if not digest and len(version) >= 6:
+            found = [each for each in self.versions if each.startswith(version)]
+            digest = found[0] if len(found) == 1 else ""
+        return digest if digest in self.versions and digest not in self.revoked else ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The names of one moment, by tenant."""
+
+    tenants: dict[str, dict[str, Name]] = field(default_factory=dict)
     taken: float = 0.0
 
     def models(self, tenant: str) -> list[tuple[str, AdapterRef]]:
         """(name, current version) of a tenant, sorted; names without a usable one are left out."""
-        found = []
-        for (owner, name), pointer in sorted(self.names.items()):
-            digest = pointer.pick("")
-            if owner == tenant and digest and (ref := AdapterRef(owner, name, digest)) not in self.revoked:
-                found.append((name, ref))
-        return found
+        own = self.tenants.get(tenant, {})
+        return [(name, AdapterRef(tenant, name, digest)) for name in sorted(own) if (digest := own[name].digest(""))]
 
     def find(self, tenant: str, model: str, session: str = "") -> AdapterRef | None:
         """`name`, `name@version`, `name@alias`, with or without the caller's own `tenant/` in front. None for anything else."""
         path, at, version = model.partition("@")
         owner, slash, name = path.rpartition("/")
-        if (slash and owner != tenant) or not PART.fullmatch(name) or (at and not version):
+        known = self.tenants.get(tenant, {}).get(name)
+        if known is None or (slash and owner != tenant) or (at and not version):
             return None
-        pointer = self.names.get((tenant, name))
-        if pointer is None:
-            return None
-        digest = pointer.pick(version, session)
-        if not digest and version:
-            found = [ref for ref in self.versions if (ref.tenant, ref.name) == (tenant, name) and ref.digest.startswith(version)]
-            digest = found[0].digest if len(found) == 1 and len(version) >= 6 else ""
-        ref = AdapterRef(tenant, name, digest) if digest else None
-        return None if ref is None or ref in self.revoked else ref
+        digest = known.digest(version, session)
+        return AdapterRef(tenant, name, digest) if digest else None
 
 
 class Directory:
@@ -75,14 +82,27 @@ class Directory:
         return self.picture
 
     def _take(self) -> Picture:
-        names: dict[tuple[str, str], Pointer] = {}
-        versions: set[AdapterRef] = set()
-        revoked: set[AdapterRef] = set()
-        for tenant in self._tenants():
-            for ref in self._store.list(tenant):
-                versions.add(ref)
-                if self._store.revocation(ref) is not None:
-                    revoked.add(ref)
-                if (tenant, ref.name) not in names:
-                    names[tenant, ref.name] = self._store.pointer(tenant, ref.name)
-        return Picture(names, frozenset(revoked), frozenset(versions), time.time())
+        return Picture({tenant: self._names(tenant) for tenant in self._tenants()}, time.time())
+
+    def _names(self, tenant: str) -> dict[str, Name]:
+        """One listing, and one small file for each name. A damaged pointer takes its own name out, and no other's."""
+        versions: dict[str, set[str]] = {}
+        revoked: dict[str, set[str]] = {}
+        pointed = set()
+        for key in self._store.folder.files(tenant):
+            parts = key.removeprefix(f"{tenant}/").split("/")
+            if len(parts) == 4 and parts[1] == "versions" and parts[3] == CARD:
+                versions.setdefault(parts[0], set()).add(parts[2])
+            elif len(parts) == 3 and parts[1] == "revoked":
+                revoked.setdefault(parts[0], set()).add(parts[2].removesuffix(".json"))
+            elif len(parts) == 2 and parts[1] == POINTER:
+                pointed.add(parts[0])
+        names = {}
+        for name in sorted(pointed & set(versions)):
+            try:
+                pointer = self._store.pointer(tenant, name)
+            except IntegrityError as error:
+                log.warning("%s/%s is not served: %s", tenant, name, error.what)
+                continue
+            names[name] = Name(pointer, frozenset(versions[name]), frozenset(revoked.get(name, ())))
+        return names

@@ -11,8 +11,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.errors import FtcoreError
@@ -42,20 +43,26 @@ class Gate:
         self._keys, self._keys_read = KeyTable({}), 0.0
         self.directory = Directory(AdapterStore(settings.store), self._served)
         self._under_way: Counter[str] = Counter()
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
         """Reads keys and names once, then again and again."""
-        await asyncio.to_thread(self._read)
-        self._watch = asyncio.create_task(self._keep_reading())
+        for read in (self._read_keys, self.directory.refresh):
+            await asyncio.to_thread(read)
+            self._watches.append(asyncio.create_task(self._again(read)))  # apart: a slow store does not make keys old
 
     def close(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
 
-    def caller(self, header: str | None) -> Caller:
-        """Raises Refusal 401 without a good key."""
+    def caller(self, header: str | None, client: str, host: str) -> Caller:
+        """Raises Refusal 401 without a good key; 403, where there are no keys, to whoever is not on this machine.
+
+        `client`: the address that asks; `host`: the name it asked for (a page elsewhere could point its own name at this machine).
+        """
         if self._tenants is None:
+            if not (_is_here(client) and _is_here(host)):
+                raise Refusal(403, "without keys only this machine may ask", "forbidden", kind="permission_error")
             return Caller(self.settings.local_tenant, "", self.settings.limits)
         if time.monotonic() - self._keys_read > STALE_KEYS_S:
             raise Refusal(503, "the keys cannot be read at the moment", "keys_unavailable", kind="server_error", retry_after_s=5)
@@ -74,36 +81,44 @@ class Gate:
         return ref
 
     @contextmanager
-    def place(self, caller: Caller) -> Iterator[None]:
-        """One of the tenant's places. Raises Refusal 429 when all are taken."""
-        if self._under_way[caller.tenant] >= caller.limits.max_concurrent:
+    def places(self, caller: Caller, num: int) -> Iterator[None]:
+        """Some of the tenant's places, one for each answer. Raises Refusal 429 when there are too few."""
+        if self._under_way[caller.tenant] + num > caller.limits.max_concurrent:
             raise Refusal(
-                429, f"{caller.limits.max_concurrent} answers are under way for this tenant", "rate_limit_exceeded",
+                429, f"at most {caller.limits.max_concurrent} answers at once for this tenant", "rate_limit_exceeded",
                 kind="rate_limit_error", retry_after_s=1,
             )  # fmt: skip
-        self._under_way[caller.tenant] += 1
+        self._under_way[caller.tenant] += num
         try:
             yield
         finally:
-            self._under_way[caller.tenant] -= 1
+            self._under_way[caller.tenant] -= num
             if not self._under_way[caller.tenant]:
                 del self._under_way[caller.tenant]
 
     def _served(self) -> list[str]:
         return [self.settings.local_tenant] if self._tenants is None else self._tenants.names()
 
-    def _read(self) -> None:
+    def _read_keys(self) -> None:
         if self._tenants is not None:
             try:
                 self._keys, self._keys_read = self._tenants.snapshot(self.settings.limits), time.monotonic()
             except FtcoreError as error:
                 log.warning("keys cannot be read: %s", error.what)
-        self.directory.refresh()
 
-    async def _keep_reading(self) -> None:
+    async def _again(self, read: Callable[[], object]) -> None:
         while True:
             await asyncio.sleep(self.settings.poll_s)
             try:
-                await asyncio.to_thread(self._read)
+                await asyncio.to_thread(read)
             except Exception:  # whatever it is, the next second may be better; stale keys are refused
                 log.exception("reading keys and names failed")
+
+
+def _is_here(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -56,6 +56,10 @@ class Opening:
     adapter: str
     """`tenant/name@digest`, in full; empty for the base."""
     base: str
+    replica: str
+    """The receipt key of the replica, which names it."""
+    was_cold: bool
+    """The adapter had to be loaded first."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +18,19 @@ from typing import Any
 
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.data.types import Message
-from ftcore.engines.base import LiveEngine, Request, Token
-from ftcore.errors import ConfigError, FtcoreError, IntegrityError, ModelError
+from ftcore.engines.base import EngineEnded, LiveEngine, Request, Token, check_request
+from ftcore.errors import ConfigError, IntegrityError
 from ftcore.receipts import Signer
 from ftcore.served_base import ServedBase
 from ftcore.text_stream import TextStream
 from serving.jobs import Closing, Event, Job, Opening, Piece, TokenInfo
+from serving.published_keys import publish_key
 from serving.settings import ServeSettings
 from serving.slots import Slots
 
 log = logging.getLogger(__name__)
+MAX_CHARACTERS_A_TOKEN = 64
+"""Longer prompts than this times the context are refused before they are tokenised."""
 
 
 class Replica:
@@ -38,13 +42,16 @@ class Replica:
         self.slots = Slots(engine, self.store, cache, self._prove, max_bytes=settings.adapter_mib << 20)
         self.signer = Signer()
         self.num_answers = 0
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
         self._watch = asyncio.create_task(self._watch_revocations())
 
     @classmethod
     async def open(cls, settings: ServeSettings, cache: Path | None = None) -> Replica:
         base = await asyncio.to_thread(ServedBase, settings.base, settings.base_revision)
         engine = await settings.engine.open(str(base.folder))
-        return cls(settings, engine, base, cache or Path(tempfile.mkdtemp(prefix="ftcore-adapters-")))
+        replica = cls(settings, engine, base, cache or Path(tempfile.mkdtemp(prefix="ftcore-adapters-")))
+        await asyncio.to_thread(publish_key, settings.store, replica.signer.key_id, replica.signer.public_pem)
+        return replica
 
     async def close(self) -> None:
         self._watch.cancel()
@@ -54,15 +61,14 @@ class Replica:
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         """Streams the events of one job; closing the iterator aborts it. Raises FtcoreError for what cannot be answered."""
-        prompt = await asyncio.to_thread(self._prompt, job)
+        prompt = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._prompt, job)
         room = self.engine.max_context - len(prompt)
-        if room < 1:
-            raise ConfigError(
-                "the prompt does not fit the context", where="messages", got=f"{len(prompt)} tokens",
-                wanted=f"at most {self.engine.max_context - 1}", remedy="shorten it",
-            )  # fmt: skip
+        check_request(
+            Request(job.id, prompt, "", job.max_tokens or 1, sampling=job.sampling), self.engine.max_context, self.engine.vocabulary
+        )
+        was_cold = job.ref is not None and job.ref not in self.slots.resident
         async with self._held(job.ref) as digest:
-            yield Opening(job.ref.full if job.ref else "", self.base.weights)
+            yield Opening(job.ref.full if job.ref else "", self.base.weights, self.signer.key_id, was_cold)
             texts, used, computed = [""] * job.num_choices, 0, set()
             async with aclosing(self._choices(job, prompt, min(room, job.max_tokens or room), digest)) as events:
                 async for choice, token, piece in events:
@@ -126,7 +132,7 @@ class Replica:
         async with aclosing(self.engine.generate(request)) as tokens:
             async for token in tokens:
                 if token.finish == "abort":
-                    raise ModelError("this answer was ended by the engine", where=job.id)
+                    raise EngineEnded("this answer was ended by the engine", where=job.id)
                 text = "" if token.finish == "stop" else stream.push(token.id)
                 if token.finish is not None:
                     text += stream.end()
@@ -145,6 +151,11 @@ class Replica:
         return TokenInfo(words([token.id]), token.logprob or 0.0, tuple((words([id_]), logprob) for id_, logprob in token.top))
 
     def _prompt(self, job: Job) -> tuple[int, ...]:
+        size = (
+            len(job.prompt) if isinstance(job.prompt, str) else sum(len(turn.content) for turn in job.prompt if isinstance(turn, Message))
+        )
+        if size > MAX_CHARACTERS_A_TOKEN * self.engine.max_context:
+            raise ConfigError("the prompt does not fit the context", where="prompt", got=f"{size} characters", wanted="a shorter one")
         if isinstance(job.prompt, str):
             return self.base.text_prompt(job.prompt)
         if job.prompt and isinstance(job.prompt[0], Message):
@@ -167,8 +178,10 @@ class Replica:
     async def _watch_revocations(self) -> None:
         while True:
             await asyncio.sleep(self.settings.poll_s)
-            with contextlib.suppress(FtcoreError):  # the store is away: what is loaded stays
+            try:
                 await self.slots.drop_revoked()
+            except Exception:  # the next second may be better; this watch never ends by itself
+                log.exception("looking for revoked versions failed")
 
     def state(self) -> dict[str, Any]:
         """What this replica holds, for people and for readiness."""
@@ -177,5 +190,4 @@ class Replica:
             "resident": {slot.ref.full: {"pins": slot.pins, "load_s": round(slot.load_s, 3)} for slot in self.slots.resident.values()},
             "refused": {ref.full: reason for ref, reason in self.slots.refusals.items()},
             "engine": asdict(self.engine.stats()), "num_answers": self.num_answers,
-            "receipt_keys": {self.signer.key_id: self.signer.public_pem},
         }  # fmt: skip

@@ -9,30 +9,51 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from ftcore.engines.base import Sampling
 
-Model = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-MAX_STOPS, MAX_BIAS, MAX_MESSAGES = 16, 1024, 2048
+
+def _encodable(text: str) -> str:
+    """JSON can hold half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("this is not valid Unicode") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Model = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_encodable)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_encodable)]
+MAX_STOPS, MAX_BIAS, MAX_MESSAGES, MAX_PARTS, MAX_IDS, MAX_KEYS = 16, 1024, 2048, 64, 131_072, 64
+MAX_LOGPROBS = 50_000
+"""Log-probabilities in one answer: tokens x choices x alternatives."""
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: Any) -> Any:
+        """An error for each of a million unknown keys would take longer than any answer."""
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise ValueError(f"more than {MAX_KEYS} fields")
+        return value
 
 
 class Part(Strict):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[Part, ...]
-    name: str | None = None
+    content: Text | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+    name: Annotated[Text, Field(max_length=256)] | None = None
 
     @property
     def text(self) -> str:
@@ -57,7 +78,7 @@ class Asked(Strict):
     frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(None, max_length=MAX_BIAS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -87,7 +108,7 @@ class Asked(Strict):
 class ChatAsked(Asked):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -110,7 +131,7 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """POST /v1/completions"""
 
-    prompt: str | list[int]
+    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
 

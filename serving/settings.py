@@ -59,7 +59,7 @@ class ServeSettings(Section):
     """Memory for loaded adapters; those not in use leave first."""
     poll_s: float = Field(1.0, gt=0, le=5)
     """How often the store is asked what names point at now, and what was revoked."""
-    max_body_kib: int = Field(4096, ge=1)
+    max_body_kib: int = Field(1024, ge=1)
     """Largest request."""
     limits: Limits = Limits()
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftcore.adapters import AdapterRef, AdapterStore
-from ftcore.engines.base import LiveEngine
+from ftcore.engines.base import EngineEnded, LiveEngine
 from ftcore.errors import FtcoreError, IntegrityError, StorageError
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,14 @@ class Slot:
     """One version in this replica."""
 
     ref: AdapterRef
+    folder: Path
     pins: int = 0
     used: float = field(default_factory=time.monotonic)
     load_s: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
 class Slots:
@@ -50,6 +56,7 @@ class Slots:
         self._refused: dict[AdapterRef, tuple[float, FtcoreError]] = {}
         self._room = asyncio.Semaphore(num_loads)
         self._digests: dict[str, asyncio.Lock] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def resident(self) -> dict[AdapterRef, Slot]:
@@ -91,7 +98,7 @@ class Slots:
         if task.cancelled():
             return
         error = task.exception()
-        if isinstance(error, FtcoreError):
+        if isinstance(error, FtcoreError) and not isinstance(error, EngineEnded):
             forget = 1.0 if isinstance(error, StorageError) else REFUSED_FOR_S
             self._refused[ref] = (time.monotonic() + forget, error)
             if len(self._refused) > 1000:
@@ -102,51 +109,65 @@ class Slots:
 
     async def _load(self, ref: AdapterRef) -> Slot:
         started = time.monotonic()
-        async with self._room:
+        async with self._digests.setdefault(ref.digest, asyncio.Lock()), self._room:
             folder = await asyncio.to_thread(self._store.fetch, ref, self._cache)
-            async with self._digests.setdefault(ref.digest, asyncio.Lock()):
-                await self._engine.load_adapter(ref.digest, folder)
-                try:
-                    await self._prove(ref, folder)
-                except BaseException:
-                    if not self._holders(ref.digest):
-                        await self._engine.unload_adapter(ref.digest)
-                    raise
-                slot = self._slots[ref] = Slot(ref, load_s=time.monotonic() - started)
-        await self._make_room(ref)
+            await self._engine.load_adapter(ref.digest, folder)
+            try:
+                await self._prove(ref, folder)
+            except BaseException:
+                if not self._holders(ref.digest):
+                    await self._engine.unload_adapter(ref.digest)
+                raise
+            slot = self._slots[ref] = Slot(ref, folder, load_s=time.monotonic() - started)
+        self._make_room(ref)
         log.info("loaded %s in %.2f s", ref, slot.load_s)
         return slot
 
-    async def drop(self, ref: AdapterRef) -> None:
-        """Takes a version out: no new answer begins with it; the engine forgets it when the last one has ended."""
+    def drop(self, ref: AdapterRef) -> None:
+        """Takes a version out at once: no new answer begins with it. The engine forgets it when the last one has ended."""
         slot = self._slots.pop(ref, None)
-        if slot is None:
-            return
-        async with self._digests.setdefault(ref.digest, asyncio.Lock()):
-            if not self._holders(ref.digest):
-                await self._engine.unload_adapter(ref.digest)
-        log.info("dropped %s", ref)
+        if slot is not None:
+            log.info("dropped %s", ref)
+            task = asyncio.create_task(self._release(slot))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _release(self, slot: Slot) -> None:
+        digest = slot.ref.digest
+        async with self._digests.setdefault(digest, asyncio.Lock()):
+            if not self._holders(digest):
+                with suppress(EngineEnded):
+                    await self._engine.unload_adapter(digest)
+            if slot.ref not in self._slots:
+                await asyncio.to_thread(shutil.rmtree, slot.folder, ignore_errors=True)
 
     def _holders(self, digest: str) -> list[AdapterRef]:
         return [ref for ref in self._slots if ref.digest == digest]
 
-    async def _make_room(self, newest: AdapterRef) -> None:
+    def _make_room(self, newest: AdapterRef) -> None:
         """Drops what is not in use, least recently used first, until the rest fits. Pinned versions stay, whatever the limit."""
-        while self._engine.stats().adapter_bytes > self._max_bytes:
-            idle = sorted((slot for ref, slot in self._slots.items() if not slot.pins and ref != newest), key=lambda slot: slot.used)
-            if not idle:
-                log.warning("loaded adapters exceed %d MiB, and every one is in use", self._max_bytes >> 20)
+        over = self._engine.stats().adapter_bytes - self._max_bytes
+        idle = sorted((slot for ref, slot in self._slots.items() if not slot.pins and ref != newest), key=lambda slot: slot.used)
+        for slot in idle:
+            if over <= 0:
                 return
-            await self.drop(idle[0].ref)
+            over -= slot.num_bytes
+            self.drop(slot.ref)
+        if over > 0:
+            log.warning("loaded adapters exceed %d MiB, and every one is in use", self._max_bytes >> 20)
 
     async def drop_revoked(self) -> list[AdapterRef]:
         """Asks the store about every resident version; drops what was revoked. A store that is away drops nothing."""
-
-        def revoked() -> list[AdapterRef]:
-            return [ref for ref in list(self._slots) if self._store.revocation(ref) is not None]
-
-        found = await asyncio.to_thread(revoked)
-        for ref in found:
-            self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, IntegrityError("this version was revoked", where=ref))
-            await self.drop(ref)
+        found = []
+        for ref in list(self._slots):
+            try:
+                reason = await asyncio.to_thread(self._store.revocation, ref)
+            except StorageError:
+                continue
+            except Exception as error:  # somebody wrote there, and not something that can be read: better safe
+                reason = f"its revocation cannot be read ({type(error).__name__})"
+            if reason is not None:
+                found.append(ref)
+                self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, IntegrityError("this version was revoked", where=ref, got=reason))
+                self.drop(ref)
         return found

@@ -10,6 +10,7 @@ up by that hash, so that the time an answer takes says nothing about how much of
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import secrets
 import time
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from ftcore.adapters import PART
 from ftcore.card import Digest, Name, Text, utc_now
 from ftcore.errors import ConfigError, IntegrityError, StorageError
 from ftcore.section import Section
 from ftcore.storage import Folder
 from serving.settings import Limits
 
+log = logging.getLogger(__name__)
 KEY = re.compile(r"ft_[A-Za-z0-9_-]{43}")
 
 
@@ -64,7 +67,8 @@ class TenantStore:
         self.folder = Folder(url)
 
     def names(self) -> list[str]:
-        return sorted(name.removesuffix(".json") for name in self.folder.files() if name.endswith(".json") and "/" not in name)
+        found = (name.removesuffix(".json") for name in self.folder.files() if name.endswith(".json"))
+        return sorted(name for name in found if PART.fullmatch(name))
 
     def read(self, name: str) -> Tenant:
         key = _file(name)
@@ -96,12 +100,13 @@ class TenantStore:
         self._change(name, change)
 
     def snapshot(self, limits: Limits) -> KeyTable:
-        """Every usable key now. A file that cannot be read takes that tenant's keys out, and no other's."""
+        """Every usable key now. A damaged file takes out its own tenant's keys alone. Raises StorageError when the folder is away."""
         table, unread = {}, []
         for name in self.names():
             try:
                 tenant = self.read(name)
-            except (IntegrityError, StorageError, ConfigError):
+            except (IntegrityError, ConfigError) as error:
+                log.warning("the keys of tenant %s are not served: %s", name, error.what)
                 unread.append(name)
                 continue
             for key in tenant.keys:
@@ -156,8 +161,6 @@ def _hash(clear: str) -> str:
 
 
 def _file(name: str) -> str:
-    from ftcore.adapters import PART
-
     if not PART.fullmatch(name):
         raise ConfigError("this is not a tenant's name", got=ascii(name)[:80], wanted="lower-case letters, digits, '.', '_', '-'")
     return f"{name}.json"

@@ -86,13 +86,7 @@ class Chat:
     def encode(self, conversation: Conversation) -> Example:
         """A conversation as ids with its mask. Raises DataError for a row the template refuses or cannot be split."""
         messages = conversation.messages
-        for turn in messages:
-            if self._forged.search(turn.content):
-                raise DataError(
-                    "a turn holds the template's own control tokens",
-                    got=repr(self._forged.findall(turn.content)[0]),
-                    remedy="remove them: they would end or forge a turn",
-                )
+        self.require_no_forgery(messages)
         self._check_tools(conversation)
         text, spans = self._turns_for(conversation.tools).find([_plain(message) for message in messages])
         ids, starts, ends = self._tokens(text)
@@ -117,6 +111,15 @@ class Chat:
             mask |= np.isin(roles, [_TEMPLATE])
         mask[:1] = 0
         return Example(ids, mask, roles, conversation.origin, num_answers=num_answers, num_stopped=num_stopped)
+
+    def require_no_forgery(self, messages: Sequence[Message]) -> None:
+        """Raises DataError where a turn's text holds tokens that the template itself ends and begins turns with."""
+        for turn in messages:
+            if found := self._forged.search(turn.content):
+                raise DataError(
+                    "a turn holds the template's own control tokens", got=repr(found.group()),
+                    remedy="remove them: they would end or forge a turn",
+                )  # fmt: skip
 
     def _check_tools(self, conversation: Conversation) -> None:
         """A template that has no place for tools would leave them out without a word."""

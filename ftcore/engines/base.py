@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ftcore.errors import ConfigError
+from ftcore.errors import ConfigError, ModelError
 from ftcore.registry import Registry
 from ftcore.section import Choice, chosen
 
@@ -91,11 +91,17 @@ class Stats:
     cache_capacity: int = 0
 
 
+class EngineEnded(ModelError):
+    """The engine is gone, or gave an answer up: nothing is wrong with what was asked, and another engine may answer it."""
+
+
 class LiveEngine(ABC):
     """A running engine. Every method may be called from the event loop that opened it, and none blocks that loop."""
 
     max_context: int
     """Prompt and answer together, in tokens."""
+    vocabulary: int
+    """Tokens are 0 to vocabulary - 1."""
     precision: str
     """What it computes in ("fp32", "bf16", ...), as probes name it."""
 

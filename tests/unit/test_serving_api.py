@@ -1,121 +1,30 @@
-"""Serving without Ray: the API over one replica in this process. Whose weights answer, who may ask, and what is refused."""
+"""Serving without Ray: whose weights answer, what a promotion and a revocation do, what a receipt proves."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
 import pytest
 
-from ftcore.adapters import AdapterRef, AdapterStore
-from ftcore.data.tokenizer import load_tokenizer
+from ftcore.adapters import AdapterStore
+from ftcore.cli import main
 from ftcore.errors import IntegrityError
 from ftcore.publish import import_adapter
 from ftcore.receipts import Receipt, verify_receipt
 from ftcore.recipe import Model
-from serving.api import Service, build_api
-from serving.gate import Gate
-from serving.replica import Replica
-from serving.settings import ServeSettings
-from serving.tenants import TenantStore
 from tests.oracles import Truth, make_adapter
-
-TENANTS = {"acme": ("support", "sales"), "bolt": ("support", "legal")}
-
-
-@dataclass
-class Store:
-    path: Path
-    base: Path
-    refs: dict[str, AdapterRef]
-    folders: dict[str, Path]
-
-
-@pytest.fixture(scope="module")
-def store(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Two tenants, two names each, and two versions of acme/support."""
-    home = tmp_path_factory.mktemp("serving")
-    place = AdapterStore(home / "adapters")
-    refs, folders = {}, {}
-    names = [f"{tenant}/{name}" for tenant, own in TENANTS.items() for name in own]
-    for number, name in enumerate([*names, "acme/support v2"]):
-        folders[name] = make_adapter(tiny_model_dir, home / f"made-{number}", number)
-        refs[name] = import_adapter(folders[name], name.split()[0], model=Model(path=str(tiny_model_dir)), store=place, log=lambda _: None)
-    for name in names:
-        place.promote(refs[name])
-    return Store(home / "adapters", tiny_model_dir, refs, folders)
-
-
-@pytest.fixture(scope="module")
-def truth(store: Store) -> Truth:
-    return Truth(store.base, {ref.digest: store.folders[name] for name, ref in store.refs.items()})
-
-
-class Local:
-    """A Replica as the API sees one."""
-
-    def __init__(self, replica: Replica) -> None:
-        self.replica, self.answer = replica, replica.answer
-
-    async def states(self) -> list[dict[str, Any]]:
-        return [self.replica.state()]
-
-
-@dataclass
-class Server:
-    http: httpx.AsyncClient
-    replica: Replica
-    keys: dict[str, str]
-    store: AdapterStore
-    tenants: TenantStore
-
-    def headers(self, tenant: str) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.keys[tenant]}"}
-
-    async def complete(self, tenant: str, **body: Any) -> httpx.Response:
-        return await self.http.post("/v1/completions", headers=self.headers(tenant), json=body)
-
-
-@asynccontextmanager
-async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Server]:
-    tenants = TenantStore(str(tmp_path / "tenants"))
-    clear = {}
-    for name in TENANTS:
-        tenants.add(name)
-        clear[name], _ = tenants.new_key(name)
-    settings = ServeSettings.model_validate(
-        {"base": str(store.base), "store": str(store.path), "tenants": str(tmp_path / "tenants"), "poll_s": 0.05,
-         "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}, **keys}
-    )  # fmt: skip
-    replica = await Replica.open(settings, tmp_path / "cache")
-    gate = Gate(settings)
-    await gate.open()
-    service = Service(gate, Local(replica))
-    transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
-    try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
-            yield Server(http, replica, clear, AdapterStore(store.path), tenants)
-    finally:
-        gate.close()
-        await replica.close()
-
-
-def run(task: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(task, 120))
+from tests.served import TENANTS, Store, run, served
+from tests.served import store as store
+from tests.served import truth as truth
 
 
 def test_each_tenants_answer_is_its_own_adapters(store: Store, truth: Truth, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(Model(path=str(store.base)))
-
     async def go() -> None:
-        rng = random.Random(0)
+        rng, num_foreign = random.Random(0), 0
         async with served(store, tmp_path) as server:
             asked = []
             for number in range(40):
@@ -129,12 +38,15 @@ def test_each_tenants_answer_is_its_own_adapters(store: Store, truth: Truth, tmp
                 assert reply.status_code == 200, reply.text
                 ref = store.refs.get(f"{tenant}/{name}")
                 assert reply.headers["x-ftcore-adapter"] == (ref.full if ref else "")
-                got = reply.json()["choices"][0]["logprobs"]["token_logprobs"]
-                logps = truth.answer_logps(ref.digest if ref else "", prompt, [0] * len(got))
-                assert min(abs(float(value) - got[0]) for value in logps[0]) <= 1e-4
-                others = [r.digest for n, r in store.refs.items() if ref is None or r != ref]
-                assert all(min(abs(float(v) - got[0]) for v in truth.logps(o, prompt)[-1]) >= 0 for o in others)
-            assert tokenizer is not None
+                got = (reply.json()["choices"][0]["logprobs"] or {"token_logprobs": []})["token_logprobs"]
+                if not got:
+                    continue  # it stopped at once
+                own = ref.digest if ref else ""
+                for digest in ("", *(each.digest for each in store.refs.values())):
+                    near = float((truth.logps(digest, prompt)[-1] - got[0]).abs().min()) <= 1e-4
+                    assert near or digest != own
+                    num_foreign += near and digest != own
+            assert num_foreign <= 10  # of 200: some token's number may be the same by chance
 
     run(go())
 
@@ -195,33 +107,6 @@ def test_a_promoted_version_answers_and_who_streams_keeps_theirs(store: Store, t
     run(go())
 
 
-def test_without_a_good_key_nothing_is_said(store: Store, tmp_path: Path) -> None:
-    async def go() -> None:
-        async with served(store, tmp_path) as server:
-            routes = [("GET", "/v1/models"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/receipt-keys"),
-                      ("GET", "/openapi.json"), ("GET", "/nowhere"), ("DELETE", "/v1/models")]  # fmt: skip
-            good = server.keys["acme"]
-            bad = [None, "", "Bearer", "Bearer x", f"Basic {good}", f"Bearer {good[:-1]}", f"Bearer {good}x", f"Bearer {'é' * 46}",
-                   f"Bearer ft_{'a' * 43}", f"Bearer {good} extra"]  # fmt: skip
-            for method, path in routes:
-                for header in bad:
-                    headers = {} if header is None else {"authorization": header.encode()}
-                    reply = await server.http.request(method, path, headers=headers)
-                    assert reply.status_code == 401, (method, path, header)
-                    assert reply.json()["error"]["code"] == "invalid_api_key"
-            assert (await server.http.get("/healthz")).status_code == 200
-            _, key = server.tenants.new_key("acme", days=-1)
-            assert key.expires
-            revoked, record = server.tenants.new_key("acme")
-            await asyncio.sleep(0.3)
-            assert (await server.http.get("/v1/models", headers={"authorization": f"Bearer {revoked}"})).status_code == 200
-            server.tenants.revoke_key("acme", record.id)
-            await asyncio.sleep(0.3)
-            assert (await server.http.get("/v1/models", headers={"authorization": f"Bearer {revoked}"})).status_code == 401
-
-    run(go())
-
-
 def test_a_tenant_sees_and_reaches_its_own_alone(store: Store, tmp_path: Path) -> None:
     async def go() -> None:
         async with served(store, tmp_path) as server:
@@ -244,50 +129,6 @@ def test_a_tenant_sees_and_reaches_its_own_alone(store: Store, tmp_path: Path) -
             for name in ("support", "acme/support", "support@current", f"support@{store.refs['acme/support'].digest}"):
                 reply = await server.complete("acme", model=name, prompt="a", max_tokens=1)
                 assert reply.headers["x-ftcore-adapter"] == store.refs["acme/support"].full
-
-    run(go())
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "words"),
-    [
-        ({"model": "support"}, 400, "prompt"),
-        ({"model": "support", "prompt": "a", "temprature": 1}, 400, "temprature"),
-        ({"model": "support", "prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
-        ({"model": "support", "prompt": "a", "max_tokens": 10**6}, 400, "at most"),
-        ({"model": "support", "prompt": "a", "temperature": 99}, 400, "temperature"),
-        ({"model": "support", "prompt": "a " * 5000, "max_tokens": 4}, 400, "does not fit"),
-        ({"model": "support", "prompt": [10**9], "max_tokens": 4}, 400, "does not have"),
-        ({"model": "support", "prompt": "a", "stop": ["x"] * 10_000}, 400, "stop"),
-        ({"model": "support", "prompt": "a", "n": 100}, 400, "n is at most"),
-        ({"model": "support", "prompt": "a", "logit_bias": {"999999": 1.0}}, 400, "logit_bias"),
-        ({"model": "support", "prompt": "", "max_tokens": 1}, 400, "empty"),
-        ({"model": ["support"], "prompt": "a"}, 400, "model"),
-        ([1, 2], 400, "valid"),
-    ],
-)
-def test_bad_input_is_told_what_is_wrong(store: Store, tmp_path: Path, body: Any, status: int, words: str) -> None:
-    async def go() -> None:
-        async with served(store, tmp_path) as server:
-            reply = await server.http.post("/v1/completions", headers=server.headers("acme"), json=body)
-            assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True), reply.text
-
-    run(go())
-
-
-def test_a_body_that_is_too_large_or_no_json_is_refused(store: Store, tmp_path: Path) -> None:
-    async def go() -> None:
-        async with served(store, tmp_path, max_body_kib=64) as server:
-
-            async def endless() -> AsyncIterator[bytes]:
-                for _ in range(100):
-                    yield b"x" * 1024
-
-            for content, status in ((b"x" * 100_000, 413), (endless(), 413), (b"{", 400), (b'{"model": "\xff"}', 400), (b"", 400)):
-                headers = {**server.headers("acme"), "content-type": "application/json"}
-                reply = await server.http.post("/v1/completions", headers=headers, content=content)
-                assert reply.status_code == status, reply.text
-                assert reply.json()["error"]["message"]
 
     run(go())
 
@@ -326,6 +167,10 @@ def test_a_revoked_version_answers_nobody_within_seconds(store: Store, tmp_path:
         async with served(store, tmp_path) as server:
             assert (await server.complete("acme", model="doomed", prompt="a", max_tokens=1)).status_code == 200
             assert ref in server.replica.slots.resident
+            damaged = store.path / "acme" / "sales" / "revoked" / f"{'0' * 64}.json"
+            damaged.parent.mkdir(exist_ok=True)
+            damaged.write_text("[]")  # says nothing of what is served, and must not keep anybody from looking
+            (tmp_path / "tenants" / "Notes.json").write_text("{}")
             server.store.revoke(ref, "trained on the wrong data")
             await asyncio.sleep(0.5)
             assert (await server.complete("acme", model="doomed", prompt="a", max_tokens=1)).status_code == 404
@@ -349,3 +194,61 @@ def test_chat_streams_as_it_answers_whole(store: Store, tmp_path: Path) -> None:
             assert chunks[-1]["ftcore_receipt"]["output"] == whole["ftcore_receipt"]["output"]
 
     run(go())
+
+
+def test_a_revocation_that_cannot_be_read_still_revokes(store: Store, tmp_path: Path) -> None:
+    ref = store.refs["bolt/legal"]
+
+    async def go() -> None:
+        async with served(store, tmp_path) as server:
+            assert (await server.complete("bolt", model="legal", prompt="a", max_tokens=1)).status_code == 200
+            mark = store.path / "bolt" / "legal" / "revoked" / f"{ref.digest}.json"
+            mark.parent.mkdir()
+            mark.write_text("[]")
+            try:
+                await asyncio.sleep(0.5)
+                assert ref not in server.replica.slots.resident
+                assert (await server.complete("bolt", model="legal", prompt="a", max_tokens=1)).status_code == 404
+            finally:
+                mark.unlink()
+                mark.parent.rmdir()
+
+    run(go())
+
+
+def test_one_damaged_pointer_takes_out_its_own_name_alone(store: Store, tmp_path: Path) -> None:
+    pointer = store.path / "acme" / "sales" / "current.json"
+    before = pointer.read_bytes()
+
+    async def go() -> None:
+        async with served(store, tmp_path) as server:
+            pointer.write_bytes(b"{")
+            await asyncio.sleep(0.3)
+            rows = (await server.http.get("/v1/models", headers=server.headers("acme"))).json()["data"]
+            assert [row["id"] for row in rows] == ["base", "support"]
+            assert (await server.complete("bolt", model="support", prompt="a", max_tokens=1)).status_code == 200
+
+    try:
+        run(go())
+    finally:
+        pointer.write_bytes(before)
+
+
+def test_the_command_checks_a_saved_answer(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def go() -> tuple[Any, Any]:
+        async with served(store, tmp_path) as server:
+            answer = (await server.complete("acme", model="support", prompt="a", max_tokens=4)).json()
+            return answer, (await server.http.get("/v1/receipt-keys", headers=server.headers("acme"))).json()
+
+    answer, keys = run(go())
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+
+    def checked(body: Any) -> int:
+        (tmp_path / "answer.json").write_text(json.dumps(body))
+        return main(["verify-receipt", str(tmp_path / "answer.json"), "--keys", str(tmp_path / "keys.json"), "--store", str(store.path)])
+
+    assert checked(answer) == 0
+    assert store.refs["acme/support"].full in capsys.readouterr().out
+    choice = answer["choices"][0]
+    for forged in ({**choice, "text": "yes"}, {**choice, "message": {"content": "yes"}}, {**choice, "index": 1}):
+        assert checked({**answer, "choices": [forged]}) != 0

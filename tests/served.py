@@ -1,0 +1,106 @@
+"""The serving API over one replica in this process, two tenants and their adapters; for tests of serving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.publish import import_adapter
+from ftcore.recipe import Model
+from serving.api import Service, build_api
+from serving.gate import Gate
+from serving.replica import Replica
+from serving.settings import ServeSettings
+from serving.tenants import TenantStore
+from tests.oracles import Truth, make_adapter
+
+TENANTS = {"acme": ("support", "sales"), "bolt": ("support", "legal")}
+
+
+@dataclass
+class Store:
+    path: Path
+    base: Path
+    refs: dict[str, AdapterRef]
+    folders: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def store(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two tenants, two names each, and two versions of acme/support."""
+    home = tmp_path_factory.mktemp("serving")
+    place = AdapterStore(home / "adapters")
+    refs, folders = {}, {}
+    names = [f"{tenant}/{name}" for tenant, own in TENANTS.items() for name in own]
+    for number, name in enumerate([*names, "acme/support v2"]):
+        folders[name] = make_adapter(tiny_model_dir, home / f"made-{number}", number)
+        refs[name] = import_adapter(folders[name], name.split()[0], model=Model(path=str(tiny_model_dir)), store=place, log=lambda _: None)
+    for name in names:
+        place.promote(refs[name])
+    return Store(home / "adapters", tiny_model_dir, refs, folders)
+
+
+@pytest.fixture(scope="module")
+def truth(store: Store) -> Truth:
+    return Truth(store.base, {ref.digest: store.folders[name] for name, ref in store.refs.items()})
+
+
+class Local:
+    """A Replica as the API sees one."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica, self.answer = replica, replica.answer
+
+    async def states(self) -> list[dict[str, Any]]:
+        return [self.replica.state()]
+
+
+@dataclass
+class Server:
+    http: httpx.AsyncClient
+    replica: Replica
+    keys: dict[str, str]
+    store: AdapterStore
+    tenants: TenantStore
+
+    def headers(self, tenant: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.keys[tenant]}"}
+
+    async def complete(self, tenant: str, **body: Any) -> httpx.Response:
+        return await self.http.post("/v1/completions", headers=self.headers(tenant), json=body)
+
+
+@asynccontextmanager
+async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Server]:
+    tenants = TenantStore(str(tmp_path / "tenants"))
+    clear = {}
+    for name in TENANTS:
+        tenants.add(name)
+        clear[name], _ = tenants.new_key(name)
+    settings = ServeSettings.model_validate(
+        {"base": str(store.base), "store": str(store.path), "tenants": str(tmp_path / "tenants"), "poll_s": 0.05,
+         "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}, **keys}
+    )  # fmt: skip
+    replica = await Replica.open(settings, tmp_path / "cache")
+    gate = Gate(settings)
+    await gate.open()
+    service = Service(gate, Local(replica))
+    transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
+            yield Server(http, replica, clear, AdapterStore(store.path), tenants)
+    finally:
+        gate.close()
+        await replica.close()
+
+
+def run(task: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(task, 120))
