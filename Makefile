@@ -1,5 +1,5 @@
 # Two commands need nothing but Python 3.11+ and make: `make demo` and `make test`. Both make .venv once, under constraints.txt.
-#   make demo [HISTORY=FILE] [MODEL=FOLDER-OR-HUB-NAME]    the main job, end to end, on the embedded default
+#   make demo [HISTORY=FILE] [MODEL=FOLDER-OR-HUB-NAME]    the main job, end to end, on the embedded default; then served over HTTP
 #   make test [ARGS="-k name"]     the whole suite       make check   format, lint, types, import rules
 #   make proof                     the long proofs        make bench   the benchmarks       make gpu   what needs CUDA
 #   make clean                     removes what runs made
@@ -32,7 +32,7 @@ help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 demo: $(DEMO_STAMP)
-	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)$(if $(HISTORY),, && $(RUN) -m serving.demo $(ARGS))
 
 test: $(DEV_STAMP) $(S3_STAMP)
 	@$(RUN) -m pytest -q --durations=15 -m "not proof and not gpu" $(ARGS)

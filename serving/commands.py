@@ -6,13 +6,11 @@ In: a command line. Out: a server until it is interrupted; keys on the terminal.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ftcore.card import printable
 from ftcore.section import leaf_paths
@@ -37,47 +35,23 @@ def serve_main(arguments: Sequence[str]) -> int:
 
 
 def _serve(settings: ServeSettings) -> int:
-    from ray import serve
+    from serving.running import running
 
-    from cluster.connect import connect
-    from serving.app import application
-
-    app = application(settings)
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    connection = connect(local_cpus=settings.num_cpus * settings.replicas + 1)
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
     started = time.monotonic()
     print(f"loading {settings.base} in {settings.replicas} replica{'s' * (settings.replicas != 1)}", flush=True)
-    try:
-        return _until_over(settings, app, over, started)
-    finally:
+    with running(settings) as url:
+        print(f"ready in {time.monotonic() - started:.1f} s: {url}/v1  (store {settings.store})", flush=True)
+        if settings.is_local_only:
+            remedy = "for more: ftcore tenants add FOLDER NAME"
+            print(f"no keys: only this machine may ask, as tenant `{settings.local_tenant}`; {remedy}", flush=True)
+        key = "" if settings.is_local_only else ' -H "Authorization: Bearer $KEY"'
+        body = f'{{"model": "{settings.base_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+        print(f"try: curl {url}/v1/models{key}\n     curl {url}/v1/chat/completions{key} --json '{body}'", flush=True)
+        over.wait()
         print("draining: answers under way are finished", flush=True)
-        serve.delete("ftcore")
-        if connection.started:
-            serve.shutdown()
-        connection.close()
-
-
-def _until_over(settings: ServeSettings, app: Any, over: threading.Event, started: float) -> int:
-    from ray import serve
-
-    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config={"log_level": "WARNING"})
-    serve.run(app, name="ftcore", route_prefix="/", logging_config={"log_level": "WARNING"})
-    url = f"http://{settings.host}:{settings.port}"
-    print(f"ready in {time.monotonic() - started:.1f} s: {url}/v1  (store {settings.store})", flush=True)
-    if settings.is_local_only:
-        print(
-            f"no keys: only this machine may ask, as tenant `{settings.local_tenant}`; for more: ftcore tenants add FOLDER NAME", flush=True
-        )
-    key = "" if settings.is_local_only else " -H 'Authorization: Bearer ft_...'"
-    body = f'{{"model": "{settings.base_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    print(
-        f"try: curl {url}/v1/models{key}\n     curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
-        flush=True,
-    )
-    over.wait()
     return 0
 
 

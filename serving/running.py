@@ -1,0 +1,41 @@
+"""Running: the Serve application, up for as long as a block lasts, drained when it ends.
+
+In: ServeSettings. Out: the address it answers at. Runs in: the process of `ftcore serve`, the demo.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray import serve
+
+from cluster.connect import connect
+from serving.app import application
+from serving.settings import ServeSettings
+
+NAME = "ftcore"
+QUIET = {"log_level": "WARNING"}
+
+
+@contextmanager
+def running(settings: ServeSettings) -> Iterator[str]:
+    """Yields `http://host:port` once every replica is ready. Raises ConfigError for settings that would be unsafe.
+
+    On a cluster that others use, their Serve applications stay; a Ray that was started here ends.
+    """
+    app = application(settings)
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    connection = connect(local_cpus=settings.num_cpus * settings.replicas + 1)
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
+        serve.run(app, name=NAME, route_prefix="/", logging_config=QUIET)
+        try:
+            yield f"http://{settings.host}:{settings.port}"
+        finally:
+            serve.delete(NAME)  # waits for answers under way
+            if not connection.started and not serve.status().applications:
+                serve.shutdown()  # nobody else's is left
+    finally:
+        connection.close()
