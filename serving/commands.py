@@ -38,11 +38,11 @@ def _serve(settings: ServeSettings) -> int:
     from serving.running import running
 
     over = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: over.set())
     started = time.monotonic()
     print(f"loading {settings.base} in {settings.replicas} replica{'s' * (settings.replicas != 1)}", flush=True)
     with running(settings) as url:
+        for number in (signal.SIGINT, signal.SIGTERM):  # not before: Ray puts handlers of its own there as it starts
+            signal.signal(number, lambda *_: over.set())
         print(f"ready in {time.monotonic() - started:.1f} s: {url}/v1  (store {settings.store})", flush=True)
         if settings.is_local_only:
             remedy = "for more: ftcore tenants add FOLDER NAME"

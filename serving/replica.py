@@ -173,7 +173,10 @@ class Replica:
     async def _prove(self, ref: AdapterRef, folder: Path) -> None:
         card = await asyncio.to_thread(self.store.card, ref)
         self.base.require_card(card)
-        await self.base.prove(self.engine, ref.digest, folder, self.engine.precision)
+        if self.engine.computes:
+            await self.base.prove(self.engine, ref.digest, folder, self.engine.precision)
+        else:
+            log.warning("%s is served unproven: this engine computes nothing", ref)
 
     async def _watch_revocations(self) -> None:
         while True:

@@ -42,8 +42,8 @@ async def opened(base: Path, **keys: Any) -> AsyncIterator[LiveEngine]:
         await engine.close()
 
 
-def run(task: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(task, 120))
+def run(task: Coroutine[Any, Any, Any], limit_s: float = 120) -> Any:
+    return asyncio.run(asyncio.wait_for(task, max(limit_s, 120)))
 
 
 async def answer(engine: LiveEngine, request: Request) -> list[Token]:

@@ -70,6 +70,7 @@ class Server:
     keys: dict[str, str]
     store: AdapterStore
     tenants: TenantStore
+    gate: Gate
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.keys[tenant]}"}
@@ -96,11 +97,11 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
     transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
-            yield Server(http, replica, clear, AdapterStore(store.path), tenants)
+            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate)
     finally:
         gate.close()
         await replica.close()
 
 
-def run(task: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(task, 120))
+def run(task: Coroutine[Any, Any, Any], limit_s: float = 120) -> Any:
+    return asyncio.run(asyncio.wait_for(task, max(limit_s, 120)))

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -98,6 +98,8 @@ class EngineEnded(ModelError):
 class LiveEngine(ABC):
     """A running engine. Every method may be called from the event loop that opened it, and none blocks that loop."""
 
+    computes: ClassVar[bool] = True
+    """Whether its answers come from weights, so that probes can be held to it."""
     max_context: int
     """Prompt and answer together, in tokens."""
     vocabulary: int

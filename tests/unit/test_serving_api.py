@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,45 @@ def test_the_command_checks_a_saved_answer(store: Store, tmp_path: Path, capsys:
     choice = answer["choices"][0]
     for forged in ({**choice, "text": "yes"}, {**choice, "message": {"content": "yes"}}, {**choice, "index": 1}):
         assert checked({**answer, "choices": [forged]}) != 0
+
+
+@pytest.mark.parametrize("num_swaps", [60, pytest.param(10_000, marks=pytest.mark.proof)])
+def test_swaps_under_load_fail_no_request_and_none_gets_what_was_never_promoted(
+    store: Store, truth: Truth, tmp_path: Path, num_swaps: int
+) -> None:
+    """Each swap is seen by the gate before the next; four clients ask all the while, each answer from one of the two versions whole."""
+    versions = [store.refs["acme/support"], store.refs["acme/support v2"]]
+
+    async def go() -> Counter[str]:
+        told: Counter[str] = Counter()
+        async with served(store, tmp_path, poll_s=0.002) as server:
+            over = asyncio.Event()
+
+            async def client(number: int) -> None:
+                while not over.is_set():
+                    body = {"model": "support", "prompt": [5 + number, 6, 7], "max_tokens": 3, "logprobs": 0, "temperature": 0}
+                    reply = await server.complete("acme", **body)
+                    assert reply.status_code == 200, reply.text
+                    ref = next(ref for ref in versions if ref.full == reply.headers["x-ftcore-adapter"])
+                    assert reply.json()["ftcore_receipt"]["adapter"] == ref.full
+                    logprobs = reply.json()["choices"][0]["logprobs"]
+                    if logprobs is not None:
+                        own = truth.logps(ref.digest, [5 + number, 6, 7])[-1]
+                        assert float((own - logprobs["token_logprobs"][0]).abs().min()) <= 1e-4
+                    told[ref.full] += 1
+
+            clients = [asyncio.create_task(client(number)) for number in range(4)]
+            for swap in range(num_swaps):
+                wanted = versions[(swap + 1) % 2]
+                await asyncio.to_thread(server.store.promote, wanted)
+                while server.gate.directory.picture.find("acme", "support") != wanted:
+                    assert not any(task.done() for task in clients), [task.exception() for task in clients if task.done()]
+                    await asyncio.sleep(0.001)
+            over.set()
+            await asyncio.gather(*clients)
+            server.store.promote(versions[0])
+        return told
+
+    told = run(go(), num_swaps)
+    assert min(told[ref.full] for ref in versions) > 0
+    print(f"{num_swaps} swaps, {sum(told.values())} requests, 0 failed")

@@ -37,7 +37,10 @@ def test_every_row_of_a_mixed_batch_is_its_own_adapters(tiny_model_dir: Path, ad
         require_own(truth, request, tokens)
 
 
-def test_no_answer_is_wrong_while_adapters_come_and_go(tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth) -> None:
+@pytest.mark.parametrize("num_requests", [200, pytest.param(10_000, marks=pytest.mark.proof)])
+def test_no_answer_is_wrong_while_adapters_come_and_go(
+    tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth, num_requests: int
+) -> None:
     """Few lanes, so that stacks are compacted and adapters take turns; unloading waits for the rows that use it."""
 
     async def go() -> list[tuple[Request, list[Token]]]:
@@ -56,8 +59,8 @@ def test_no_answer_is_wrong_while_adapters_come_and_go(tiny_model_dir: Path, ada
 
             async def client(seed: int) -> None:
                 own = random.Random(seed)
-                for i in range(25):
-                    request = some_request(own, seed * 1000 + i, own.choice(["", *DIGESTS]))
+                for i in range(num_requests // 8):
+                    request = some_request(own, seed * 100_000 + i, own.choice(["", *DIGESTS]))
                     while True:
                         try:
                             if request.adapter:
@@ -73,8 +76,8 @@ def test_no_answer_is_wrong_while_adapters_come_and_go(tiny_model_dir: Path, ada
             await asyncio.gather(*churning)
         return done
 
-    done = run(go())
-    assert len(done) == 200
+    done = run(go(), num_requests)
+    assert len(done) == num_requests
     for request, tokens in done:
         require_own(truth, request, tokens)
 
