@@ -25,6 +25,7 @@ from ftcore.batching import Batcher, Row, Step
 from ftcore.decoder import Decoder, cores
 from ftcore.engines.base import EngineEnded, FinishReason, Request, Stats, Token
 from ftcore.errors import ConfigError, FtcoreError, ModelError
+from ftcore.fairness import Fairness
 from ftcore.layers.multi_lora import LayerUpdate
 from ftcore.prefixes import Prefixes
 from ftcore.sampling import Asked, Drawn, sample
@@ -102,6 +103,7 @@ class EngineThread:
         self._rows: dict[int, Row] = {}
         self._probes: deque[Probe] = deque()
         self._counts = Counts()
+        self._fair = Fairness()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- any thread
@@ -141,6 +143,7 @@ class EngineThread:
         total = min(self.decoder.max_context, len(request.prompt) + request.max_tokens)
         seed = request.sampling.seed
         row = Row(request, total, list(request.prompt), seed=secrets.randbits(63) if seed is None else seed, key=key)
+        self._fair.joins(request.salt, {each.request.salt for each in self._rows.values()})
         self._rows[key] = row
         self._batcher.waiting.append(row)
 
@@ -257,12 +260,12 @@ class EngineThread:
         return True
 
     def _admit(self) -> None:
-        """Lets waiting rows in, oldest first, while there are places and lanes for them."""
+        """Lets waiting rows in while there are places and lanes for them, in the order of fairness between their owners."""
         batcher = self._batcher
         if not batcher.waiting or not batcher.has_room:
             return
         needed, blocked, oldest = self._needed(), set[str](), None
-        for row in list(batcher.waiting):
+        for row in self._fair.order(list(batcher.waiting)):
             if not batcher.has_room or (oldest is not None and oldest.num_passed >= PATIENCE):
                 return
             digest = row.request.adapter
@@ -274,6 +277,7 @@ class EngineThread:
                 oldest.num_passed += 1
             batcher.waiting.remove(row)
             batcher.admit(row)
+            self._fair.read(row.request.salt, row.num_prompt)
             saved = self._prefixes.longest((digest, row.request.salt), row.tokens[:-1])
             if saved is not None:
                 self.decoder.cache.restore(row.place, saved)
@@ -325,6 +329,7 @@ class EngineThread:
     def _taken(self, row: Row, token: Drawn) -> tuple[int, Token]:
         """A row's next token."""
         row.tokens.append(token.id)
+        self._fair.made(row.request.salt)
         finish: FinishReason | None = None
         if token.id in row.request.stop_ids:
             finish = "stop"

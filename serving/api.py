@@ -108,6 +108,7 @@ async def _answer(
 ) -> Response:  # fmt: skip
     caller: Caller = request.state.caller
     ref = service.gate.find(caller, asked.model, request.headers.get(SESSION, "")[:256])
+    fallback = service.gate.directory.picture.before(ref) if ref is not None and "@" not in asked.model else None
     if asked.n > caller.limits.max_choices:
         raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
     if limit is not None and limit > caller.limits.max_tokens:
@@ -115,7 +116,7 @@ async def _answer(
     if num_logprobs is not None and (limit or caller.limits.max_tokens) * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
         raise Refusal(400, f"at most {MAX_LOGPROBS} log-probabilities: ask for fewer tokens, choices or alternatives", "invalid_value")
     job = Job(
-        uuid.uuid4().hex, caller.tenant, ref, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
+        uuid.uuid4().hex, caller.tenant, ref, fallback, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n,
     )  # fmt: skip
     events = _admitted(service, caller, job)

@@ -90,8 +90,8 @@ class Handle:
         self._handle = handle
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
-        digest = job.ref.digest if job.ref else ""
-        response = self._handle.options(stream=True, multiplexed_model_id=digest).answer.remote(job)
+        name = f"{job.ref.tenant}/{job.ref.name}" if job.ref else ""  # not the digest: a new version finds the old one where it goes
+        response = self._handle.options(stream=True, multiplexed_model_id=name).answer.remote(job)
         ended = False
         try:
             async for event in response:  # type: ignore[union-attr]

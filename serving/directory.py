@@ -61,6 +61,12 @@ class Picture:
         digest = known.digest(version, session)
         return AdapterRef(tenant, name, digest) if digest else None
 
+    def before(self, ref: AdapterRef) -> AdapterRef | None:
+        """What the name of a current version meant before; None where it meant nothing else."""
+        known = self.tenants.get(ref.tenant, {}).get(ref.name)
+        digest = known.digest("previous") if known is not None else ""
+        return AdapterRef(ref.tenant, ref.name, digest) if digest and digest != ref.digest else None
+
 
 class Directory:
     """Takes the pictures."""

@@ -22,6 +22,8 @@ class Job:
     tenant: str
     ref: AdapterRef | None
     """None: the bare base."""
+    fallback: AdapterRef | None
+    """What answers while `ref` is still being loaded, or when it is refused: the version before it, if a name was asked for."""
     prompt: tuple[Message, ...] | tuple[int, ...] | str
     max_tokens: int | None
     """None: as much as the context holds."""

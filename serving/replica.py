@@ -19,7 +19,7 @@ from typing import Any
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.data.types import Message
 from ftcore.engines.base import EngineEnded, LiveEngine, Request, Token, check_request
-from ftcore.errors import ConfigError, IntegrityError
+from ftcore.errors import ConfigError, IntegrityError, ModelError
 from ftcore.receipts import Signer
 from ftcore.served_base import ServedBase
 from ftcore.text_stream import TextStream
@@ -66,9 +66,9 @@ class Replica:
         check_request(
             Request(job.id, prompt, "", job.max_tokens or 1, sampling=job.sampling), self.engine.max_context, self.engine.vocabulary
         )
-        was_cold = job.ref is not None and job.ref not in self.slots.resident
-        async with self._held(job.ref) as digest:
-            yield Opening(job.ref.full if job.ref else "", self.base.weights, self.signer.key_id, was_cold)
+        async with self._held(job) as (ref, was_cold):
+            digest, name = (ref.digest, ref.full) if ref else ("", "")
+            yield Opening(name, self.base.weights, self.signer.key_id, was_cold)
             texts, used, computed = [""] * job.num_choices, 0, set()
             async with aclosing(self._choices(job, prompt, min(room, job.max_tokens or room), digest)) as events:
                 async for choice, token, piece in events:
@@ -79,7 +79,6 @@ class Replica:
                         yield piece
             if computed != {digest}:
                 raise IntegrityError("another adapter's slot computed this answer", got=str(computed)[:80], wanted=digest[:12])
-            name = job.ref.full if job.ref else ""
             receipt = self.signer.sign(job.id, job.tenant, name, self.base.weights, texts)
             self.num_answers += 1
             yield Closing(len(prompt), used, {key: str(value) for key, value in receipt.model_dump().items()})
@@ -163,12 +162,24 @@ class Replica:
         return tuple(token for token in job.prompt if isinstance(token, int))
 
     @asynccontextmanager
-    async def _held(self, ref: AdapterRef | None) -> AsyncIterator[str]:
+    async def _held(self, job: Job) -> AsyncIterator[tuple[AdapterRef | None, bool]]:
+        """(the version that answers, whether it had to be loaded). A name goes on meaning its version before until the new one is in."""
+        ref = job.ref
         if ref is None:
-            yield ""
+            yield None, False
             return
+        resident, fallback = self.slots.resident, job.fallback
+        if ref not in resident and fallback is not None:
+            if fallback in resident:
+                self.slots.load_behind(ref)
+                ref = fallback
+            else:
+                try:
+                    await self.slots.load(ref)
+                except (IntegrityError, ModelError):  # logged where it was refused
+                    ref = fallback
         async with self.slots.pinned(ref):
-            yield ref.digest
+            yield ref, ref not in resident
 
     async def _prove(self, ref: AdapterRef, folder: Path) -> None:
         card = await asyncio.to_thread(self.store.card, ref)

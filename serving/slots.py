@@ -87,11 +87,18 @@ class Slots:
         until, error = self._refused.get(ref, (0.0, None))
         if error is not None and time.monotonic() < until:
             raise error
-        task = self._loading.get(ref)
-        if task is None:
-            task = self._loading[ref] = asyncio.create_task(self._load(ref))
-            task.add_done_callback(lambda done: self._loaded(ref, done))
-        await asyncio.shield(task)
+        await asyncio.shield(self._loading.get(ref) or self._begin(ref))
+
+    def load_behind(self, ref: AdapterRef) -> None:
+        """Begins to bring a version in; nobody waits for it, and a refusal is logged."""
+        until, error = self._refused.get(ref, (0.0, None))
+        if ref not in self._slots and ref not in self._loading and (error is None or time.monotonic() >= until):
+            self._begin(ref)
+
+    def _begin(self, ref: AdapterRef) -> asyncio.Task[Slot]:
+        task = self._loading[ref] = asyncio.create_task(self._load(ref))
+        task.add_done_callback(lambda done: self._loaded(ref, done))
+        return task
 
     def _loaded(self, ref: AdapterRef, task: asyncio.Task[Slot]) -> None:
         self._loading.pop(ref, None)

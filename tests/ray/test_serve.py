@@ -146,7 +146,7 @@ async def _state(name: str, place: Place) -> dict[str, Any]:
     """Of the replica that has this adapter."""
     from ray import serve
 
-    handle = serve.get_deployment_handle("engine", "ftcore").options(multiplexed_model_id=place.refs[name].digest)
+    handle = serve.get_deployment_handle("engine", "ftcore").options(multiplexed_model_id=f"acme/{name}")
     return await handle.state.remote()
 
 

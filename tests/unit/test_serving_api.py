@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ftcore.adapter_files import content_digest, content_files
 from ftcore.adapters import AdapterStore
 from ftcore.cli import main
 from ftcore.errors import IntegrityError
@@ -295,3 +297,66 @@ def test_swaps_under_load_fail_no_request_and_none_gets_what_was_never_promoted(
     told = run(go(), num_swaps)
     assert min(told[ref.full] for ref in versions) > 0
     print(f"{num_swaps} swaps, {sum(told.values())} requests, 0 failed")
+
+
+def test_a_version_that_cannot_be_proven_never_answers_and_the_one_before_goes_on(
+    store: Store, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Its probes are another adapter's: sealed and promoted all the same, as by a publisher that checks nothing."""
+    place, first = AdapterStore(store.path), store.refs["bolt/legal"]
+    made = make_adapter(tiny_model_dir, tmp_path / "made", 55)
+    sound = import_adapter(made, "bolt/draft", model=Model(path=str(tiny_model_dir)), store=place, log=lambda _: None)
+    fetched, card = place.fetch(sound, tmp_path / "fetched"), place.card(sound)
+    lie = tmp_path / "lie"
+    shutil.copytree(fetched, lie)
+    for name in ("probes.safetensors", "probes.json"):
+        shutil.copyfile(place.fetch(first, tmp_path / "fetched") / name, lie / name)
+    files = content_files(lie)
+    false = place.publish(
+        lie, card.model_copy(update={"name": "legal", "files": files, "digest": content_digest(files), "signature": None})
+    )
+
+    async def go() -> None:
+        async with served(store, tmp_path) as server:
+            assert (await server.complete("bolt", model="legal", prompt="a", max_tokens=1)).headers["x-ftcore-adapter"] == first.full
+            server.store.promote(false)
+            try:
+                for _ in range(20):
+                    await asyncio.sleep(0.05)
+                    reply = await server.complete("bolt", model="legal", prompt="a", max_tokens=1)
+                    assert (reply.status_code, reply.headers["x-ftcore-adapter"]) == (200, first.full)
+                assert "recorded logits" in server.replica.state()["refused"][false.full]
+                asked = await server.complete("bolt", model=f"legal@{false.digest}", prompt="a", max_tokens=1)
+                assert (asked.status_code, asked.json()["error"]["code"]) == (409, "adapter_refused")
+            finally:
+                server.store.promote(first)
+
+    run(go())
+
+
+def test_a_canary_takes_its_share_of_the_sessions_and_each_sticks(store: Store, tmp_path: Path) -> None:
+    first, second = store.refs["acme/support"], store.refs["acme/support v2"]
+
+    async def go() -> None:
+        async with served(store, tmp_path) as server:
+            server.store.promote(second, 0.1)
+            try:
+                await asyncio.sleep(0.3)
+                picture = server.gate.directory.picture
+                sessions = [f"session {number}" for number in range(5000)]
+                met = [picture.find("acme", "support", f"acme:{session}") for session in sessions]
+                assert abs(met.count(second) / len(met) - 0.1) <= 0.02
+                assert met == [picture.find("acme", "support", f"acme:{session}") for session in sessions]
+                await server.replica.slots.load(first)
+                await server.replica.slots.load(second)
+                for number, session in enumerate(sessions[:20]):
+                    headers = {**server.headers("acme"), "x-ftcore-session": session}
+                    body = {"model": "support", "prompt": "a", "max_tokens": 1}
+                    replies = [await server.http.post("/v1/completions", headers=headers, json=body) for _ in range(2)]
+                    wanted = met[number]
+                    assert wanted is not None
+                    assert [reply.headers["x-ftcore-adapter"] for reply in replies] == [wanted.full] * 2
+            finally:
+                server.store.promote(first)
+
+    run(go())
