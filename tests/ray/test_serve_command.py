@@ -1,0 +1,80 @@
+"""`ftcore serve` as a person runs it: says where it answers, asks nobody beyond this machine, finishes what is under way as it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from ftcore.adapters import AdapterStore
+from ftcore.publish import import_adapter
+from ftcore.recipe import Model
+from tests.oracles import make_adapter
+
+pytestmark = pytest.mark.ray
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "adapters")
+    made = make_adapter(tiny_model_dir, tmp_path / "made", 0)
+    ref = import_adapter(made, "demo/support", Model(path=str(tiny_model_dir)), store, log=lambda _: None)
+    store.promote(ref)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "ftcore.cli",
+        "serve",
+        f"base={tiny_model_dir}",
+        f"store={tmp_path / 'adapters'}",
+        f"port={port}",
+        "num_cpus=0.5",
+    ]
+    command += ["engine.max_context=512", "engine.num_threads=1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "FTCORE_LOCAL_CPUS": "2"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
+    lines: list[str] = []
+    reading = threading.Thread(target=lambda: lines.extend(iter(server.stdout.readline, "")) if server.stdout else None, daemon=True)
+    reading.start()
+    try:
+        _wait(lambda: any("ready in" in line for line in lines), server, lines)
+        assert any("no keys: only this machine may ask" in line for line in lines)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            assert [row["id"] for row in http.get("/v1/models").json()["data"]] == ["base", "support"]
+            assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+            never_ends = {str(token): -100 for token in range(3)}
+            body = {"model": "support", "prompt": "a", "max_tokens": 480, "stream": True, "logit_bias": never_ends}
+            with http.stream("POST", "/v1/completions", json=body) as reply:
+                assert reply.headers["x-ftcore-adapter"] == ref.full
+                events = reply.iter_lines()
+                next(events)
+                server.send_signal(signal.SIGTERM)
+                rest = [line for line in events if line]
+        assert rest[-1] == "data: [DONE]"
+        assert server.wait(60) == 0, "".join(lines)
+    finally:
+        if server.poll() is None:
+            server.kill()
+        server.wait(10)
+        reading.join(10)
+        if server.stdout:
+            server.stdout.close()
+
+
+def _wait(done: object, server: subprocess.Popen[str], lines: list[str]) -> None:
+    assert callable(done)
+    deadline = time.monotonic() + 120
+    while not done():
+        assert server.poll() is None and time.monotonic() < deadline, "".join(lines)
+        time.sleep(0.1)
