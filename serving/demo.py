@@ -151,7 +151,7 @@ def _swap(client: Client, store: AdapterStore, tenant: str) -> None:
     ends = {str(token): -100 for token in range(4)}  # never ends by itself
 
     def stream() -> None:
-        body = {"model": NAME, "prompt": "open", "max_tokens": 1500, "logit_bias": ends}
+        body = {"model": NAME, "prompt": "open", "max_tokens": 500, "logit_bias": ends}
         for event in client.stream("/v1/completions", body):
             if "ftcore_receipt" in event:
                 receipts.append(event["ftcore_receipt"]["adapter"])

@@ -5,6 +5,7 @@ In: ServeSettings. Out: the address it answers at. Runs in: the process of `ftco
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ def running(settings: ServeSettings) -> Iterator[str]:
     """
     app = application(settings)
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connection = connect(local_cpus=settings.num_cpus * settings.replicas + 1)
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
