@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ftcore.adapter_files import CARD, NOT_CONTENT, README, check_adapter, content_digest, content_files
 from ftcore.card import Card, utc_now
-from ftcore.errors import ConfigError, IntegrityError, StorageError
+from ftcore.errors import ConfigError, IntegrityError
 from ftcore.export.modelcard import render_card
 from ftcore.pointer import MAX_HISTORY, Pointer
 from ftcore.storage import Folder, canonical_json
@@ -284,16 +284,17 @@ class AdapterStore:
     # ---- inside
 
     def _change(self, tenant: str, name: str, change: Callable[[Pointer], Pointer]) -> Pointer:
-        """Compare and swap on the pointer, again when somebody else was first. Raises StorageError after many tries."""
+        """Compare and swap on the pointer. Raises StorageError after many tries."""
         key = f"{tenant}/{name}/{POINTER}"
-        for attempt in range(20):
-            old = self.folder.read(key) if self.folder.exists(key) else None
+        made: list[Pointer] = []
+
+        def changed(old: bytes | None) -> bytes:
             pointer = change(Pointer.from_json(old, f"{self}/{key}") if old is not None else Pointer())
-            pointer = pointer.model_copy(update={"history": pointer.history[-MAX_HISTORY:]})
-            if self.folder.replace(key, old, pointer.to_json()):
-                return pointer
-            time.sleep(0.01 * (attempt + 1))
-        raise StorageError("others kept changing this pointer", where=f"{self}/{key}", remedy="try again; find out who promotes in a loop")
+            made.append(pointer.model_copy(update={"history": pointer.history[-MAX_HISTORY:]}))
+            return made[-1].to_json()
+
+        self.folder.change(key, changed, "this pointer")
+        return made[-1]
 
     def _refuse_revoked(self, ref: AdapterRef) -> None:
         reason = self.revocation(ref)

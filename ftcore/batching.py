@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from ftcore.engines.base import Request
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A request under way."""
+    """A request under way; two rows are never the same one."""
 
     request: Request
     max_total: int
@@ -64,10 +64,6 @@ class Step:
     @property
     def is_empty(self) -> bool:
         return not self.decoding and not self.chunks
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decoding) + sum(chunk.count for chunk in self.chunks)
 
 
 class Batcher:

@@ -18,7 +18,7 @@ from ftcore.errors import FtcoreError, ModelError
 from ftcore.layers import slot_cache
 from ftcore.layers.multi_lora import MultiLora
 from ftcore.layers.slot_cache import SlotCache
-from ftcore.models import DTYPES, decoder_of, load_base
+from ftcore.models import DTYPES, HEAD_EXTRAS, decoder_of, load_base
 from ftcore.recipe import Model
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ class Decoder:
         config = self.model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self.max_context = min(section.max_context, int(getattr(config, "max_position_embeddings", section.max_context)))
-        self.chunk_tokens = section.chunk_tokens
         self.head = self.model.get_output_embeddings()
         self._require_plain(config)
         self.decoder = decoder_of(self.model)
@@ -120,10 +119,8 @@ class Decoder:
         except FtcoreError:
             raise
         except Exception as error:
-            got_ = f"{type(error).__name__}: {error}"[:200]
-            raise ModelError(
-                "this base does not let the engine reach its attention", got=got_, remedy="serve it with engine vllm"
-            ) from error
+            what = f"{type(error).__name__}: {error}"[:200]
+            raise ModelError("this base does not let the engine reach its attention", got=what, remedy=slot_cache.NO_ENGINE) from error
         finally:
             self.lora.rows.proving = False
         self.lora.prove_rows(counts)
@@ -132,20 +129,16 @@ class Decoder:
         if apart > limit:
             raise ModelError(
                 "this base gives other logits in the engine than by itself", got=f"{apart:.3g} apart", wanted=f"at most {limit:.3g}",
-                remedy="serve it with engine vllm",
+                remedy=slot_cache.NO_ENGINE,
             )  # fmt: skip
 
     def _require_plain(self, config: Any) -> None:
         """Refuses what a step cannot do row by row; keeps positions below where rotary factors begin to depend on the longest row."""
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        for name in HEAD_EXTRAS:
             if getattr(config, name, None) not in (None, 1, 1.0):
-                raise ModelError(
-                    f"this base's head uses `{name}`, which the torch engine does not have", remedy="serve it with engine vllm"
-                )
+                raise ModelError(f"this base's head uses `{name}`, which the torch engine does not have", remedy=slot_cache.NO_ENGINE)
         if getattr(config, "attention_chunk_size", None):
-            raise ModelError(
-                "this base's attention is cut into chunks, which the torch engine does not have", remedy="serve it with engine vllm"
-            )
+            raise ModelError("this base's attention is cut into chunks, which the torch engine does not have", remedy=slot_cache.NO_ENGINE)
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)

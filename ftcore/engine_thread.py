@@ -192,14 +192,14 @@ class EngineThread:
             self.decoder = Decoder(self._section, self._base)
             self._batcher = Batcher(self._section.max_batch, self._section.chunk_tokens)
             self._prefixes = Prefixes(self._section.prefix_mib << 20)
+        except FtcoreError as error:
+            self._ended = error
+            self.ready.set_exception(error)
+            return
         except BaseException as error:
             self._ended = error
-            wrapped = (
-                error
-                if isinstance(error, FtcoreError)
-                else ModelError("the engine cannot begin", got=f"{type(error).__name__}: {error}"[:300])
-            )
-            wrapped.__cause__ = None if wrapped is error else error
+            wrapped = ModelError("the engine cannot begin", got=f"{type(error).__name__}: {error}"[:300])
+            wrapped.__cause__ = error
             self.ready.set_exception(wrapped)
             return
         self.ready.set_result(None)

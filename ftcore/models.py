@@ -34,6 +34,8 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 Layout = Literal["varlen", "padded"]
+HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Configuration keys of a head that is more than a linear layer, unless they are 1."""
 
 
 def autocast_dtype(dtype: str) -> torch.dtype | None:
@@ -212,7 +214,7 @@ class CausalModel:
     def _head_is_exact(self) -> bool:
         """Whether head(hidden) gives the model's own logits (no soft-capping, no logit scale); asked of the model itself."""
         config = self.lm.config.get_text_config()
-        if any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
+        if any(getattr(config, name, None) not in (None, 1, 1.0) for name in HEAD_EXTRAS):
             return False  # at a fresh model's small logits a soft cap cannot be seen
         device = next(self.lm.parameters()).device
         ids = (torch.arange(1, 7, device=device) * 31 % self.vocabulary)[None]

@@ -127,6 +127,18 @@ class Folder:
                 self.write(key, new)
                 return True
 
+    def change(self, key: str, change: Callable[[bytes | None], bytes], what: str) -> None:
+        """Replaces an object by what `change` makes of it (None: is not there), again when somebody else was first.
+
+        Raises StorageError after many tries; `what` names the object in it.
+        """
+        for attempt in range(20):
+            old = self.read(key) if self.exists(key) else None
+            if self.replace(key, old, change(old)):
+                return
+            time.sleep(0.01 * (attempt + 1))  # whoever was first is done by then
+        raise StorageError(f"others kept changing {what}", where=f"{self}/{key}", remedy="try again; find out who changes it in a loop")
+
     def fingerprint(self, key: str) -> tuple[str, int]:
         """(SHA-256, bytes) of an object, in one streamed reading."""
         if not self.is_local:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from ftcore.engine_thread import EngineThread, LoadedAdapter, Made
 from ftcore.engines.base import LiveEngine, Request, Stats, Token, check_prompt, check_request
-from ftcore.errors import ModelError
 from ftcore.layers.multi_lora import width_of
 from ftcore.lora_updates import read_updates
 
@@ -62,7 +61,7 @@ class TorchEngine(LiveEngine):
         while digest in self._known or digest in self._changes:
             await self._change(digest, lambda: self._unload(digest))
 
-    async def _change(self, digest: str, begin: Any) -> None:
+    async def _change(self, digest: str, begin: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Waits for the change of a digest that is under way, or makes one; what one caller gives up goes on for the others."""
         task = self._changes.get(digest)
         if task is None:
@@ -135,10 +134,10 @@ class TorchEngine(LiveEngine):
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._loaders.shutdown)
         for task in list(self._changes.values()):
-            with contextlib.suppress(ModelError, Exception):
+            with contextlib.suppress(Exception):  # its own caller hears of it
                 await task
 
-    async def _ordered(self, do: Any) -> Any:
+    async def _ordered(self, do: Callable[[], Any]) -> Any:
         """Has the engine's thread do something between two steps; its result, or what it raised."""
         return await asyncio.wrap_future(self._thread.order(do))
 

@@ -75,11 +75,11 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
     @api.get("/v1/models")
     async def models(request: Request) -> Response:
         gate, caller = service().gate, request.state.caller
-        name = gate.settings.base_name
-        base = {"id": name, "object": "model", "created": 0, "owned_by": "ftcore", "root": name, "parent": None}
+        own = gate.settings.base_name
+        base = {"id": own, "object": "model", "created": 0, "owned_by": "ftcore", "root": own, "parent": None}
         rows = [base]
         for name, ref in gate.directory.picture.models(caller.tenant):
-            rows.append({**base, "id": name, "owned_by": caller.tenant, "root": ref.full, "parent": base["id"]})
+            rows.append({**base, "id": name, "owned_by": caller.tenant, "root": ref.full, "parent": own})
         return JSONResponse({"object": "list", "data": rows})
 
     @api.get("/v1/receipt-keys")
@@ -132,7 +132,7 @@ async def _answer(
     writer = shape(job.id, asked.model, int(time.time()), fingerprint)
     if not asked.stream:
         async with aclosing(events):
-            body = await writer.whole([event async for event in events])
+            body = writer.whole([event async for event in events])
         return JSONResponse(body, headers=headers)
     usage = asked.stream_options is not None and asked.stream_options.include_usage
     return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
@@ -249,7 +249,12 @@ def _refusal(error: BaseException) -> Refusal:
         return Refusal(409, f"this adapter is not served: {error.what}"[:500], "adapter_refused", kind="adapter_error")
     if isinstance(error, StorageError):
         return Refusal(503, "the adapter store cannot be reached", "store_unavailable", kind="server_error", retry_after_s=5)
-    if type(error).__name__ in ("BackPressureError", "RayActorError", "ActorDiedError", "ActorUnavailableError"):
+    if type(error).__name__ in (  # Ray's, which this file does not import
+        "BackPressureError",
+        "RayActorError",
+        "ActorDiedError",
+        "ActorUnavailableError",
+    ):
         return Refusal(503, "no replica can take this request now", "overloaded", kind="server_error", retry_after_s=1)
     log.error("unexpected: %s", type(error).__name__, exc_info=error)
     return Refusal(500, "the server made a mistake", "internal_error", kind="server_error")

@@ -3,7 +3,9 @@
     serve run serving.app:build base=ftcore/demo/base store=adapters
     ftcore serve [FILE.yaml] base=... store=... [tenants=...]
 
-In: ServeSettings. Out: an OpenAI-compatible endpoint. Runs in: Ray Serve; this file is the only one of the room that imports Ray.
+In: ServeSettings. Out: an OpenAI-compatible endpoint. Runs in: Ray Serve.
+
+The ignored type errors: Ray types its decorators as if they gave back the class or function that they wrap.
 """
 
 from __future__ import annotations
@@ -19,13 +21,11 @@ from ray.serve.handle import DeploymentHandle
 
 from ftcore.errors import ConfigError
 from serving.api import Service, build_api
-from serving.gate import Gate
+from serving.gate import Gate, is_here
 from serving.jobs import Event, Job
 from serving.replica import Replica
 from serving.router import AdapterRouter
 from serving.settings import ServeSettings
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -35,10 +35,10 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 def application(settings: ServeSettings) -> serve.Application:
     """Raises ConfigError for what would be unsafe: an open door beyond this machine."""
-    if settings.is_local_only and settings.host not in LOOPBACK:
+    if settings.is_local_only and not is_here(settings.host):
         raise ConfigError(
             "without keys only this machine may ask", where="host", got=settings.host, wanted="127.0.0.1, or tenants=FOLDER",
-            remedy="make keys: ftcore tenants add NAME; ftcore tenants key NAME",
+            remedy="make a key: ftcore tenants add FOLDER NAME",
         )  # fmt: skip
     tree = settings.model_dump(mode="json")
     engine = EngineReplica.options(  # type: ignore[attr-defined]

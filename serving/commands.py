@@ -23,7 +23,7 @@ def serve_main(arguments: Sequence[str]) -> int:
     keys = ", ".join(leaf_paths(ServeSettings))
     parser = argparse.ArgumentParser(
         prog="ftcore serve", description="answer over HTTP (OpenAI's routes), each tenant with its own adapters on one base",
-        epilog=f"keys: {keys}", formatter_class=argparse.RawDescriptionHelpFormatter if len(keys) < 140 else argparse.HelpFormatter,
+        epilog=f"keys: {keys}",
     )  # fmt: skip
     parser.add_argument("file", nargs="?", metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="PATH=VALUE")

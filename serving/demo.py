@@ -21,7 +21,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.adapters import AdapterRef, AdapterStore, split_ref
 from ftcore.cli import guarded
 from ftcore.data.types import Conversation
 from ftcore.demo.simulator import sessions
@@ -134,7 +134,7 @@ def _proof(client: Client, store: AdapterStore) -> None:
     receipt = Receipt.model_validate(answer["ftcore_receipt"])
     keys = {row["id"]: row["pem"] for row in client.get("/v1/receipt-keys")["data"]}
     verify_receipt(receipt, [choice["message"]["content"] for choice in answer["choices"]], keys)
-    store.card(AdapterRef(*_parts(receipt.adapter)))
+    store.card(AdapterRef(*split_ref(receipt.adapter)))
     print(f"  receipt: {headers['x-ftcore-adapter'][:40]}… on base {headers['x-ftcore-base'][:12]}, signed by {receipt.key}, sound")
 
 
@@ -148,17 +148,19 @@ def _swap(client: Client, store: AdapterStore, tenant: str) -> None:
     store.promote(first)
     _until(client, first)
     receipts: list[str] = []
+    begun = threading.Event()
     ends = {str(token): -100 for token in range(4)}  # never ends by itself
 
     def stream() -> None:
         body = {"model": NAME, "prompt": "open", "max_tokens": 500, "logit_bias": ends}
         for event in client.stream("/v1/completions", body):
+            begun.set()
             if "ftcore_receipt" in event:
                 receipts.append(event["ftcore_receipt"]["adapter"])
 
     streaming = threading.Thread(target=stream)
     streaming.start()
-    time.sleep(0.2)
+    begun.wait(60)
     started = time.monotonic()
     store.promote(second)
     _until(client, second)
@@ -174,14 +176,8 @@ def _until(client: Client, ref: AdapterRef) -> None:
     for _ in range(600):
         if client.post("/v1/completions", body)[0]["x-ftcore-adapter"] == ref.full:
             return
-        time.sleep(0.02)
+        time.sleep(0.02)  # the server itself looks twice a second
     raise ConfigError("a promoted version never answered", got=str(ref))
-
-
-def _parts(full: str) -> tuple[str, str, str]:
-    path, _, digest = full.partition("@")
-    tenant, _, name = path.partition("/")
-    return tenant, name, digest
 
 
 def _key(tenants: TenantStore, name: str) -> str:

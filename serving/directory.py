@@ -3,13 +3,12 @@
 In: a store, the tenants served. Out: model name of a request -> AdapterRef, within the caller's tenant. Runs in: the ingress.
 
 A client's string is looked up in the picture and never reaches the store unless the picture holds its name. While the store is away the
-last picture stays, and says how old it is.
+last picture stays, and `/readyz` says so.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -44,7 +43,6 @@ class Picture:
     """The names of one moment, by tenant."""
 
     tenants: dict[str, dict[str, Name]] = field(default_factory=dict)
-    taken: float = 0.0
 
     def models(self, tenant: str) -> list[tuple[str, AdapterRef]]:
         """(name, current version) of a tenant, sorted; names without a usable one are left out."""
@@ -88,7 +86,7 @@ class Directory:
         return self.picture
 
     def _take(self) -> Picture:
-        return Picture({tenant: self._names(tenant) for tenant in self._tenants()}, time.time())
+        return Picture({tenant: self._names(tenant) for tenant in self._tenants()})
 
     def _names(self, tenant: str) -> dict[str, Name]:
         """One listing, and one small file for each name. A damaged pointer takes its own name out, and no other's."""

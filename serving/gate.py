@@ -61,7 +61,7 @@ class Gate:
         `client`: the address that asks; `host`: the name it asked for (a page elsewhere could point its own name at this machine).
         """
         if self._tenants is None:
-            if not (_is_here(client) and _is_here(host)):
+            if not (is_here(client) and is_here(host)):
                 raise Refusal(403, "without keys only this machine may ask", "forbidden", kind="permission_error")
             return Caller(self.settings.local_tenant, "", self.settings.limits)
         if time.monotonic() - self._keys_read > STALE_KEYS_S:
@@ -115,7 +115,8 @@ class Gate:
                 log.exception("reading keys and names failed")
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
+    """Whether a name or address, without a port, means this machine."""
     if host == "localhost":
         return True
     try:

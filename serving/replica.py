@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class Replica:
     ) -> AsyncGenerator[tuple[Token, Piece | None], None]:
         sampling = job.sampling
         if choice and sampling.seed is not None:
-            sampling = type(sampling)(**{**asdict(sampling), "seed": sampling.seed + choice})
+            sampling = replace(sampling, seed=sampling.seed + choice)
         request = Request(f"{job.id}-{choice}", prompt, digest, limit, self.base.stop_ids, sampling, salt=job.tenant)
         stream = TextStream(self.base.tokenizer, job.stops)
         held: list[TokenInfo] = []

@@ -5,6 +5,7 @@ In: Pieces and a Closing. Out: JSON bodies. Runs in: the ingress.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -14,7 +15,7 @@ from serving.jobs import Closing, Event, Piece, TokenInfo
 Shape = Callable[[str, str, int, str], "Writer"]
 
 
-class Writer:
+class Writer(ABC):
     """One answer. A shape says how a piece and a whole choice look."""
 
     kind, chunk_kind, prefix = "", "", ""
@@ -26,13 +27,13 @@ class Writer:
         """What a stream sends before a choice's first text, if anything."""
         return None
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def delta(self, piece: Piece) -> dict[str, Any]: ...
 
-    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]: ...
 
-    async def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         pieces = [event for event in events if isinstance(event, Piece)]
         closing = next(event for event in events if isinstance(event, Closing))
         choices = []

@@ -14,14 +14,14 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from ftcore.adapters import PART
 from ftcore.card import Digest, Name, Text, utc_now
-from ftcore.errors import ConfigError, IntegrityError, StorageError
+from ftcore.errors import ConfigError, IntegrityError
 from ftcore.section import Section
 from ftcore.storage import Folder
 from serving.settings import Limits
@@ -73,7 +73,7 @@ class TenantStore:
     def read(self, name: str) -> Tenant:
         key = _file(name)
         if not self.folder.exists(key):
-            raise ConfigError("there is no such tenant", got=ascii(name)[:80], remedy=f"ftcore tenants add {name}")
+            raise _unknown(name)
         return self._parse(self.folder.read(key), key)
 
     def add(self, name: str, limits: Limits | None = None) -> None:
@@ -91,7 +91,7 @@ class TenantStore:
 
     def revoke_key(self, name: str, key_id: str) -> None:
         if key_id not in {key.id for key in self.read(name).keys}:
-            raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show {name}")
+            raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show FOLDER {name}")
 
         def change(tenant: Tenant) -> Tenant:
             keys = tuple(key.model_copy(update={"revoked": True}) if key.id == key_id else key for key in tenant.keys)
@@ -101,29 +101,27 @@ class TenantStore:
 
     def snapshot(self, limits: Limits) -> KeyTable:
         """Every usable key now. A damaged file takes out its own tenant's keys alone. Raises StorageError when the folder is away."""
-        table, unread = {}, []
+        table = {}
         for name in self.names():
             try:
                 tenant = self.read(name)
             except (IntegrityError, ConfigError) as error:
                 log.warning("the keys of tenant %s are not served: %s", name, error.what)
-                unread.append(name)
                 continue
             for key in tenant.keys:
                 if not key.revoked:
                     table[key.sha256] = (Caller(tenant.name, key.id, tenant.limits or limits), key.expires)
-        return KeyTable(table, tuple(unread))
+        return KeyTable(table)
 
-    def _change(self, name: str, change: object) -> None:
-        assert callable(change)
+    def _change(self, name: str, change: Callable[[Tenant], Tenant]) -> None:
         key = _file(name)
-        for attempt in range(20):
-            self.read(name)
-            old = self.folder.read(key)
-            if self.folder.replace(key, old, change(self._parse(old, key)).model_dump_json(indent=1).encode()):
-                return
-            time.sleep(0.01 * (attempt + 1))
-        raise StorageError("others kept changing this tenant", where=f"{self.folder}/{key}", remedy="try again")
+
+        def changed(old: bytes | None) -> bytes:
+            if old is None:
+                raise _unknown(name)
+            return change(self._parse(old, key)).model_dump_json(indent=1).encode()
+
+        self.folder.change(key, changed, "this tenant")
 
     def _parse(self, raw: bytes, key: str) -> Tenant:
         try:
@@ -140,7 +138,6 @@ class KeyTable:
     """Usable keys by hash."""
 
     keys: Mapping[str, tuple[Caller, float | None]]
-    unread: tuple[str, ...] = ()
 
     def caller(self, header: str | None) -> Caller | None:
         """Whose key an `Authorization` header holds; None when it holds none that is good now."""
@@ -158,6 +155,10 @@ class KeyTable:
 
 def _hash(clear: str) -> str:
     return hashlib.sha256(clear.encode()).hexdigest()
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError("there is no such tenant", got=ascii(name)[:80], remedy=f"ftcore tenants add FOLDER {name}")
 
 
 def _file(name: str) -> str:

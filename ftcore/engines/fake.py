@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from ftcore.adapter_files import check_adapter
-from ftcore.engines.base import ENGINES, Engine, EngineEnded, LiveEngine, Request, Stats, Token, check_prompt, check_request
+from ftcore.engines.base import ENGINES, Engine, EngineEnded, FinishReason, LiveEngine, Request, Stats, Token, check_prompt, check_request
 from ftcore.errors import ConfigError
 
 
@@ -93,9 +93,9 @@ class FakeEngine(LiveEngine):
                 return
             self._num_tokens += 1
             token = said(request, position, self.vocabulary)
-            last = "stop" if token in request.stop_ids else "length" if position == total - 1 else None
+            last: FinishReason | None = "stop" if token in request.stop_ids else "length" if position == total - 1 else None
             logprob = -1.0 if request.sampling.num_logprobs is not None else None
-            yield Token(token, request.adapter, logprob, (), last)  # type: ignore[arg-type]
+            yield Token(token, request.adapter, logprob, (), last)
             if last:
                 return
 

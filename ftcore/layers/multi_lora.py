@@ -70,10 +70,6 @@ class Lanes:
             at = past
         return at if self.capacity - at >= width else None
 
-    @property
-    def num_used(self) -> int:
-        return max((past for _, past in self.held.values()), default=0)
-
 
 class Group:
     """Linear layers that read the same input (q, k, v; gate, up): one matrix multiplication for all, and one for all their A."""

@@ -21,8 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from ftcore.errors import ModelError
+from ftcore.layers import varlen
 
 NAME = "ftcore_slots"
+NO_ENGINE = "no engine here serves such a base yet: serve another"
 
 
 @dataclass(frozen=True)
@@ -146,19 +148,11 @@ def slot_attention(
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature. Raises ModelError for what it would have to ignore."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if extra.get(name) is not None:
-            raise ModelError(
-                f"this base's attention uses `{name}`, which the torch engine does not have", remedy="serve it with engine vllm"
-            )
+    varlen.require_plain(module, extra, "the torch engine", NO_ENGINE)
     if slot_cache is None or slot_step is None or query.shape[0] != 1:
-        raise ModelError("this base does not hand the engine's cache to its attention", remedy="serve it with engine vllm")
+        raise ModelError("this base does not hand the engine's cache to its attention", remedy=NO_ENGINE)
     if attention_mask is not None:
-        raise ModelError(
-            "this base makes attention masks of its own, which the torch engine does not have", remedy="serve it with engine vllm"
-        )
-    if extra.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise ModelError("this base's attention is not causal: it generates nothing")
+        raise ModelError("this base makes attention masks of its own, which the torch engine does not have", remedy=NO_ENGINE)
     return slot_cache.attend(module.layer_idx, slot_step, query, key, value, scaling, sliding_window), None
 
 

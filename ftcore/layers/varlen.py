@@ -8,7 +8,7 @@ The work is the sum of the segments' squared lengths, not the square of the bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +37,9 @@ def varlen_attention(
 
     Raises ModelError for what it would have to ignore: soft-capping, sinks, position biases, bidirectional layers, no `segment_lengths`.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if extra.get(name) is not None:
-            raise ModelError(
-                f"this model's attention uses `{name}`, which the segment-isolating path does not have", remedy="set data.pack: false"
-            )
+    require_plain(module, extra, "the segment-isolating path", "set data.pack: false")
     if segment_lengths is None or query.shape[0] != 1:
         raise ModelError("this model does not hand the segments' lengths to its attention", remedy="set data.pack: false")
-    if extra.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise ModelError("this model's attention is not causal", remedy="set data.pack: false")
     grouped = query.shape[1] != key.shape[1]
     parts = []
     lengths = list(segment_lengths)
@@ -57,6 +51,15 @@ def varlen_attention(
             )
         )
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def require_plain(module: nn.Module, extra: Mapping[str, Any], path: str, remedy: str) -> None:
+    """Raises ModelError for what an attention path of ours would have to ignore of transformers' arguments."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if extra.get(name) is not None:
+            raise ModelError(f"this model's attention uses `{name}`, which {path} does not have", remedy=remedy)
+    if extra.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise ModelError("this model's attention is not causal", remedy=remedy)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
