@@ -82,6 +82,11 @@ class EngineReplica:
     async def check_health(self) -> None:
         await (await self._replica()).engine.health()
 
+    async def __del__(self) -> None:
+        """Ray Serve calls and awaits it as a replica ends."""
+        if self._opening is not None and self._opening.done() and self._opening.exception() is None:
+            await self._opening.result().close()
+
 
 class Handle:
     """The engine deployment as the API sees it."""

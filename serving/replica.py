@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +35,11 @@ MAX_CHARACTERS_A_TOKEN = 64
 
 
 class Replica:
-    """Answers Jobs. `open` makes one."""
+    """Answers Jobs. `open` makes one; `cache` is a folder of its own, removed when it closes."""
 
     def __init__(self, settings: ServeSettings, engine: LiveEngine, base: ServedBase, cache: Path) -> None:
         self.settings, self.engine, self.base = settings, engine, base
+        self._cache = cache
         self.store = AdapterStore(settings.store)
         self.slots = Slots(engine, self.store, cache, self._prove, max_bytes=settings.adapter_mib << 20)
         self.signer = Signer()
@@ -47,7 +49,7 @@ class Replica:
 
     @classmethod
     async def open(cls, settings: ServeSettings, cache: Path | None = None) -> Replica:
-        base = await asyncio.to_thread(ServedBase, settings.base, settings.base_revision)
+        base = await asyncio.to_thread(ServedBase, settings.base, settings.base_revision, settings.chat_template)
         engine = await settings.engine.open(str(base.folder))
         replica = cls(settings, engine, base, cache or Path(tempfile.mkdtemp(prefix="ftcore-adapters-")))
         await asyncio.to_thread(publish_key, settings.store, replica.signer.key_id, replica.signer.public_pem)
@@ -58,6 +60,8 @@ class Replica:
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
         await self.engine.close()
+        self._tokenising.shutdown(wait=False)
+        await asyncio.to_thread(shutil.rmtree, self._cache, ignore_errors=True)  # fetched again by whoever needs it
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         """Streams the events of one job; closing the iterator aborts it. Raises FtcoreError for what cannot be answered."""

@@ -35,6 +35,8 @@ class ServeSettings(Section):
     base: str = Field(min_length=1)
     """Folder or hub name of the base."""
     base_revision: str = "main"
+    chat_template: str = "auto"
+    """As in a recipe's `model.chat_template`: adapters are served under the template they were trained with, and no other."""
     base_name: Name = "base"
     """What clients call the bare base."""
     store: str = Field(min_length=1)
