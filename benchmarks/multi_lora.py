@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(REPO))  # a benchmark runs from anywhere, so what it imports of ours comes after this
 
 import torch  # noqa: E402
 
