@@ -22,6 +22,8 @@ BENCH_STAMP := $(VENV)/.installed-bench-$(WANTED)
 # The S3 server of the tests wants another botocore than s3fs: an environment of its own.
 S3_VENV ?= .venv-s3
 S3_STAMP := $(S3_VENV)/.installed-$(shell cat tests/s3-server.txt 2>/dev/null | cksum | tr ' ' -)
+# Tests at a time: those on Ray one after another in one process, all others in the rest.
+JOBS ?= 2
 # One compute thread a process unless told otherwise: tests and the demo run several workers on a small machine.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -35,7 +37,7 @@ demo: $(DEMO_STAMP)
 	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)$(if $(HISTORY),, && $(RUN) -m serving.demo $(ARGS))
 
 test: $(DEV_STAMP) $(S3_STAMP)
-	@$(RUN) -m pytest -q --durations=15 -m "not proof and not gpu" $(ARGS)
+	@$(RUN) -m pytest -q --durations=15 -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not proof and not gpu" $(ARGS)
 
 gpu: $(DEV_STAMP)
 	@$(RUN) -m pytest -q --durations=15 -m gpu $(ARGS)

@@ -63,6 +63,23 @@ def make_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, layers: in
     return folder
 
 
+LONG_FILES = ("test_zero.py", "test_exact_resume.py", "test_demo.py", "test_invariants.py", "test_serving_api.py", "test_torch_engine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` runs two at a time (pytest-xdist): what needs Ray or network namespaces in one process, in order, the rest beside it by file."""
+
+    def place(item: pytest.Item) -> tuple[int, str]:
+        path = item.path.as_posix()
+        if "/tests/ray/" in path or path.endswith("test_netns.py"):
+            return 0, "ray"
+        return (1 if path.endswith(LONG_FILES) else 2), path
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(place(item)[1]))
+    items.sort(key=lambda item: place(item)[0])
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
