@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ftcore.errors import FtcoreError, ModelError
 from ftcore.layers import slot_cache
+from ftcore.layers.flat_decoder import flat_decoder
 from ftcore.layers.multi_lora import MultiLora
 from ftcore.layers.slot_cache import SlotCache
 from ftcore.models import DTYPES, HEAD_EXTRAS, decoder_of, load_base
@@ -58,6 +59,8 @@ class Decoder:
         self.cache = SlotCache(config.num_hidden_layers, section.max_batch, self.max_context, heads, size, self.dtype, device)
         want = self._own_logits()
         self.model.set_attn_implementation(slot_cache.register())
+        prefix = next((f"{name}." for name, module in self.model.named_modules() if module is self.decoder and name), "")
+        self.flat = flat_decoder(self.decoder, prefix, self.lora, self.max_context)
         self._require_same(want)
 
     @torch.inference_mode()
@@ -68,30 +71,32 @@ class Decoder:
         ids = [row.tokens[-1] for row in step.decoding]
         for chunk in step.chunks:
             ids += chunk.row.tokens[chunk.row.num_cached : chunk.row.num_cached + chunk.count]
-        plan = slot_cache.plan(
+        plan = self.cache.plan(
             [row.num_cached + 1 for row in step.decoding],
             [(chunk.row.place, chunk.row.num_cached, chunk.count) for chunk in step.chunks],
-            self.device, self.dtype,
-        )  # fmt: skip
+        )
         due, at = list(range(len(step.decoding))), len(step.decoding)
         for chunk in step.chunks:
             at += chunk.count
             if chunk.is_last:
                 due.append(at - 1)
-        hidden = self._hidden(torch.tensor([ids], device=self.device), plan)
-        return self.head(hidden[torch.tensor(due, device=self.device)]) if due else hidden[:0]
+        hidden = self._hidden(torch.tensor(ids, device=self.device), plan)
+        if len(due) < len(ids):
+            hidden = hidden[torch.tensor(due, dtype=torch.int64, device=self.device)]
+        return self.head(hidden) if due else hidden
 
     @torch.inference_mode()
     def read(self, part: Sequence[int], start: int, digest: str, place: int) -> Tensor:
         """[V] logits after a part of a prompt that is read at `place`, as any other chunk is."""
         self.lora.set_rows([], [(digest, len(part))])
-        plan = slot_cache.plan([], [(place, start, len(part))], self.device, self.dtype)
-        return self.head(self._hidden(torch.tensor([list(part)], device=self.device), plan)[-1:])[0]
+        plan = self.cache.plan([], [(place, start, len(part))])
+        return self.head(self._hidden(torch.tensor(list(part), device=self.device), plan)[-1:])[0]
 
     def _hidden(self, ids: Tensor, plan: slot_cache.StepPlan) -> Tensor:
-        out = self.decoder(
-            input_ids=ids, position_ids=plan.positions[None], use_cache=False, slot_cache=self.cache, slot_step=plan,
-        )  # fmt: skip
+        """ids [T] -> [T, H]."""
+        if self.flat is not None:
+            return self.flat(ids, plan, self.cache)
+        out = self.decoder(input_ids=ids[None], position_ids=plan.positions[None], use_cache=False, slot_cache=self.cache, slot_step=plan)
         return out.last_hidden_state[0]
 
     _PROOF = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)
@@ -111,9 +116,9 @@ class Decoder:
         try:
             for count in counts:
                 decoding = count == 1
-                plan = slot_cache.plan([at + 1] if decoding else [], [] if decoding else [(0, at, count)], self.device, self.dtype)
+                plan = self.cache.plan([at + 1] if decoding else [], [] if decoding else [(0, at, count)])
                 self.lora.set_rows([""] if decoding else [], [] if decoding else [("", count)])
-                part = torch.tensor([ids[at : at + count]], device=self.device)
+                part = torch.tensor(ids[at : at + count], device=self.device)
                 got.append(self.head(self._hidden(part, plan)[-1:]))
                 at += count
         except FtcoreError:

@@ -67,7 +67,7 @@ LONG_FILES = ("test_zero.py", "test_exact_resume.py", "test_demo.py", "test_inva
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` runs two at a time (pytest-xdist): what needs Ray or network namespaces in one process, in order, the rest beside it by file."""
+    """`make test` runs two at a time (pytest-xdist): what needs Ray or network namespaces in one process, the rest beside it by file."""
 
     def place(item: pytest.Item) -> tuple[int, str]:
         path = item.path.as_posix()

@@ -40,7 +40,7 @@ class Rows:
 
     num_decoding: int = 0
     foreign: Tensor | None = None
-    """[n, R, 1] bool: True on the lanes that are not of a decoding row's own adapter; None where no decoding row has one."""
+    """[n, R] bool: True on the lanes that are not of a decoding row's own adapter; None where no decoding row has one."""
     num_lanes: int = 0
     """R: lanes in use, from 0."""
     chunks: tuple[tuple[int, int, int, int], ...] = ()
@@ -72,7 +72,7 @@ class Lanes:
 
 
 class Group:
-    """Linear layers that read the same input (q, k, v; gate, up): one matrix multiplication for all, and one for all their A."""
+    """Linear layers that read the same input (q, k, v; gate, up): one matrix multiplication for all."""
 
     def __init__(self, modules: Sequence[nn.Linear], rows: Rows, capacity: int, dtype: torch.dtype) -> None:
         """The layers' own weights become views of the joint one; a single layer, or one of another class, is called as it is."""
@@ -89,63 +89,69 @@ class Group:
                 module.weight.data = self.weight[part]
                 if self.bias is not None:
                     module.bias.data = self.bias[part]
-        device, num = modules[0].weight.device, len(modules)
-        self.a = torch.zeros(capacity, num, self.in_features, dtype=dtype, device=device)
-        """[lanes, layers of the group, in]"""
+        device = modules[0].weight.device
+        self.a = tuple(torch.zeros(capacity, self.in_features, dtype=dtype, device=device) for _ in modules)
+        """[lanes, in] of each layer."""
         self.b = tuple(torch.zeros(capacity, module.out_features, dtype=dtype, device=device) for module in modules)
         """[lanes, out] of each layer."""
-        self.users: set[str] = set()
-        """Active adapters that have one of these layers."""
+        self.users: tuple[set[str], ...] = tuple(set() for _ in modules)
+        """Active adapters that have each layer."""
         self.calls: list[int] = []
         """Rows of each call while the engine proves itself: what does not see each token of a step once cannot be adapted by row."""
         self._made: tuple[Tensor, Tensor] | None = None
 
     def part(self, number: int, x: Tensor) -> Tensor:
-        """Layer `number` of x [1, T, in]. The first call for an input computes the whole group."""
+        """Layer `number` of x [..., in]. The first call for an input computes the whole group."""
         if number == 0 or self._made is None or self._made[0] is not x:
-            self._made = (x, self._compute(x))
+            self._made = (x, self.compute(x))
         y = self._made[1][..., self.slices[number]]
         if number == len(self.modules) - 1:
             self._made = None
         return y
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out of all layers]."""
         y = self.modules[0](x) if self.weight is None else linear(x, self.weight, self.bias)
         rows = self.rows
         if rows.proving:
             self.calls.append(x.numel() // self.in_features)
-        if rows.is_bare or not self.users:
+        if rows.is_bare:
             return y
-        flat, out, num = x.reshape(-1, self.in_features), y.view(-1, y.shape[-1]), len(self.modules)
-        if rows.foreign is not None:
-            n, r = rows.num_decoding, rows.num_lanes
-            h = (flat[:n] @ self.a[:r].view(r * num, -1).T).view(n, r, num)
-            h.masked_fill_(rows.foreign, 0)  # not a product: what overflows in another's lanes would stay as NaN
-            for number, part in enumerate(self.slices):
-                out[:n, part] += h[..., number] @ self.b[number][:r]
-        for first, past, low, high in rows.chunks:
-            h = (flat[first:past] @ self.a[low:high].view((high - low) * num, -1).T).view(past - first, high - low, num)
-            for number, part in enumerate(self.slices):
-                out[first:past, part] += h[..., number] @ self.b[number][low:high]
+        flat, out = x.reshape(-1, self.in_features), y.view(-1, y.shape[-1])
+        for a, b, part, users in zip(self.a, self.b, self.slices, self.users, strict=True):
+            if not users:
+                continue
+            if rows.foreign is not None:
+                n, r = rows.num_decoding, rows.num_lanes
+                h = flat[:n] @ a[:r].T
+                h.masked_fill_(rows.foreign, 0)  # not a product: what overflows in another's lanes would stay as NaN
+                out[:n, part].addmm_(h, b[:r])
+            for first, past, low, high in rows.chunks:
+                out[first:past, part].addmm_(flat[first:past] @ a[low:high].T, b[low:high])
         return y
 
     def put(self, digest: str, first: int, width: int, updates: Sequence[LayerUpdate | None]) -> None:
         """Writes an adapter's updates (one a layer) into its lanes, zeros where it has none."""
-        self.a[first : first + width] = 0
-        for number, update in enumerate(updates):
-            self.b[number][first : first + width] = 0
+        for a, b, users, update in zip(self.a, self.b, self.users, updates, strict=True):
+            a[first : first + width] = 0
+            b[first : first + width] = 0
             if update is not None:
                 rank = update.a.shape[0]
-                self.a[first : first + rank, number] = update.a
-                self.b[number][first : first + rank] = update.b
-                self.users.add(digest)
+                a[first : first + rank] = update.a
+                b[first : first + rank] = update.b
+                users.add(digest)
+
+    def drop(self, digest: str) -> None:
+        for users in self.users:
+            users.discard(digest)
 
     def held(self, low: int, high: int) -> int:
         """Sum of the bits in these lanes."""
-        return sum(bit_sum(stack[low:high]) for stack in (self.a, *self.b)) if self.users else 0
+        used = [stack for a, b, users in zip(self.a, self.b, self.users, strict=True) if users for stack in (a, b)]
+        return sum(bit_sum(stack[low:high]) for stack in used)
 
     def move(self, first: int, past: int, to: int) -> None:
-        for stack in (self.a, *self.b):
+        for stack in (*self.a, *self.b):
             stack[to : to + past - first] = stack[first:past].clone()
 
 
@@ -252,7 +258,7 @@ class MultiLora:
         """Frees an adapter's lanes; what they hold is nobody's until another is written over it."""
         self.lanes.held.pop(digest, None)
         for group in self.groups.values():
-            group.users.discard(digest)
+            group.drop(digest)
 
     def _compact(self, width: int) -> int:
         """Closes the gaps between held lanes; returns the first free lane."""
@@ -272,7 +278,7 @@ class MultiLora:
         rows.num_decoding, rows.foreign, rows.num_lanes = len(decoding), None, 0
         if any(decoding):
             rows.num_lanes = max(self.lanes.held[digest][1] for digest in decoding if digest)
-            foreign = torch.ones(len(decoding), rows.num_lanes, 1, dtype=torch.bool)
+            foreign = torch.ones(len(decoding), rows.num_lanes, dtype=torch.bool)
             for row, digest in enumerate(decoding):
                 if digest:
                     low, high = self.lanes.held[digest]

@@ -1,7 +1,7 @@
 """Slot cache: keys and values of the rows of a batch, and attention over them, for a step that mixes decoding rows and chunks of prompts.
 
-In: a StepPlan, queries, keys, values [1, H, T, D] of the step's tokens laid end to end. Out: [1, T, H, D]. Runs in: the engine's thread,
-through transformers' attention interface, so for every family whose attention goes through it.
+In: a StepPlan, queries, keys, values [T, H, D] of the step's tokens laid end to end. Out: [T, H, D]. Runs in: the engine's thread, called
+by FlatDecoder, or through transformers' attention interface for every other family whose attention goes through it.
 
 Keys [place, H_kv, position, D] for each layer. Rows that decode hold places 0..n-1, so their part of the cache is one view and attention
 over it one call. Memory that no token was written to is not touched, so on a CPU an empty cache costs nothing.
@@ -12,7 +12,7 @@ Legend: n decoding rows, T tokens of the step, L cached positions, G query heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,31 +31,20 @@ NO_ENGINE = "no engine here serves such a base yet: serve another"
 class StepPlan:
     """Where each token of a step lies. Tokens: one for each decoding row (places 0..n-1), then each chunk's."""
 
-    places: Tensor
-    """[T] int64."""
+    slots: Tensor
+    """[T x H_kv] int64: where the keys of each token and key head go, in a layer's keys seen as [places x H_kv x positions, D]."""
     positions: Tensor
     """[T] int64."""
-    num_decoding: int
     decode_lengths: tuple[int, ...]
     """Cached positions of each decoding row, its new token's included."""
     chunks: tuple[tuple[int, int, int], ...]
     """(place, positions cached before, tokens) of each chunk."""
-    visible: Tensor | None
-    """[n, 1, 1, L] additive: 0 for what a decoding row sees, -inf beyond its length."""
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    """For each window of a layer: [n, 1, 1, L] additive, 0 for what a decoding row sees, -inf for the rest; None where all see all."""
 
-
-def plan(decode_lengths: Sequence[int], chunks: Sequence[tuple[int, int, int]], device: torch.device, dtype: torch.dtype) -> StepPlan:
-    """`decode_lengths`: positions each decoding row holds once this step's token is in; `chunks`: (place, cached before, tokens)."""
-    n = len(decode_lengths)
-    places = [torch.arange(n)] + [torch.full((count,), place) for place, _, count in chunks]
-    positions = [torch.tensor(decode_lengths, dtype=torch.int64) - 1] + [torch.arange(start, start + count) for _, start, count in chunks]
-    visible = None
-    if n and min(decode_lengths) < max(decode_lengths):
-        beyond = torch.arange(max(decode_lengths))[None] >= torch.tensor(decode_lengths)[:, None]
-        visible = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, float("-inf"))[:, None, None].to(device)
-    return StepPlan(
-        torch.cat(places).to(device), torch.cat(positions).to(device), n, tuple(decode_lengths), tuple(chunks), visible
-    )  # fmt: skip
+    @property
+    def num_decoding(self) -> int:
+        return len(self.decode_lengths)
 
 
 class SlotCache:
@@ -67,6 +56,20 @@ class SlotCache:
         """`num_heads`: key heads. Two places more than asked are made: for swaps, and for probes."""
         shape = (num_layers, 2, num_places + 2, num_heads, max_context, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)  # masked positions count as 0 x value: never NaN
+        self._flat = [(keys.view(-1, head_dim), values.view(-1, head_dim)) for keys, values in self.data]
+        self._num_heads, self._max_context = num_heads, max_context
+
+    def plan(self, decode_lengths: Sequence[int], chunks: Sequence[tuple[int, int, int]]) -> StepPlan:
+        """`decode_lengths`: positions each decoding row holds once this step's token is in; `chunks`: (place, cached before, tokens)."""
+        n = len(decode_lengths)
+        places = torch.cat([torch.arange(n)] + [torch.full((count,), place) for place, _, count in chunks])
+        positions = torch.cat(
+            [torch.tensor(decode_lengths, dtype=torch.int64) - 1] + [torch.arange(start, start + count) for _, start, count in chunks]
+        )
+        heads = places[:, None] * self._num_heads + torch.arange(self._num_heads)
+        slots = (heads * self._max_context + positions[:, None]).flatten()
+        device = self.data.device
+        return StepPlan(slots.to(device), positions.to(device), tuple(decode_lengths), tuple(chunks))
 
     def move(self, moves: Sequence[tuple[int, int]], lengths: Sequence[int]) -> None:
         """Copies places, `lengths` positions of each."""
@@ -87,40 +90,46 @@ class SlotCache:
     def attend(
         self, layer: int, step: StepPlan, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]; writes the keys and values first."""
+        """query [T, H, D], key and value [T, H_kv, D] -> [T, H, D]; writes the keys and values first."""
+        size = key.shape[-1]
+        for flat, new in zip(self._flat[layer], (key, value), strict=True):
+            flat.index_copy_(0, step.slots, new.reshape(-1, size).to(flat.dtype))
         keys, values = self.data[layer, 0], self.data[layer, 1]
-        keys[step.places, :, step.positions] = key[0].transpose(0, 1).to(keys.dtype)
-        values[step.places, :, step.positions] = value[0].transpose(0, 1).to(values.dtype)
         parts = []
         n = step.num_decoding
         if n:
-            parts.append(_decode(query[0, :, :n], keys[:n], values[:n], step, scale, window))
+            parts.append(_decode(query[:n], keys[:n], values[:n], step, scale, window))
         at = n
         for place, start, count in step.chunks:
-            parts.append(_read(query[:, :, at : at + count], keys[place], values[place], start, scale, window))
+            parts.append(_read(query[at : at + count], keys[place], values[place], start, scale, window))
             at += count
-        return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, step: StepPlan, scale: float | None, window: int | None) -> Tensor:
-    """query [H, n, D], keys [n, H_kv, max, D] -> [n, H, D]. The G query heads of a key head take the place of query positions."""
-    heads, n, size = query.shape
+    """query [n, H, D], keys [n, H_kv, max, D] -> [n, H, D]. The G query heads of a key head take the place of query positions."""
+    n, heads, size = query.shape
     kv_heads, length = keys.shape[1], max(step.decode_lengths)
-    grouped = query.transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, size)
-    mask = step.visible
-    if window is not None and length > window:
-        lengths = torch.tensor(step.decode_lengths, device=query.device)
-        behind = torch.arange(length, device=query.device)[None] < (lengths - window)[:, None]
-        mask = (torch.zeros((n, 1, 1, length), dtype=query.dtype, device=query.device) if mask is None else mask).masked_fill(
-            behind[:, None, None], float("-inf")
-        )
-    out = scaled_dot_product_attention(grouped, keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=scale)
+    if window not in step.masks:
+        step.masks[window] = _mask(step.decode_lengths, window, query)
+    grouped = query.reshape(n, kv_heads, heads // kv_heads, size)
+    out = scaled_dot_product_attention(grouped, keys[:, :, :length], values[:, :, :length], attn_mask=step.masks[window], scale=scale)
     return out.reshape(n, heads, size)
 
 
+def _mask(lengths: Sequence[int], window: int | None, like: Tensor) -> Tensor | None:
+    """[n, 1, 1, L] additive mask of decoding rows, or None where every row sees every position."""
+    longest = max(lengths)
+    if min(lengths) == longest and (window is None or longest <= window):
+        return None
+    at, own = torch.arange(longest)[None], torch.tensor(lengths)[:, None]
+    out = at >= own if window is None else (at >= own) | (at < own - window)
+    return torch.zeros(out.shape, dtype=like.dtype).masked_fill_(out, float("-inf"))[:, None, None].to(like.device)
+
+
 def _read(query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float | None, window: int | None) -> Tensor:
-    """A chunk of one prompt: query [1, H, C, D], keys [H_kv, max, D] -> [C, H, D]."""
-    count = query.shape[2]
+    """A chunk of one prompt: query [C, H, D], keys [H_kv, max, D] -> [C, H, D]."""
+    count = query.shape[0]
     length = start + count
     own, seen = keys[None, :, :length], values[None, :, :length]
     mask = None
@@ -129,8 +138,9 @@ def _read(query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float 
         to = torch.arange(length, device=query.device)[None]
         mask = (to <= at) if window is None else (to <= at) & (at - to < window)
     out = scaled_dot_product_attention(
-        query, own, seen, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != own.shape[1]
-    )
+        query.transpose(0, 1)[None], own, seen, attn_mask=mask, is_causal=mask is None, scale=scale,
+        enable_gqa=query.shape[1] != own.shape[1],
+    )  # fmt: skip
     return out[0].transpose(0, 1)
 
 
@@ -153,7 +163,8 @@ def slot_attention(
         raise ModelError("this base does not hand the engine's cache to its attention", remedy=NO_ENGINE)
     if attention_mask is not None:
         raise ModelError("this base makes attention masks of its own, which the torch engine does not have", remedy=NO_ENGINE)
-    return slot_cache.attend(module.layer_idx, slot_step, query, key, value, scaling, sliding_window), None
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    return slot_cache.attend(module.layer_idx, slot_step, q, k, v, scaling, sliding_window)[None], None
 
 
 def register() -> str:

@@ -77,9 +77,9 @@ def test_weights_that_were_swapped_in_a_slot_are_found(tiny_model_dir: Path, ada
                 await engine.load_adapter(digest, adapters[digest])
             request = Request("a", (5, 6, 7), DIGESTS[1], max_tokens=3, sampling=Sampling(0, num_logprobs=0))
             require_own(truth, request, await answer(engine, request))
-            group = next(group for group in engine._thread.decoder.lora.groups.values() if group.users)  # type: ignore[attr-defined]
+            group = next(group for group in engine._thread.decoder.lora.groups.values() if any(group.users))  # type: ignore[attr-defined]
             low, _ = engine._thread.decoder.lora.lanes.held[DIGESTS[1]]  # type: ignore[attr-defined]
-            group.a[low, 0, 0] += 0.5
+            next(a for a, users in zip(group.a, group.users, strict=True) if users)[low, 0] += 0.5
             assert (await answer(engine, request))[-1].finish == "abort"
             require_own(truth, request, await answer(engine, request))  # written anew
 
