@@ -48,6 +48,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], bool]] = {
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {"rotary_pct": 0.5, "num_key_value_heads": 4}, False),
 }
 
+GREEDY = Sampling(0, num_logprobs=0)
+
 
 def make_base(folder: Path, kind: str) -> tuple[Path, bool]:
     model, config, keys, is_flat = FAMILIES[kind]
@@ -71,9 +73,9 @@ def test_a_mixed_batch_of_any_family_is_plain_pefts(kind: str, tmp_path: Path) -
             for digest, folder in folders.items():
                 await engine.load_adapter(digest, folder)
             requests = [
-                Request(f"{row}", tuple((11 * row + 5 * i) % 90 + 3 for i in range(9 + 14 * row)), digest, 12, sampling=Sampling(0, num_logprobs=0))
+                Request(str(row), tuple((11 * row + 5 * i) % 90 + 3 for i in range(9 + 14 * row)), digest, 12, sampling=GREEDY)
                 for row, digest in enumerate(("", *folders))
-            ]  # fmt: skip
+            ]
             answers = await asyncio.gather(*(answer(engine, request) for request in requests))
             return engine._thread.decoder.flat is not None, list(zip(requests, answers, strict=True))  # type: ignore[attr-defined]
 
