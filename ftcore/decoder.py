@@ -53,7 +53,7 @@ class Decoder:
         self.head = self.model.get_output_embeddings()
         self._require_plain(config)
         self.decoder = decoder_of(self.model)
-        self.lora = MultiLora(self.model, section.max_lanes, self.dtype)
+        self.lora = MultiLora(self.model, section.max_batch + 1, section.max_lanes, self.dtype)
         heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.cache = SlotCache(config.num_hidden_layers, section.max_batch, self.max_context, heads, size, self.dtype, device)

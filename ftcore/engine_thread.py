@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PATIENCE = 32
-"""Rows that may be let in before one that waits for lanes; then nobody is, until it has them."""
+"""Rows that may be let in before one that waits for a slot; then nobody is, until it has one."""
 Made = list[tuple[int, Token]]
 
 
@@ -44,10 +44,11 @@ class LoadedAdapter:
     """An adapter in this process's memory."""
 
     updates: dict[str, LayerUpdate]
-    width: int
+    rank: int
+    """Its largest."""
     num_bytes: int
     fingerprint: int
-    """Of the weights as they were read and checked; what lanes hold is compared with it."""
+    """Of the weights as they were read and checked; what slots hold is compared with it."""
 
 
 @dataclass
@@ -244,23 +245,22 @@ class EngineThread:
             order.run()
 
     def _needed(self) -> set[str]:
-        """Digests whose lanes somebody is using."""
+        """Digests whose slots somebody is using."""
         probing = {self._probes[0].digest} if self._probes and self._probes[0].num_read else set()
         return ({row.request.adapter for row in self._batcher.rows} | probing) - {""}
 
-    def _has_lanes(self, digest: str, needed: set[str]) -> bool:
+    def _has_slot(self, digest: str, needed: set[str]) -> bool:
         """Makes an adapter active beside `needed`, if there is room; joins `needed` then."""
         if not digest or digest in needed:
             return True
-        lora = self.decoder.lora
-        if sum(self.adapters[each].width for each in needed) + self.adapters[digest].width > lora.lanes.capacity:
+        adapter = self.adapters[digest]
+        if not self.decoder.lora.activate(digest, adapter.rank, adapter.updates, needed):
             return False
-        lora.activate(digest, self.adapters[digest].updates, needed)
         needed.add(digest)
         return True
 
     def _admit(self) -> None:
-        """Lets waiting rows in while there are places and lanes for them, in the order of fairness between their owners."""
+        """Lets waiting rows in while there are places and slots for them, in the order of fairness between their owners."""
         batcher = self._batcher
         if not batcher.waiting or not batcher.has_room:
             return
@@ -269,7 +269,7 @@ class EngineThread:
             if not batcher.has_room or (oldest is not None and oldest.num_passed >= PATIENCE):
                 return
             digest = row.request.adapter
-            if digest in blocked or not self._has_lanes(digest, needed):
+            if digest in blocked or not self._has_slot(digest, needed):
                 blocked.add(digest)
                 oldest = oldest or row
                 continue
@@ -285,13 +285,11 @@ class EngineThread:
                 self._counts.reused += row.num_cached
 
     def _read_probe(self) -> None:
-        """One chunk of the first probe, if there are lanes for it now."""
+        """One chunk of the first probe, if there is a slot for it now."""
         if not self._probes:
             return
         probe = self._probes[0]
-        if not self._has_lanes(probe.digest, self._needed()):
-            if not self._batcher.rows:  # nobody will make room
-                self._probes.popleft().done.set_exception(ModelError("this adapter is wider than all lanes", got=probe.digest[:12]))
+        if not self._has_slot(probe.digest, self._needed()):
             return
         part = probe.prompt[probe.num_read : probe.num_read + self._section.chunk_tokens]
         logits = self.decoder.read(part, probe.num_read, probe.digest, self._batcher.spare + 1)

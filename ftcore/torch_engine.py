@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from ftcore.engine_thread import EngineThread, LoadedAdapter, Made
 from ftcore.engines.base import LiveEngine, Request, Stats, Token, check_prompt, check_request
-from ftcore.layers.multi_lora import width_of
 from ftcore.lora_updates import read_updates
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class TorchEngine(LiveEngine):
         layers = {name: (layer.in_features, layer.out_features) for name, layer in lora.layers.items()}
         updates = read_updates(folder, layers, min(self._section.max_rank, self._section.max_lanes), self._thread.decoder.dtype)
         size = sum(update.a.nbytes + update.b.nbytes for update in updates.values())
-        return LoadedAdapter(updates, width_of(updates), size, lora.fingerprint(updates))
+        return LoadedAdapter(updates, max(update.a.shape[0] for update in updates.values()), size, lora.fingerprint(updates))
 
     async def _unload(self, digest: str) -> None:
         self._known.discard(digest)

@@ -29,7 +29,7 @@ class Torch(Engine):
     max_rank: int = Field(64, ge=1)
     """Largest rank of an adapter."""
     max_lanes: int = Field(512, ge=1)
-    """Sum of the ranks of all adapters that answer at once; requests of further adapters wait."""
+    """Sum of the ranks, rounded up to powers of two, of adapters of one such width that answer at once; requests of further ones wait."""
     prefix_mib: int = Field(256, ge=0)
     """Memory for keys and values of prompts that may come again; 0 keeps none."""
     num_threads: int = Field(0, ge=0)

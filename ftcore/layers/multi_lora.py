@@ -1,11 +1,12 @@
 """Multi-LoRA: linear layers that add to each row the update of that row's own adapter, any number of adapters of any rank in one batch.
 
-In: rows x [1, T, in] of a step. Out: W x + B_a A_a x [1, T, out], a the row's adapter; W x alone for rows without one. Runs in: engines.
+In: rows x [T, in] of a step. Out: W x + B_a A_a x [T, out], a the row's adapter; W x alone for rows without one. Runs in: engines.
 
-The active adapters' A matrices lie under one another in one stack [R, in], their B (scale included) in another [R, out]: a step is two
-matrix multiplications a layer however many adapters take part, and between them each row keeps its own ranks alone.
-An adapter holds the same ranks (its lanes) in every layer. A chunk of prompt belongs to one adapter: there only its lanes are used.
-Without an active adapter nothing is added to the base's work. (S-LoRA, arXiv:2311.03285, gathers instead; Punica, arXiv:2310.18547.)
+An active adapter holds a slot of its width (its largest rank, rounded up to a power of two) in stacks A [slots, width, in] and
+B [slots, width, out] (scale included), the same slot in every layer. Decoding rows are laid out by slot, [slots, most rows of one, in], so
+that a layer is two batched matrix multiplications for each width: every active adapter's weights are read once, whatever their number and
+whoever has how many rows. A chunk of prompt belongs to one adapter. Rows without one are left out.
+(Punica, arXiv:2310.18547, and S-LoRA, arXiv:2311.03285, gather on GPUs.)
 """
 
 from __future__ import annotations
@@ -29,52 +30,111 @@ class LayerUpdate:
     """[r, out], transposed and scaled: the update is (x a^T) b."""
 
 
-def width_of(updates: Mapping[str, LayerUpdate]) -> int:
-    """Lanes an adapter takes: its largest rank."""
-    return max(update.a.shape[0] for update in updates.values())
+MIN_WIDTH = 8
+
+
+def width_of(rank: int) -> int:
+    """The width of slots that take an adapter of this (largest) rank."""
+    return max(MIN_WIDTH, 1 << (rank - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Slot:
+    width: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The decoding rows whose adapters are of one width."""
+
+    width: int
+    low: int
+    high: int
+    """Slots low..high-1 take part."""
+    depth: int
+    """Rows of each slot, padded: the most that one has."""
+    take: Tensor | None
+    """[(high - low) x depth] row of each place, any row where there is none; None where the decoding rows lie so already, all of them."""
+    rows: Tensor | None
+    """Rows that have an adapter of this width."""
+    places: Tensor | None
+    """Where each of `rows` lies."""
+
+
+def batches_of(slots: Sequence[Slot | None], device: torch.device) -> tuple[Batch, ...]:
+    """`slots`: each decoding row's."""
+    found = []
+    for width in sorted({slot.width for slot in slots if slot is not None}):
+        own = [(row, slot.number) for row, slot in enumerate(slots) if slot is not None and slot.width == width]
+        low, high = min(number for _, number in own), max(number for _, number in own) + 1
+        filled = [0] * (high - low)
+        within = []
+        for _, number in own:
+            within.append((number - low, filled[number - low]))
+            filled[number - low] += 1
+        depth = max(filled)
+        places = [slot * depth + at for slot, at in within]
+        if places == list(range(len(slots))) and len(places) == (high - low) * depth:
+            found.append(Batch(width, low, high, depth, None, None, None))
+            continue
+        take = [0] * ((high - low) * depth)
+        for place, (row, _) in zip(places, own, strict=True):
+            take[place] = row
+        parts = (torch.tensor(each, device=device) for each in (take, [row for row, _ in own], places))
+        found.append(Batch(width, low, high, depth, *parts))
+    return tuple(found)
 
 
 @dataclass
 class Rows:
-    """Whose lanes each token of the step uses; shared by all layers, set before a step."""
+    """Whose slot each token of the step uses; shared by all layers, set before a step."""
 
     num_decoding: int = 0
-    foreign: Tensor | None = None
-    """[n, R] bool: True on the lanes that are not of a decoding row's own adapter; None where no decoding row has one."""
-    num_lanes: int = 0
-    """R: lanes in use, from 0."""
-    chunks: tuple[tuple[int, int, int, int], ...] = ()
-    """(first token, past last token, first lane, past last lane) of each chunk with an adapter."""
-
+    batches: tuple[Batch, ...] = ()
+    """Of the decoding rows."""
+    chunks: tuple[tuple[int, int, Slot], ...] = ()
+    """(first token, past last token, slot) of each chunk with an adapter."""
     proving: bool = False
     """Groups write down what they are called with."""
 
     @property
     def is_bare(self) -> bool:
-        return self.foreign is None and not self.chunks
+        return not self.batches and not self.chunks
 
 
-class Lanes:
-    """Which lanes each active adapter holds, first fit."""
+class Shelf:
+    """The slots of one width in one Group."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.held: dict[str, tuple[int, int]] = {}
+    def __init__(self, num_slots: int, width: int, modules: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        device = modules[0].weight.device
+        self.a = tuple(torch.zeros(num_slots, width, module.in_features, dtype=dtype, device=device) for module in modules)
+        self.b = tuple(torch.zeros(num_slots, width, module.out_features, dtype=dtype, device=device) for module in modules)
+        self.users: tuple[set[str], ...] = tuple(set() for _ in modules)
+        """Active adapters that have each layer."""
 
-    def find(self, width: int) -> int | None:
-        """The first lane of a free run of `width`, or None."""
-        at = 0
-        for first, past in sorted(self.held.values()):
-            if first - at >= width:
-                return at
-            at = past
-        return at if self.capacity - at >= width else None
+    def put(self, digest: str, number: int, updates: Sequence[LayerUpdate | None]) -> None:
+        """Writes an adapter's updates (one a layer) into a slot, zeros where it has none."""
+        for a, b, users, update in zip(self.a, self.b, self.users, updates, strict=True):
+            a[number], b[number] = 0, 0
+            if update is not None:
+                rank = update.a.shape[0]
+                a[number, :rank], b[number, :rank] = update.a, update.b
+                users.add(digest)
+
+    def drop(self, digest: str) -> None:
+        for users in self.users:
+            users.discard(digest)
+
+    def held(self, number: int) -> int:
+        """Sum of the bits in a slot."""
+        return sum(bit_sum(stack[number]) for stack in (*self.a, *self.b))
 
 
 class Group:
     """Linear layers that read the same input (q, k, v; gate, up): one matrix multiplication for all."""
 
-    def __init__(self, modules: Sequence[nn.Linear], rows: Rows, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, modules: Sequence[nn.Linear], rows: Rows, dtype: torch.dtype) -> None:
         """The layers' own weights become views of the joint one; a single layer, or one of another class, is called as it is."""
         self.modules, self.rows = tuple(modules), rows
         self.in_features = modules[0].in_features
@@ -89,13 +149,9 @@ class Group:
                 module.weight.data = self.weight[part]
                 if self.bias is not None:
                     module.bias.data = self.bias[part]
-        device = modules[0].weight.device
-        self.a = tuple(torch.zeros(capacity, self.in_features, dtype=dtype, device=device) for _ in modules)
-        """[lanes, in] of each layer."""
-        self.b = tuple(torch.zeros(capacity, module.out_features, dtype=dtype, device=device) for module in modules)
-        """[lanes, out] of each layer."""
-        self.users: tuple[set[str], ...] = tuple(set() for _ in modules)
-        """Active adapters that have each layer."""
+        self.dtype = dtype
+        self.shelves: dict[int, Shelf] = {}
+        """By width, made when the first adapter of a width comes."""
         self.calls: list[int] = []
         """Rows of each call while the engine proves itself: what does not see each token of a step once cannot be adapted by row."""
         self._made: tuple[Tensor, Tensor] | None = None
@@ -115,44 +171,37 @@ class Group:
         rows = self.rows
         if rows.proving:
             self.calls.append(x.numel() // self.in_features)
-        if rows.is_bare:
-            return y
-        flat, out = x.reshape(-1, self.in_features), y.view(-1, y.shape[-1])
-        for a, b, part, users in zip(self.a, self.b, self.slices, self.users, strict=True):
-            if not users:
-                continue
-            if rows.foreign is not None:
-                n, r = rows.num_decoding, rows.num_lanes
-                h = flat[:n] @ a[:r].T
-                h.masked_fill_(rows.foreign, 0)  # not a product: what overflows in another's lanes would stay as NaN
-                out[:n, part].addmm_(h, b[:r])
-            for first, past, low, high in rows.chunks:
-                out[first:past, part].addmm_(flat[first:past] @ a[low:high].T, b[low:high])
+        if not rows.is_bare:
+            flat, out = x.reshape(-1, self.in_features), y.view(-1, y.shape[-1])
+            for batch in rows.batches:
+                self._add(batch, flat[: rows.num_decoding], out[: rows.num_decoding])
+            for first, past, slot in rows.chunks:
+                shelf, number = self.shelves[slot.width], slot.number
+                for a, b, part, users in zip(shelf.a, shelf.b, self.slices, shelf.users, strict=True):
+                    if users:
+                        out[first:past, part].addmm_(flat[first:past] @ a[number].T, b[number])
         return y
 
-    def put(self, digest: str, first: int, width: int, updates: Sequence[LayerUpdate | None]) -> None:
-        """Writes an adapter's updates (one a layer) into its lanes, zeros where it has none."""
-        for a, b, users, update in zip(self.a, self.b, self.users, updates, strict=True):
-            a[first : first + width] = 0
-            b[first : first + width] = 0
-            if update is not None:
-                rank = update.a.shape[0]
-                a[first : first + rank] = update.a
-                b[first : first + rank] = update.b
-                users.add(digest)
+    def _add(self, batch: Batch, x: Tensor, out: Tensor) -> None:
+        """x [n, in], out [n, out of all layers]."""
+        shelf, slots = self.shelves[batch.width], batch.high - batch.low
+        if not any(shelf.users):
+            return
+        taken = (x if batch.take is None else x.index_select(0, batch.take)).view(slots, batch.depth, -1)
+        for a, b, part, users in zip(shelf.a, shelf.b, self.slices, shelf.users, strict=True):
+            if not users:
+                continue
+            h = torch.bmm(taken, a[batch.low : batch.high].transpose(1, 2))
+            if batch.rows is None or batch.places is None:
+                out.view(slots, batch.depth, -1)[..., part].baddbmm_(h, b[batch.low : batch.high])
+            else:
+                made = torch.bmm(h, b[batch.low : batch.high])
+                out[:, part].index_add_(0, batch.rows, made.view(slots * batch.depth, -1).index_select(0, batch.places))
 
-    def drop(self, digest: str) -> None:
-        for users in self.users:
-            users.discard(digest)
-
-    def held(self, low: int, high: int) -> int:
-        """Sum of the bits in these lanes."""
-        used = [stack for a, b, users in zip(self.a, self.b, self.users, strict=True) if users for stack in (a, b)]
-        return sum(bit_sum(stack[low:high]) for stack in used)
-
-    def move(self, first: int, past: int, to: int) -> None:
-        for stack in (*self.a, *self.b):
-            stack[to : to + past - first] = stack[first:past].clone()
+    def shelf(self, num_slots: int, width: int) -> Shelf:
+        if width not in self.shelves:
+            self.shelves[width] = Shelf(num_slots, width, self.modules, self.dtype)
+        return self.shelves[width]
 
 
 def bit_sum(tensor: Tensor) -> int:
@@ -202,15 +251,23 @@ def grouped(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[tupl
 class MultiLora:
     """Every adaptable layer of a model, and the adapters that are active in them."""
 
-    def __init__(self, model: nn.Module, capacity: int, dtype: torch.dtype) -> None:
-        """`capacity`: lanes, the sum of the ranks that can be active at once. Replaces the linear layers of `model` in place."""
-        self.rows, self.lanes, self.device = Rows(), Lanes(capacity), next(model.parameters()).device
+    def __init__(self, model: nn.Module, max_active: int, max_lanes: int, dtype: torch.dtype) -> None:
+        """At most `max_active` adapters of each width are active at once, of at most `max_lanes` ranks together.
+
+        Replaces the linear layers of `model` in place.
+        """
+        self.rows, self.device = Rows(), next(model.parameters()).device
+        self._max_active, self._max_lanes = max_active, max_lanes
+        self.held_slots: dict[str, Slot] = {}
+        """By digest."""
+        self._decoding: tuple[str, ...] | None = None
+        """What `rows.batches` were made of; None when they have to be made again."""
         self.layers: dict[str, MultiLoraLinear] = {}
         self.groups: dict[tuple[str, ...], Group] = {}
         skip = model.get_output_embeddings()
         modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not skip}
         for names in grouped(list(modules), modules):
-            group = self.groups[names] = Group([modules[name] for name in names], self.rows, capacity, dtype)
+            group = self.groups[names] = Group([modules[name] for name in names], self.rows, dtype)
             for number, name in enumerate(names):
                 parent, _, leaf = name.rpartition(".")
                 self.layers[name] = MultiLoraLinear(group, number)
@@ -225,7 +282,7 @@ class MultiLora:
             group.calls = []
 
     def fingerprint(self, updates: Mapping[str, LayerUpdate]) -> int:
-        """What `held` gives for lanes that hold exactly these updates."""
+        """What `held` gives for a slot that holds exactly these updates."""
         total = 0
         for place, names in enumerate(self.groups, 1):
             own = [updates[name] for name in names if name in updates]
@@ -233,60 +290,48 @@ class MultiLora:
         return total
 
     def held(self, digest: str) -> int:
-        """The fingerprint of what an active adapter's lanes hold now."""
-        low, high = self.lanes.held[digest]
-        return sum(place * group.held(low, high) for place, group in enumerate(self.groups.values(), 1))
+        """The fingerprint of what an active adapter's slot holds now."""
+        slot = self.held_slots[digest]
+        return sum(place * group.shelves[slot.width].held(slot.number) for place, group in enumerate(self.groups.values(), 1))
 
-    def activate(self, digest: str, updates: Mapping[str, LayerUpdate], needed: Collection[str]) -> None:
-        """Puts an adapter into the stacks, in place of ones that no row of `needed` (digests) uses. There must be room for `needed`."""
-        if digest in self.lanes.held:
-            return
-        width = width_of(updates)
-        first = self.lanes.find(width)
-        for idle in [each for each in self.lanes.held if each not in needed]:
-            if first is not None:
-                break
-            self.deactivate(idle)
-            first = self.lanes.find(width)
-        if first is None:
-            first = self._compact(width)
+    def activate(self, digest: str, rank: int, updates: Mapping[str, LayerUpdate], needed: Collection[str]) -> bool:
+        """Puts an adapter into the lowest slot that no digest of `needed` holds; False when there is none."""
+        if digest in needed:
+            return True
+        width = width_of(rank)
+        num_slots = max(1, min(self._max_active, self._max_lanes // width))
+        taken = {slot.number for each, slot in self.held_slots.items() if each in needed and slot.width == width}
+        number = next((number for number in range(num_slots) if number not in taken), None)
+        if number is None:
+            return False
+        slot = Slot(width, number)
+        if self.held_slots.get(digest) == slot:
+            return True
+        self.deactivate(digest)  # it lay higher: low slots keep the range short that a step reads
+        for other in [each for each, held in self.held_slots.items() if held == slot]:
+            self.deactivate(other)
         for names, group in self.groups.items():
-            group.put(digest, first, width, [updates.get(name) for name in names])
-        self.lanes.held[digest] = (first, first + width)  # last: half an adapter is none
+            group.shelf(num_slots, width).put(digest, number, [updates.get(name) for name in names])
+        self.held_slots[digest] = slot  # last: half an adapter is none
+        return True
 
     def deactivate(self, digest: str) -> None:
-        """Frees an adapter's lanes; what they hold is nobody's until another is written over it."""
-        self.lanes.held.pop(digest, None)
-        for group in self.groups.values():
-            group.drop(digest)
-
-    def _compact(self, width: int) -> int:
-        """Closes the gaps between held lanes; returns the first free lane."""
-        at = 0
-        for digest, (first, past) in sorted(self.lanes.held.items(), key=lambda item: item[1]):
-            if first != at:
-                for group in self.groups.values():
-                    group.move(first, past, at)
-                self.lanes.held[digest] = (at, at + past - first)
-            at += past - first
-        assert at + width <= self.lanes.capacity, "the caller admits no more ranks than there are lanes"
-        return at
+        """Frees an adapter's slot; what it holds is nobody's until another is written over it."""
+        slot = self.held_slots.pop(digest, None)
+        self._decoding = None
+        if slot is not None:
+            for group in self.groups.values():
+                group.shelves[slot.width].drop(digest)
 
     def set_rows(self, decoding: Sequence[str], chunks: Sequence[tuple[str, int]]) -> None:
         """The digests (or "") of the decoding rows, and (digest, tokens) of each chunk behind them."""
-        rows = self.rows
-        rows.num_decoding, rows.foreign, rows.num_lanes = len(decoding), None, 0
-        if any(decoding):
-            rows.num_lanes = max(self.lanes.held[digest][1] for digest in decoding if digest)
-            foreign = torch.ones(len(decoding), rows.num_lanes, dtype=torch.bool)
-            for row, digest in enumerate(decoding):
-                if digest:
-                    low, high = self.lanes.held[digest]
-                    foreign[row, low:high] = False
-            rows.foreign = foreign.to(self.device)
-        at, found = len(decoding), []
+        rows, asked = self.rows, tuple(decoding)
+        if asked != self._decoding:
+            rows.batches = batches_of([self.held_slots[digest] if digest else None for digest in asked], self.device)
+            rows.num_decoding, self._decoding = len(asked), asked
+        at, found = len(asked), []
         for digest, count in chunks:
             if digest:
-                found.append((at, at + count, *self.lanes.held[digest]))
+                found.append((at, at + count, self.held_slots[digest]))
             at += count
         rows.chunks = tuple(found)

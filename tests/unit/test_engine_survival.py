@@ -77,19 +77,19 @@ def test_weights_that_were_swapped_in_a_slot_are_found(tiny_model_dir: Path, ada
                 await engine.load_adapter(digest, adapters[digest])
             request = Request("a", (5, 6, 7), DIGESTS[1], max_tokens=3, sampling=Sampling(0, num_logprobs=0))
             require_own(truth, request, await answer(engine, request))
-            group = next(group for group in engine._thread.decoder.lora.groups.values() if any(group.users))  # type: ignore[attr-defined]
-            low, _ = engine._thread.decoder.lora.lanes.held[DIGESTS[1]]  # type: ignore[attr-defined]
-            next(a for a, users in zip(group.a, group.users, strict=True) if users)[low, 0] += 0.5
+            lora = engine._thread.decoder.lora  # type: ignore[attr-defined]
+            slot = lora.held_slots[DIGESTS[1]]
+            next(iter(lora.groups.values())).shelves[slot.width].a[0][slot.number, 0, 0] += 0.5
             assert (await answer(engine, request))[-1].finish == "abort"
             require_own(truth, request, await answer(engine, request))  # written anew
 
     run(go())
 
 
-def test_an_adapter_that_waits_for_lanes_is_not_overtaken_for_ever(tiny_model_dir: Path, adapters: dict[str, Path]) -> None:
+def test_an_adapter_that_waits_for_a_slot_is_not_overtaken_for_ever(tiny_model_dir: Path, adapters: dict[str, Path]) -> None:
     async def go() -> None:
-        async with opened(tiny_model_dir, max_lanes=16, max_batch=4) as engine:
-            for digest in (DIGESTS[1], DIGESTS[3]):  # ranks 8 and 16: never both
+        async with opened(tiny_model_dir, max_lanes=8, max_batch=4) as engine:
+            for digest in (DIGESTS[1], DIGESTS[7]):  # both of rank 8: never both
                 await engine.load_adapter(digest, adapters[digest])
             over = asyncio.Event()
 
@@ -101,7 +101,7 @@ def test_an_adapter_that_waits_for_lanes_is_not_overtaken_for_ever(tiny_model_di
 
             busy = [asyncio.create_task(hot(seed)) for seed in range(6)]
             await asyncio.sleep(0.2)
-            assert len(await asyncio.wait_for(answer(engine, Request("cold", (5, 6), DIGESTS[3], max_tokens=4)), 20)) == 4
+            assert len(await asyncio.wait_for(answer(engine, Request("cold", (5, 6), DIGESTS[7], max_tokens=4)), 20)) == 4
             over.set()
             await asyncio.gather(*busy)
 

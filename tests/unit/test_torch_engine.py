@@ -41,7 +41,7 @@ def test_every_row_of_a_mixed_batch_is_its_own_adapters(tiny_model_dir: Path, ad
 def test_no_answer_is_wrong_while_adapters_come_and_go(
     tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth, num_requests: int
 ) -> None:
-    """Few lanes, so that stacks are compacted and adapters take turns; unloading waits for the rows that use it."""
+    """Few slots, so that adapters move and take turns; unloading waits for the rows that use it."""
 
     async def go() -> list[tuple[Request, list[Token]]]:
         rng = random.Random(1)
