@@ -49,6 +49,8 @@ COMMANDS: dict[str, Command] = {
     "submit": Command("cluster.submit:main", "sft RECIPE [PATH=VALUE ...]", "run a recipe as a job of a Ray cluster, and follow it"),
     "adapters": Command("ftcore.adapter_commands:main", "list|show|verify|promote|...", "look after the adapter store"),
     "serve": Command("serving.commands:serve_main", "[FILE] base=... store=...", "answer over HTTP, each tenant with its own adapters"),
+    "chat": Command("ftcore.chat_command:main", "[REF] [--base DIR]", "talk to an adapter, or to a bare base, in the terminal"),
+    "generate": Command("pipelines.generate:main", "REF ROWS --out DIR", "answer many rows with an adapter, into Parquet"),
     "tenants": Command("serving.commands:tenants_main", "add|key|revoke|list FOLDER ...", "make and revoke tenants' keys"),
     "verify-receipt": Command("ftcore.receipt_commands:main", "ANSWER.json --keys KEYS.json", "check which weights gave an answer"),
     "merge": Command("ftcore.adapter_commands:merge_main", "REF --out DIR", "fold an adapter into its base, reloaded and compared"),
