@@ -17,9 +17,11 @@ from ftcore.recipe_errors import explain
 from ftcore.recipe_file import Tree, by_line, override, read_tree
 from ftcore.section import Section
 
+METERS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
+
 
 class Limits(Section):
-    """What one tenant may ask at once."""
+    """What one tenant may ask: at once, and in a minute, a day or a month (UTC)."""
 
     max_concurrent: int = Field(64, ge=1)
     """Answers under way and waiting; further ones get 429."""
@@ -27,6 +29,17 @@ class Limits(Section):
     """Longest answer."""
     max_choices: int = Field(8, ge=1)
     """`n`."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """None, here and below: no such limit. Further ones get 429 until the next minute begins."""
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """Of prompts and answers. An answer's longest possible length is reserved before it begins; what it did not use comes back."""
+    tokens_per_day: int | None = Field(None, ge=1)
+    tokens_per_month: int | None = Field(None, ge=1)
+
+    @property
+    def meters(self) -> dict[str, int]:
+        """Key -> limit, of what is counted over time."""
+        return {key: limit for key in METERS if (limit := getattr(self, key)) is not None}
 
 
 class ServeSettings(Section):
@@ -64,6 +77,9 @@ class ServeSettings(Section):
     max_body_kib: int = Field(1024, ge=1)
     """Largest request."""
     limits: Limits = Limits()
+    """Of every tenant that has none of its own (`ftcore tenants limits`)."""
+    audit_spool: str = ""
+    """Local folder where audit lines wait to be sealed into the store; empty: in a local store itself, else below ~/.local/state/ftcore."""
 
     @property
     def is_local_only(self) -> bool:
