@@ -50,6 +50,9 @@ COMMANDS: dict[str, Command] = {
     "adapters": Command("ftcore.adapter_commands:main", "list|show|verify|promote|...", "look after the adapter store"),
     "serve": Command("serving.commands:serve_main", "[FILE] base=... store=...", "answer over HTTP, each tenant with its own adapters"),
     "tenants": Command("serving.commands:tenants_main", "add|key|revoke|list FOLDER ...", "make and revoke tenants' keys"),
+    "audit": Command(
+        "serving.audit_commands:main", "list|verify|usage STORE", "what was asked, by whom, and what became of it; no content"
+    ),
     "verify-receipt": Command("ftcore.receipt_commands:main", "ANSWER.json --keys KEYS.json", "check which weights gave an answer"),
     "merge": Command("ftcore.adapter_commands:merge_main", "REF --out DIR", "fold an adapter into its base, reloaded and compared"),
     "schema": Command("ftcore.recipe_commands:schema", "", "JSON Schema of recipes, for editors"),

@@ -150,9 +150,7 @@ class AuditLog:
     def _flush(self) -> None:
         if self._segment is None:
             self._segment = _Segment(self.spool, *self._before)
-        batch: list[Entry] = []
-        while len(batch) < MAX_WAITING and not self._entries.empty():
-            batch.append(self._entries.get_nowait())
+        batch = [self._entries.get_nowait() for _ in range(self._entries.qsize())]
         try:
             self._segment.append([asdict(entry) for entry in batch])
         except OSError:
