@@ -235,8 +235,9 @@ class _TooLarge(Exception):
 
 def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:
     def audit(request: Request, code: str) -> None:
-        if "job" not in request.scope["state"]:  # a job's account is audited where it ends
-            audit_refusal(service().audit, request.state.caller, uuid.uuid4().hex, code)
+        state = request.scope.get("state", {})
+        if "caller" in state and "job" not in state:  # a job's account is audited where it ends
+            audit_refusal(service().audit, state["caller"], uuid.uuid4().hex, code)
 
     @api.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:

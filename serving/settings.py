@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -15,8 +16,9 @@ from ftcore.engines.base import EngineChoice
 from ftcore.errors import ConfigError
 from ftcore.recipe_errors import explain
 from ftcore.recipe_file import Tree, by_line, override, read_tree
-from ftcore.section import Section
+from ftcore.section import Section, leaf_paths
 
+S = TypeVar("S", bound=Section)
 METERS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
 
 
@@ -89,16 +91,23 @@ class ServeSettings(Section):
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:
     """From a YAML file (or nothing) and `path=value`. Raises ConfigError that lists every problem with its line."""
     tree = read_tree(path) if path is not None else Tree({}, name="settings")
+    return _checked(tree, ServeSettings, overrides, "`ftcore serve --help` names the keys")
+
+
+def changed_limits(limits: Limits, overrides: Sequence[str]) -> Limits:
+    """`limits` with `key=value` put in (`key=null` takes one away). Raises ConfigError as `load_settings` does."""
+    return _checked(Tree(limits.model_dump(), name="limits"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
+
+
+def _checked(tree: Tree, kind: type[S], overrides: Sequence[str], remedy: str) -> S:
     for text in overrides:
         override(tree, text)
     problems = list(tree.problems)
     try:
-        settings = ServeSettings.model_validate(tree.values)
+        checked = kind.model_validate(tree.values)
         if not problems:
-            return settings
+            return checked
     except ValidationError as error:
-        problems += explain(error, tree, ServeSettings)
+        problems += explain(error, tree, kind)
     lines = "".join(f"\n  {problem}" for problem in sorted(problems, key=by_line))
-    raise ConfigError(
-        f"{len(problems)} problem{'s' * (len(problems) != 1)} in the settings{lines}", remedy="`ftcore serve --help` names the keys"
-    )
+    raise ConfigError(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the {tree.name}{lines}", remedy=remedy)

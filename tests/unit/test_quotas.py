@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -120,38 +121,53 @@ def test_no_interleaving_grants_more_than_the_quota_or_loses_count(
         asyncio.run(interleaved(str(tmp_path / str(each)), each, is_unsteady=is_unsteady, has_kills=has_kills))
 
 
+class Client:
+    """One process of tests/quota_clients.py."""
+
+    def __init__(self, folder: Path, limit: int, share: int, seed: int) -> None:
+        self.printed = folder / f"printed-{seed}"
+        command = [sys.executable, "-m", "tests.quota_clients", str(folder / "store"), str(limit), str(share), str(seed)]
+        with self.printed.open("w") as file:
+            environment = {**os.environ, "PYTHONPATH": str(REPO)}
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, text=True, cwd=REPO, env=environment)
+
+    def lines(self) -> list[list[str]]:
+        return [line.split() for line in self.printed.read_text().split("\n")[:-1]]
+
+    def until(self, reached: Callable[[list[list[str]]], bool]) -> None:
+        while not reached(self.lines()):
+            assert self.process.poll() is None
+            time.sleep(0.02)
+
+    def counted(self) -> tuple[int, int]:
+        """(used, granted and never settled)"""
+        granted = {line[1]: int(line[2]) for line in self.lines() if line[0] == "G"}
+        settled = {line[1]: int(line[2]) for line in self.lines() if line[0] == "S"}
+        return sum(settled.values()), sum(amount for name, amount in granted.items() if name not in settled)
+
+
 def test_two_processes_one_killed_one_restarted_and_the_ledger_is_exact(tmp_path: Path) -> None:
-    store, limit = str(tmp_path), 60_000
-
-    def begin(seed: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.quota_clients", store, str(limit), str(seed)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)})
-
-    def counted(lines: list[str]) -> tuple[int, int, int]:
-        """(used, granted and never settled, grants)"""
-        granted, settled = {}, {}
-        for line in lines:
-            kind, name, amount = line.split()
-            (granted if kind == "G" else settled)[name] = int(amount)
-        return sum(settled.values()), sum(amount for name, amount in granted.items() if name not in settled), len(granted)
-
-    doomed, other = begin(1), begin(2)
-    assert doomed.stdout and other.stdout
-    first = [doomed.stdout.readline() for _ in range(300)]
-    doomed.kill()
-    first += [line for line in doomed.communicate()[0].splitlines() if len(line.split()) == 3]
-    again = begin(3)
-    others = [*other.communicate(timeout=100)[0].splitlines()]
-    restarted = [*again.communicate(timeout=100)[0].splitlines()]
-    assert (other.returncode, again.returncode) == (0, 0)
-    killed_used, killed_open, _ = counted(first)
-    used = [counted(others), counted(restarted)]
-    assert all(left_open == 0 and grants > 100 for _, left_open, grants in used)
-    spent = sum(each for each, _, _ in used)
+    store, limit, share = str(tmp_path / "store"), 60_000, 15_000
+    doomed, other = Client(tmp_path, limit, share, 1), Client(tmp_path, limit, share, 2)
+    doomed.until(lambda lines: len(lines) > 300)
+    doomed.process.kill()
+    doomed.process.communicate()
+    living = [other, Client(tmp_path, limit, share, 3)]
+    for client in living:
+        client.until(lambda lines: ["P"] in lines)
+    for client in living:
+        assert client.process.stdin
+        client.process.stdin.write("\n")
+        client.process.stdin.flush()
+    for client in living:
+        client.process.communicate(timeout=100)
+        assert client.process.returncode == 0
+    killed_used, killed_open = doomed.counted()
+    spent = sum(client.counted()[0] for client in living)
+    assert [client.counted()[1] for client in living] == [0, 0]
     ledger = taken(store)
-    held_by_killed = ledger - spent
-    assert killed_used + killed_open <= held_by_killed, "what a killed process was granted counts as spent"
-    assert spent + killed_used + killed_open <= ledger <= limit
+    assert killed_used + killed_open <= ledger - spent, "what a killed process was granted counts as spent"
+    assert 2 * share <= spent < ledger <= limit
 
     async def rest() -> None:
         quotas, who = Quotas(store), caller(tokens_per_month=limit)

@@ -138,6 +138,27 @@ def test_an_engine_that_fails_ends_the_account(store: Store, tmp_path: Path) -> 
     assert spent == line["prompt_tokens"] + line["completion_tokens"] < 250
 
 
+def test_limits_of_a_tenant_are_its_own_and_a_running_server_follows(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def go() -> None:
+        async with served(store, tmp_path) as server:
+            command = ["tenants", "limits", str(tmp_path / "tenants"), "acme"]
+            assert main([*command, "tokens_per_moth=5"]) == 2
+            assert "did you mean tokens_per_month" in capsys.readouterr().err
+            assert main([*command, "tokens_per_month=5", "max_tokens=7"]) == 0
+            await asyncio.sleep(0.3)
+            body = {"model": "support", "prompt": [5] * 4, "max_tokens": 7}
+            told = {tenant: (await server.complete(tenant, **body)).status_code for tenant in ("acme", "bolt")}
+            assert told == {"acme": 429, "bolt": 200}
+            assert main([*command, "tokens_per_month=null"]) == 0
+            await asyncio.sleep(0.3)
+            assert (await server.complete("acme", **body)).status_code == 200
+            assert (await server.complete("acme", **{**body, "max_tokens": 8})).status_code == 400
+
+    run(go())
+
+
 def test_the_audit_names_who_and_what_and_holds_no_content(store: Store, tmp_path: Path) -> None:
     async def go() -> dict[str, str]:
         async with served(store, tmp_path) as server:
