@@ -20,7 +20,7 @@ from ftcore.errors import StorageError
 from ftcore.storage import Folder
 from serving import quotas as quotas_module
 from serving.gate import Refusal
-from serving.ledger import HOME, Ledger, window_at, window_end
+from serving.ledger import EXPIRES_S, HOME, Ledger, window_at, window_end
 from serving.quotas import Quotas, Reservation
 from serving.settings import Limits
 from serving.tenants import Caller
@@ -70,6 +70,11 @@ async def interleaved(store: str, seed: int, *, is_unsteady: bool, has_kills: bo
             quotas._folder = Unsteady(quotas._folder.url)
         return quotas
 
+    def settle(reservation: Reservation) -> None:
+        used = rng.randrange(reservation.tokens + 1)
+        used_by[open_.pop(reservation)] += used
+        reservation.settle(used)
+
     async def ask(quotas: Quotas) -> None:
         with contextlib.suppress(Refusal):
             open_[await quotas.reserve(who, rng.randrange(1, 120))] = quotas
@@ -80,23 +85,23 @@ async def interleaved(store: str, seed: int, *, is_unsteady: bool, has_kills: bo
         if fate < 0.4:
             await asyncio.gather(*(ask(rng.choice(alive)) for _ in range(rng.randrange(1, 8))))
         elif fate < 0.85 and open_:
-            reservation = rng.choice(list(open_))
-            used = rng.randrange(reservation.tokens + 1)
-            used_by[open_.pop(reservation)] += used
-            reservation.settle(used)
+            settle(rng.choice(list(open_)))
         elif fate < 0.95 or not has_kills:
-            for purse in quotas._purses.values():
-                purse.tidy()
-            await asyncio.sleep(0)
+            if rng.random() < 0.5:  # this one comes to rest: its leases end
+                for reservation in [each for each, owner in open_.items() if owner is quotas]:
+                    settle(reservation)
+            for _ in range(4):
+                for purse in quotas._purses.values():
+                    purse.tidy()
+                await asyncio.sleep(0.01)
         else:
             for reservation in [each for each, owner in open_.items() if owner is quotas]:
                 del open_[reservation]
             dead[quotas] = used_by.pop(quotas, 0)
             alive[alive.index(quotas)] = begin()
         assert sum(used_by.values()) + sum(dead.values()) + sum(each.tokens for each in open_) <= limit
-    for reservation, quotas in open_.items():
-        used_by[quotas] += reservation.tokens // 2
-        reservation.settle(reservation.tokens // 2)
+    for reservation in list(open_):
+        settle(reservation)
     for quotas in alive:
         if is_unsteady:
             for purse in quotas._purses.values():
@@ -255,6 +260,26 @@ def test_an_answer_counts_in_the_window_it_was_admitted_in_and_clocks_may_differ
         assert taken(str(tmp_path), "tokens_per_minute") <= 100
 
     asyncio.run(go())
+
+
+def test_a_lease_that_expired_is_spent_and_its_process_begins_another(tmp_path: Path) -> None:
+    now = NOON
+
+    async def go() -> None:
+        nonlocal now
+        asleep, awake = Quotas(str(tmp_path), lambda: now), Quotas(str(tmp_path), lambda: now)
+        who = caller(tokens_per_day=100)
+        first = await asleep.reserve(who, 60)
+        now += EXPIRES_S + 1
+        (await awake.reserve(who, 10)).settle(10)
+        first.settle(0)
+        (await asleep.reserve(who, 20)).settle(20)  # of the sixty, which the ledger counts as spent
+        assert (await refused(asleep, who, 70)).status == 429
+        (await asleep.reserve(who, 25)).settle(25)
+        await asyncio.gather(asleep.close(), awake.close())
+
+    asyncio.run(go())
+    assert 95 <= taken(str(tmp_path), "tokens_per_day") <= 100
 
 
 def test_without_the_store_it_serves_what_it_holds_then_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
