@@ -102,6 +102,7 @@ class AuditLog:
         self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
         self._segment: _Segment | None = None
         self._before = ("", "")
+        self._num_lost = self._num_lost_told = 0  # each written by one thread
 
     def open(self) -> None:
         """Blocks. Raises StorageError when lines cannot be kept here."""
@@ -118,7 +119,10 @@ class AuditLog:
         return self._entries.qsize() >= MAX_WAITING
 
     def write(self, entry: Entry) -> None:
-        self._entries.put(entry)
+        if self._entries.qsize() < 2 * MAX_WAITING:
+            self._entries.put(entry)
+        else:  # refusals: nothing is answered any more; how many were lost is written down
+            self._num_lost += 1
 
     def close(self) -> None:
         """Blocks: writes what waits, ends the segment and seals it. Without a store it stays in the spool, for whoever comes next."""
@@ -151,8 +155,10 @@ class AuditLog:
         if self._segment is None:
             self._segment = _Segment(self.spool, *self._before)
         batch = [self._entries.get_nowait() for _ in range(self._entries.qsize())]
+        num_lost = self._num_lost - self._num_lost_told
         try:
-            self._segment.append([asdict(entry) for entry in batch])
+            self._segment.append([*map(asdict, batch), *([{"lost": num_lost}] if num_lost else [])])
+            self._num_lost_told += num_lost
         except OSError:
             for entry in batch:  # in their order, behind what came meanwhile
                 self._entries.put(entry)
@@ -193,7 +199,7 @@ class AuditLog:
             )  # fmt: skip
             seal = unsigned.model_copy(update={"signature": self._signer.signature(unsigned.signed_bytes())})
             folder = Folder(self._store) / f"{HOME}/{day_of(path.stem)}"
-            folder.write(path.name, raw)  # not sealed yet: another's half-made copy is the same bytes
+            folder.create(path.name, raw)  # False, here and below: it was sealed by a process that was killed before it removed this file
             folder.create(f"{path.stem}.json", seal.model_dump_json(indent=1).encode())
         path.unlink()
 

@@ -161,7 +161,7 @@ def test_without_the_store_segments_wait_on_this_machine(tmp_path: Path, caplog:
     assert not list(Path(spool).iterdir())
 
 
-def test_a_full_disk_loses_no_line_and_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_full_disk_lines_wait_and_answers_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from serving import audit as module
 
     log = AuditLog(str(tmp_path))
@@ -175,7 +175,7 @@ def test_a_full_disk_loses_no_line_and_is_noticed(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(module, "MAX_WAITING", 20)
-    for number in range(30):
+    for number in range(50):
         log.write(entry(number))
     assert log.is_full
     time.sleep(0.8)
@@ -184,4 +184,6 @@ def test_a_full_disk_loses_no_line_and_is_noticed(tmp_path: Path, monkeypatch: p
     log.close()
     (only,) = segments(tmp_path, "jsonl")
     _, lines = read_segment(Folder(tmp_path) / HOME, only.stem, published_keys(str(tmp_path)))
-    assert sorted(line["prompt_tokens"] for line in lines[1:-1]) == list(range(30))
+    kept, lost = sorted(line["prompt_tokens"] for line in lines if "outcome" in line), sum(line.get("lost", 0) for line in lines)
+    assert kept == list(range(len(kept))) and len(kept) >= 40
+    assert lost == 50 - len(kept) > 0, "memory is bounded; that something is missing is said"
