@@ -96,7 +96,7 @@ def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSett
 
 def changed_limits(limits: Limits, overrides: Sequence[str]) -> Limits:
     """`limits` with `key=value` put in (`key=null` takes one away). Raises ConfigError as `load_settings` does."""
-    return _checked(Tree(limits.model_dump(), name="limits"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
+    return _checked(Tree(limits.model_dump(), name="settings"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
 
 
 def _checked(tree: Tree, kind: type[S], overrides: Sequence[str], remedy: str) -> S:
@@ -110,4 +110,4 @@ def _checked(tree: Tree, kind: type[S], overrides: Sequence[str], remedy: str) -
     except ValidationError as error:
         problems += explain(error, tree, kind)
     lines = "".join(f"\n  {problem}" for problem in sorted(problems, key=by_line))
-    raise ConfigError(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the {tree.name}{lines}", remedy=remedy)
+    raise ConfigError(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the settings{lines}", remedy=remedy)
