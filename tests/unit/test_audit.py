@@ -1,189 +1,174 @@
-"""The audit log: nothing altered or taken out goes unseen, nothing is lost with a killed process, no content and no key is in it."""
+"""The audit: tallies that merge, a gate that refuses, a table that is safe to print."""
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import json
 from collections.abc import Callable
-from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ftcore.cli import main
-from ftcore.storage import Folder
-from serving.audit import HOME, AuditLog, Entry, read_segment
-from serving.published_keys import published_keys
-
-REPO = Path(__file__).resolve().parents[2]
+from ftcore.data.audit import PLACES, Audit, Tally
+from ftcore.data.types import ROLES, Origin, Rejected
+from ftcore.errors import DataError
+from ftcore.recipe import Data
 
 
-def entry(number: int, tenant: str = "acme") -> Entry:
-    return Entry(f"r{number}", tenant, "k1", "", "b" * 64, "finished", "", number, 1, 0.5, "2026-01-01T00:00:00Z")
+def data(**changes: object) -> Data:
+    return Data.model_validate({"sources": ["rows.jsonl"]} | changes)
 
 
-def written(store: Path, numbers: range, **sizes: int) -> None:
-    log = AuditLog(str(store), **sizes)
-    log.open()
-    for number in numbers:
-        log.write(entry(number))
-    log.close()
+def sound(rows: int = 100) -> Audit:
+    """What a healthy data set looks like."""
+    audit = Audit(read=rows, answers=rows, stopped=rows)
+    audit.add_lengths(np.full(rows, 50))
+    audit.add_trained([0, 0, 10 * rows, 0, 0, 0])
+    train = audit.split("train")
+    train.rows, train.examples, train.tokens, train.trained = rows, rows, 50 * rows, 10 * rows
+    return audit
 
 
-def segments(store: Path, ending: str) -> list[Path]:
-    return sorted(path for path in (store / HOME).rglob(f"*.{ending}") if path.parent.name != "open")
+def reject(audit: Audit, count: int, reason: str = "empty answer", file: str = "b.jsonl") -> None:
+    for row in range(1, count + 1):
+        audit.read += 1
+        audit.reject(Rejected(Origin(file, row), reason))
 
 
-def test_what_was_written_is_sealed_signed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written(tmp_path, range(1, 101))
-    keys = published_keys(str(tmp_path))
-    (only,) = segments(tmp_path, "jsonl")
-    seal, lines = read_segment(Folder(tmp_path) / HOME, only.stem, keys)
-    assert (seal.ended, [line["request"] for line in lines[1:-1]]) == (True, [f"r{number}" for number in range(1, 101)])
-    assert not list((tmp_path / HOME / "open").iterdir())
-    written(tmp_path, range(0))  # nothing was asked: no segment
-    assert main(["audit", "verify", str(tmp_path)]) == 0
-    assert main(["audit", "usage", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "sound: 1 segments, 100 lines" in printed
-    assert re.search(r"^acme +100 +5050 +100 +0 +0 +0$", printed, re.MULTILINE)
+def test_parts_merged_are_the_whole() -> None:
+    whole, left, right = sound(), sound(), Audit()
+    for audit, rows in ((whole, range(1, 9)), (left, range(1, 5)), (right, range(5, 9))):
+        for row in rows:
+            audit.read += 1
+            audit.reject(Rejected(Origin("b.jsonl", row), "broken JSON", "line ends early"))
+        audit.add_lengths(np.array([7 * row for row in rows]))
+        audit.redact(["email"] * len(rows), Origin("b.jsonl", rows[0]))
+    left.merge(right)
+    whole.redacted["email"].places.append("b.jsonl, row 5")  # the only thing the whole saw once: each part names its first place
+    assert left == whole
 
 
-def alter_a_byte(store: Path) -> None:
-    path = segments(store, "jsonl")[0]
-    path.write_bytes(path.read_bytes().replace(b'"prompt_tokens":7', b'"prompt_tokens":1'))
+def test_it_survives_json() -> None:
+    audit = sound()
+    reject(audit, 2)
+    audit.note("a.json: format alpaca")
+    assert Audit.from_json(json.loads(json.dumps(audit.to_json()))) == audit
 
 
-def remove_a_line(store: Path) -> None:
-    path = segments(store, "jsonl")[0]
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:3] + lines[4:]))
+def test_sound_data_passes() -> None:
+    sound().check(data())
 
 
-def cut_the_end(store: Path) -> None:
-    path = segments(store, "jsonl")[-1]
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+def spoil_stop(audit: Audit) -> None:
+    audit.stopped = 0
 
 
-def alter_a_seal(store: Path) -> None:
-    path = segments(store, "json")[0]
-    path.write_text(path.read_text().replace('"lines": ', '"lines": 1'))
+def spoil_labels(audit: Audit) -> None:
+    audit.split("train").trained = 0
 
 
-def remove_a_segment(store: Path) -> None:
-    for ending in ("jsonl", "json"):
-        segments(store, ending)[0].unlink()
+def spoil_kept(audit: Audit) -> None:
+    audit.splits.clear()
 
 
-def remove_a_seal(store: Path) -> None:
-    segments(store, "json")[0].unlink()
+def spoil_truncated(audit: Audit) -> None:
+    audit.truncated = Tally(6, ["a.jsonl, row 3"])
 
 
-def forge_with_another_key(store: Path) -> None:
-    for path in (store / "_receipts").iterdir():
-        path.unlink()
+def spoil_rejected(audit: Audit) -> None:
+    reject(audit, 2)
 
 
 @pytest.mark.parametrize(
-    "forge", [alter_a_byte, remove_a_line, cut_the_end, alter_a_seal, remove_a_segment, remove_a_seal, forge_with_another_key]
+    ("spoil", "words"),
+    [
+        (spoil_stop, "no answer ends in a trained stop token"),
+        (spoil_labels, "not one trained token in the train split"),
+        (spoil_kept, "no row is left"),
+        (spoil_truncated, r"6\.00% of examples lose labels.*a\.jsonl, row 3"),
+        (spoil_rejected, r"1\.96% of rows rejected.*empty answer 2x \(b\.jsonl, row 1; b\.jsonl, row 2\)"),
+    ],
 )
-def test_whatever_is_altered_or_taken_out_is_found(
-    forge: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = AuditLog(str(tmp_path), max_bytes=1)
-    log.open()
-    for first in (0, 10):
-        for number in range(first, first + 10):
-            log.write(entry(number))
-        while len(segments(tmp_path, "json")) <= first // 10:
-            time.sleep(0.02)
-    log.close()
-    assert main(["audit", "verify", str(tmp_path)]) == 0
-    assert "sound: 2 segments, 20 lines" in capsys.readouterr().out
-    forge(tmp_path)
-    assert main(["audit", "verify", str(tmp_path)]) == 6
-    assert "NOT SOUND" in capsys.readouterr().out
+def test_bad_data_is_refused_with_the_reason(spoil: Callable[[Audit], None], words: str) -> None:
+    audit = sound()
+    spoil(audit)
+    with pytest.raises(DataError, match=words):
+        audit.check(data())
 
 
-KILLED = """
-import os, sys, time
-from tests.unit.test_audit import entry
-from serving.audit import AuditLog
-log = AuditLog(sys.argv[1]); log.open()
-for number in range(50): log.write(entry(number, "bolt"))
-time.sleep(1.0)
-print("written", flush=True)
-time.sleep(100)
-"""
+def test_the_recipe_decides_how_much_is_too_much() -> None:
+    audit = sound()
+    reject(audit, 2)
+    spoil_truncated(audit)
+    audit.check(data(max_rejected=0.02, max_truncated=0.06))
 
 
-def test_a_killed_processs_segment_is_sealed_by_the_next_and_a_living_ones_is_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment, cwd=REPO)
-    assert process.stdout
-    try:
-        assert process.stdout.readline() == "written\n"
-        written(tmp_path, range(3))
-        (open_,) = (tmp_path / HOME / "open").glob("*.jsonl")
-        assert len(segments(tmp_path, "jsonl")) == 1
-        main(["audit", "list", str(tmp_path)])
-        assert re.search(rf"{open_.stem} +50 lines  open", capsys.readouterr().out)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    with open_.open("ab") as file:
-        file.write(b'{"a line that was cut')
-    written(tmp_path, range(3))
-    assert not list((tmp_path / HOME / "open").iterdir())
-    assert main(["audit", "verify", str(tmp_path)]) == 0
-    assert "sound: 3 segments, 56 lines; 1 of a process that was killed" in capsys.readouterr().out
+def test_all_problems_are_named_at_once() -> None:
+    audit = sound()
+    spoil_stop(audit)
+    spoil_rejected(audit)
+    with pytest.raises(DataError) as caught:
+        audit.check(data())
+    assert "stop token" in caught.value.got
+    assert "rejected" in caught.value.got
 
 
-def test_without_the_store_segments_wait_on_this_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store, spool = tmp_path / "store", str(tmp_path / "spool")
-    store.write_text("in its place")
-    log = AuditLog(str(store), spool)
-    log.open()
-    log.write(entry(1))
-    log.close()
-    assert "audit segments wait" in caplog.text
-    assert len(list(Path(spool).glob("*.jsonl"))) == 1
-    store.unlink()
-    log = AuditLog(str(store), spool)
-    log.open()
-    log.close()
-    assert main(["audit", "verify", str(store)]) == 0
-    assert not list(Path(spool).iterdir())
+def test_a_named_validation_source_that_gave_no_row_is_refused() -> None:
+    sources = [{"path": "a.jsonl"}, {"path": "held.jsonl", "split": "validation"}]
+    with pytest.raises(DataError, match=r"no row is left for validation[\s\S]*held\.jsonl"):
+        sound().check(data(sources=sources))
 
 
-def test_with_a_full_disk_lines_wait_and_answers_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serving import audit as module
+def test_only_the_first_places_are_kept_and_the_rest_is_counted() -> None:
+    audit = Audit()
+    reject(audit, 9)
+    assert (audit.rejected["empty answer"].count, len(audit.rejected["empty answer"].places)) == (9, PLACES)
+    assert "and 4 more" in audit.table()
 
-    log = AuditLog(str(tmp_path))
-    log.open()
-    real, is_full = os.fsync, True
 
-    def fsync(number: int) -> None:
-        if is_full:
-            raise OSError(28, "No space left on device")
-        real(number)
+def test_the_table_says_what_was_read_and_trained_on() -> None:
+    audit = sound()
+    reject(audit, 1, "broken JSON", "data/b.jsonl")
+    table = audit.table()
+    for words in (
+        "read",
+        "101",
+        "rejected: broken JSON",
+        "data/b.jsonl, row 1",
+        "assistant",
+        "1,000",
+        "answers that stop",
+        "100.00%",
+        "1-64",
+        "█",
+    ):
+        assert words in table, words
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(module, "MAX_WAITING", 20)
-    for number in range(50):
-        log.write(entry(number))
-    assert log.is_full
-    time.sleep(0.8)
-    assert log.is_full
-    is_full = False
-    log.close()
-    (only,) = segments(tmp_path, "jsonl")
-    _, lines = read_segment(Folder(tmp_path) / HOME, only.stem, published_keys(str(tmp_path)))
-    kept, lost = sorted(line["prompt_tokens"] for line in lines if "outcome" in line), sum(line.get("lost", 0) for line in lines)
-    assert kept == list(range(len(kept))) and len(kept) >= 40
-    assert lost == 50 - len(kept) > 0, "memory is bounded; that something is missing is said"
+
+def test_the_table_never_sends_control_characters_of_a_row_to_the_terminal() -> None:
+    audit = Audit()
+    audit.reject(Rejected(Origin("a\x1b[31m.jsonl", 1), "broken JSON", "\x1b]0;owned\x07 \u202egnp.exe \ud800"))
+    table = audit.table()
+    assert not any(char in table for char in "\x1b\x07\u202e\ud800")
+    assert r"\x1b[31m" in table
+
+
+def test_quantiles_come_from_the_histogram() -> None:
+    audit = Audit()
+    audit.add_lengths(np.array([10] * 90 + [100] * 9 + [1000]))
+    assert (audit.quantile(0.5), audit.quantile(0.99), audit.longest) == (12, 128, 1000)
+
+
+def test_a_lone_giant_is_warned_about() -> None:
+    audit = sound()
+    audit.add_lengths(np.array([5000]))
+    assert any("5000 tokens" in line for line in audit.warnings(data()))
+
+
+def test_sound_data_is_not_warned_about() -> None:
+    assert sound().warnings(data()) == []
+
+
+def test_every_role_has_a_line_of_its_own() -> None:
+    audit = Audit()
+    audit.add_trained(range(1, len(ROLES) + 1))
+    assert list(audit.trained) == list(ROLES)
