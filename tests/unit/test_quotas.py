@@ -108,7 +108,7 @@ async def interleaved(store: str, seed: int, *, is_unsteady: bool, has_kills: bo
                 purse._ledger.folder = Folder(quotas._folder.url)
         await quotas.close()
     spent = sum(used_by.values())
-    assert spent + sum(dead.values()) > 500
+    assert spent + sum(dead.values()) > 50
     if has_kills:
         assert spent + sum(dead.values()) <= taken(store) <= limit
     else:
@@ -116,7 +116,7 @@ async def interleaved(store: str, seed: int, *, is_unsteady: bool, has_kills: bo
 
 
 @pytest.mark.parametrize(("is_unsteady", "has_kills"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(range(2, 60), marks=pytest.mark.proof)])
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(range(2, 30), marks=pytest.mark.proof)])
 def test_no_interleaving_grants_more_than_the_quota_or_loses_count(
     seed: int | range, is_unsteady: bool, has_kills: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
