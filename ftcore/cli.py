@@ -52,6 +52,9 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("ftcore.chat_command:main", "[REF] [--base DIR]", "talk to an adapter, or to a bare base, in the terminal"),
     "generate": Command("pipelines.generate:main", "REF ROWS --out DIR", "answer many rows with an adapter, into Parquet"),
     "tenants": Command("serving.commands:tenants_main", "add|key|revoke|list FOLDER ...", "make and revoke tenants' keys"),
+    "audit": Command(
+        "serving.audit_commands:main", "list|verify|usage STORE", "what was asked, by whom, and what became of it; no content"
+    ),
     "verify-receipt": Command("ftcore.receipt_commands:main", "ANSWER.json --keys KEYS.json", "check which weights gave an answer"),
     "merge": Command("ftcore.adapter_commands:merge_main", "REF --out DIR", "fold an adapter into its base, reloaded and compared"),
     "schema": Command("ftcore.recipe_commands:schema", "", "JSON Schema of recipes, for editors"),

@@ -50,7 +50,7 @@ def output_digest(texts: Sequence[str]) -> str:
 
 
 class Signer:
-    """One replica's key; it never leaves the process."""
+    """One process's key, which never leaves it."""
 
     def __init__(self) -> None:
         self._key = Ed25519PrivateKey.generate()
@@ -61,19 +61,27 @@ class Signer:
         receipt = Receipt(
             request=request, tenant=tenant, adapter=adapter, base=base, output=output_digest(texts), time=utc_now(), key=self.key_id
         )
-        value = base64.b64encode(self._key.sign(receipt.signed_bytes())).decode()
-        return receipt.model_copy(update={"signature": value})
+        return receipt.model_copy(update={"signature": self.signature(receipt.signed_bytes())})
+
+    def signature(self, data: bytes) -> str:
+        """`data` begins with a prefix that says what it is."""
+        return base64.b64encode(self._key.sign(data)).decode()
 
 
 def verify_receipt(receipt: Receipt, texts: Sequence[str], public_keys: Mapping[str, str]) -> None:
     """`public_keys`: key id -> PEM. Raises IntegrityError when the answer, any field or the signature is not what was signed."""
     if output_digest(texts) != receipt.output:
         raise IntegrityError("this is not the answer that the receipt is for", got=output_digest(texts)[:12], wanted=receipt.output[:12])
-    pem = public_keys.get(receipt.key)
+    require_signature(receipt.signed_bytes(), receipt.signature, receipt.key, public_keys, f"receipt {receipt.request[:80]}")
+
+
+def require_signature(data: bytes, signature: str, signer: str, public_keys: Mapping[str, str], what: str) -> None:
+    """Raises IntegrityError unless the key with the id `signer` is among `public_keys` and signed these bytes."""
+    pem = public_keys.get(signer)
     key = load_pem_public_key(pem.encode()) if pem is not None else None
-    if not isinstance(key, Ed25519PublicKey) or key_id(key) != receipt.key:
-        raise IntegrityError("this receipt is signed by a key that is not known", got=receipt.key[:32], wanted="a key of /v1/receipt-keys")
+    if not isinstance(key, Ed25519PublicKey) or key_id(key) != signer:
+        raise IntegrityError("this is signed by a key that is not known", where=what, got=signer[:32], wanted="a key of /v1/receipt-keys")
     try:
-        key.verify(base64.b64decode(receipt.signature, validate=True), receipt.signed_bytes())
+        key.verify(base64.b64decode(signature, validate=True), data)
     except (InvalidSignature, binascii.Error, ValueError) as error:
-        raise IntegrityError("this receipt was altered after it was signed", where=receipt.request[:80]) from error
+        raise IntegrityError("this was altered after it was signed", where=what) from error

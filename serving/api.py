@@ -23,9 +23,12 @@ from starlette.exceptions import HTTPException
 import ftcore
 from ftcore.engines.base import EngineEnded
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
+from serving.audit import AuditLog
 from serving.gate import Gate, Refusal
 from serving.jobs import Event, Job, Opening, messages
+from serving.metering import Account, audit_refusal
 from serving.published_keys import published_keys
+from serving.quotas import Quotas
 from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, TextAsked, error_body
 from serving.shapes import Shape, chat_shape, text_shape
 from serving.tenants import Caller
@@ -49,12 +52,25 @@ class Service:
 
     def __init__(self, gate: Gate, answers: Answers) -> None:
         self.gate, self.answers = gate, answers
+        self.quotas = Quotas(gate.settings.store)
+        self.audit = AuditLog(gate.settings.store, gate.settings.audit_spool)
+
+    async def open(self) -> None:
+        await asyncio.to_thread(self.audit.open)
+        self.quotas.open()
+        await self.gate.open()
+
+    async def close(self) -> None:
+        """Once no answer is under way."""
+        self.gate.close()
+        await self.quotas.close()
+        await asyncio.to_thread(self.audit.close)
 
 
 def build_api(service: Callable[[], Service]) -> FastAPI:
     """`service` is called when a request comes: in Ray Serve the routes are made before it exists."""
     api = FastAPI(title="ftcore", version=ftcore.__version__, docs_url=None, redoc_url=None)
-    _add_errors(api)
+    _add_errors(api, service)
     _add_models(api, service)
 
     @api.post("/v1/chat/completions")
@@ -119,6 +135,7 @@ async def _answer(
         uuid.uuid4().hex, caller.tenant, ref, fallback, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n,
     )  # fmt: skip
+    request.state.job = job.id
     events = _admitted(service, caller, job)
     try:
         opening = await anext(events)  # whatever refuses does so before a header is sent
@@ -127,7 +144,7 @@ async def _answer(
         raise
     assert isinstance(opening, Opening)
     headers = {"x-ftcore-request": job.id, "x-ftcore-base": opening.base, "x-ftcore-adapter": opening.adapter, "cache-control": "no-store"}
-    headers |= {"x-ftcore-replica": opening.replica} | ({"x-ftcore-cold": "1"} if opening.was_cold else {})
+    headers |= {"x-ftcore-replica": opening.replica} | ({"x-ftcore-cold": "1"} if opening.was_cold else {}) | service.quotas.headers(caller)
     fingerprint = f"{opening.base[:12]}-{opening.adapter.rpartition('@')[2][:12] or 'base'}"
     writer = shape(job.id, asked.model, int(time.time()), fingerprint)
     if not asked.stream:
@@ -139,11 +156,21 @@ async def _answer(
 
 
 async def _admitted(service: Service, caller: Caller, job: Job) -> AsyncGenerator[Event, None]:
-    """A job's events, in one of the tenant's places."""
-    with service.gate.places(caller, job.num_choices):
-        async with aclosing(service.answers.answer(job)) as events:
-            async for event in events:
-                yield event
+    """A job's events, in one of the tenant's places and on its account."""
+    account = Account(service.quotas, service.audit, caller, job, service.gate.settings.engine.max_context)
+    try:
+        with service.gate.places(caller, job.num_choices):
+            await account.begin()
+            async with aclosing(service.answers.answer(job)) as events:
+                async for event in events:
+                    await account.saw(event)
+                    yield event
+    except Exception as error:
+        refusal = _refusal(error)
+        account.failed(refusal)
+        raise refusal from error
+    finally:
+        account.end()
 
 
 async def _sse(bodies: AsyncGenerator[dict[str, Any], None], job: str) -> AsyncIterator[bytes]:
@@ -206,9 +233,15 @@ class _TooLarge(Exception):
     pass
 
 
-def _add_errors(api: FastAPI) -> None:
+def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:
+    def audit(request: Request, code: str) -> None:
+        state = request.scope.get("state", {})
+        if "caller" in state and "job" not in state:  # a job's account is audited where it ends
+            audit_refusal(service().audit, state["caller"], uuid.uuid4().hex, code)
+
     @api.exception_handler(Refusal)
-    async def refused(_: Request, refusal: Refusal) -> Response:
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        audit(request, refusal.code)
         return _refused(refusal)
 
     @api.exception_handler(FtcoreError)
@@ -216,7 +249,8 @@ def _add_errors(api: FastAPI) -> None:
         return _refused(_refusal(error))
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        audit(request, "invalid_request")
         problems = error.errors()
         first = problems[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
@@ -261,7 +295,5 @@ def _refusal(error: BaseException) -> Refusal:
 
 
 def _refused(refusal: Refusal) -> Response:
-    headers = {"retry-after": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
-    if refusal.status == 401:
-        headers["www-authenticate"] = "Bearer"
+    headers = refusal.headers | ({"www-authenticate": "Bearer"} if refusal.status == 401 else {})
     return JSONResponse(error_body(refusal.message, refusal.kind, refusal.code), refusal.status, headers=headers)

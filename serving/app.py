@@ -122,8 +122,13 @@ class Ingress:
 
     async def check_health(self) -> None:
         if self._opened is None:
-            self._opened = asyncio.create_task(self.service.gate.open())
+            self._opened = asyncio.create_task(self.service.open())
         await asyncio.shield(self._opened)
+
+    async def __del__(self) -> None:
+        """Ray Serve calls and awaits it as a replica ends, when the answers under way have ended."""
+        if self._opened is not None and self._opened.done() and self._opened.exception() is None:
+            await self.service.close()
 
 
 def _service() -> Service:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ftcore.card import printable
 from ftcore.section import leaf_paths
-from serving.settings import ServeSettings, load_settings
+from serving.settings import Limits, ServeSettings, changed_limits, load_settings
 from serving.tenants import TenantStore
 
 
@@ -56,14 +56,15 @@ def _serve(settings: ServeSettings) -> int:
 
 
 def tenants_main(arguments: Sequence[str]) -> int:
-    """`ftcore tenants add|key|revoke|list|show FOLDER ...`"""
+    """`ftcore tenants add|key|revoke|list|show|limits FOLDER ...`"""
     parser = argparse.ArgumentParser(
         prog="ftcore tenants", description="make and revoke tenants' keys; a running server follows in seconds"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary, more in (
         ("add", "a new tenant, with a first key", ("name",)), ("key", "another key for a tenant", ("name",)),
-        ("revoke", "end a key", ("name", "key")), ("list", "tenants, and how many keys each has", ()), ("show", "its keys", ("name",)),
+        ("revoke", "end a key", ("name", "key")), ("list", "tenants, and how many keys each has", ()),
+        ("show", "its keys and limits", ("name",)), ("limits", "what it may ask, of its own instead of the server's", ("name",)),
     ):  # fmt: skip
         command = commands.add_parser(name, help=summary)
         command.add_argument("folder", help="where tenants are kept: a folder, s3:// or another fsspec path")
@@ -71,6 +72,10 @@ def tenants_main(arguments: Sequence[str]) -> int:
             command.add_argument(argument)
         if name in ("add", "key"):
             command.add_argument("--days", type=float, help="the key ends after so many days")
+        if name == "limits":
+            command.add_argument(
+                "changes", nargs="+", metavar="KEY=VALUE", help=f"KEY=null: no such limit; keys: {', '.join(leaf_paths(Limits))}"
+            )
     parsed = parser.parse_args(list(arguments))
     store = TenantStore(parsed.folder)
     if parsed.command == "list":
@@ -82,6 +87,13 @@ def tenants_main(arguments: Sequence[str]) -> int:
         for key in store.read(parsed.name).keys:
             until = "" if key.expires is None else time.strftime(" until %Y-%m-%d %H:%M", time.localtime(key.expires))
             print(f"{key.id}  made {printable(key.created)}{until}{'  revoked' if key.revoked else ''}")
+        limits = store.read(parsed.name).limits
+        told = [f"{key}={value}" for key, value in limits if value is not None] if limits else ["the server's own"]
+        print(f"limits: {'  '.join(told)}")
+        return 0
+    if parsed.command == "limits":
+        store.change_limits(parsed.name, lambda limits: changed_limits(limits or Limits(), parsed.changes))
+        print(f"{parsed.name} has limits of its own: ftcore tenants show {parsed.folder} {parsed.name}")
         return 0
     if parsed.command == "revoke":
         store.revoke_key(parsed.name, parsed.key)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 
@@ -29,9 +29,13 @@ STALE_KEYS_S = 60.0
 class Refusal(Exception):
     """Becomes an HTTP answer in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, code: str, *, kind: str = "invalid_request_error", retry_after_s: int = 0) -> None:
+    def __init__(
+        self, status: int, message: str, code: str, *, kind: str = "invalid_request_error", retry_after_s: int = 0,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.message, self.code, self.kind, self.retry_after_s = status, message, code, kind, retry_after_s
+        self.status, self.message, self.code, self.kind = status, message, code, kind
+        self.headers = {**({"retry-after": str(retry_after_s)} if retry_after_s else {}), **(headers or {})}
 
 
 class Gate:

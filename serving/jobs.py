@@ -49,6 +49,8 @@ class Piece:
     text: str
     tokens: tuple[TokenInfo, ...] = ()
     finish: Literal["stop", "length"] | None = None
+    num_tokens: int = 0
+    """Computed for this choice since its piece before."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Opening:
     """The receipt key of the replica, which names it."""
     was_cold: bool
     """The adapter had to be loaded first."""
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)

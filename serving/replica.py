@@ -72,13 +72,13 @@ class Replica:
         )
         async with self._held(job) as (ref, was_cold):
             digest, name = (ref.digest, ref.full) if ref else ("", "")
-            yield Opening(name, self.base.weights, self.signer.key_id, was_cold)
+            yield Opening(name, self.base.weights, self.signer.key_id, was_cold, len(prompt))
             texts, used, computed = [""] * job.num_choices, 0, set()
             async with aclosing(self._choices(job, prompt, min(room, job.max_tokens or room), digest)) as events:
                 async for choice, token, piece in events:
                     computed.add(token.adapter)
-                    used += token.finish != "stop"
                     if piece is not None:
+                        used += piece.num_tokens
                         texts[choice] += piece.text
                         yield piece
             if computed != {digest}:
@@ -132,10 +132,12 @@ class Replica:
         request = Request(f"{job.id}-{choice}", prompt, digest, limit, self.base.stop_ids, sampling, salt=job.tenant)
         stream = TextStream(self.base.tokenizer, job.stops)
         held: list[TokenInfo] = []
+        num_tokens = 0
         async with aclosing(self.engine.generate(request)) as tokens:
             async for token in tokens:
                 if token.finish == "abort":
                     raise EngineEnded("this answer was ended by the engine", where=job.id)
+                num_tokens += token.finish != "stop"
                 text = "" if token.finish == "stop" else stream.push(token.id)
                 if token.finish is not None:
                     text += stream.end()
@@ -144,7 +146,7 @@ class Replica:
                 finish = "stop" if stream.stopped else token.finish
                 piece = None
                 if text or finish:
-                    piece, held = Piece(choice, text, tuple(held), finish), []
+                    piece, held, num_tokens = Piece(choice, text, tuple(held), finish, num_tokens), [], 0
                 yield token, piece
                 if finish:
                     return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -15,11 +16,14 @@ from ftcore.engines.base import EngineChoice
 from ftcore.errors import ConfigError
 from ftcore.recipe_errors import explain
 from ftcore.recipe_file import Tree, by_line, override, read_tree
-from ftcore.section import Section
+from ftcore.section import Section, leaf_paths
+
+S = TypeVar("S", bound=Section)
+METERS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
 
 
 class Limits(Section):
-    """What one tenant may ask at once."""
+    """What one tenant may ask: at once, and in a minute, a day or a month (UTC)."""
 
     max_concurrent: int = Field(64, ge=1)
     """Answers under way and waiting; further ones get 429."""
@@ -27,6 +31,17 @@ class Limits(Section):
     """Longest answer."""
     max_choices: int = Field(8, ge=1)
     """`n`."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """None, here and below: no such limit. Further ones get 429 until the next minute begins."""
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """Of prompts and answers. An answer's longest possible length is reserved before it begins; what it did not use comes back."""
+    tokens_per_day: int | None = Field(None, ge=1)
+    tokens_per_month: int | None = Field(None, ge=1)
+
+    @property
+    def meters(self) -> dict[str, int]:
+        """Key -> limit, of what is counted over time."""
+        return {key: limit for key in METERS if (limit := getattr(self, key)) is not None}
 
 
 class ServeSettings(Section):
@@ -64,6 +79,9 @@ class ServeSettings(Section):
     max_body_kib: int = Field(1024, ge=1)
     """Largest request."""
     limits: Limits = Limits()
+    """Of every tenant that has none of its own (`ftcore tenants limits`)."""
+    audit_spool: str = ""
+    """Local folder where audit lines wait to be sealed into the store; empty: in a local store itself, else below ~/.local/state/ftcore."""
 
     @property
     def is_local_only(self) -> bool:
@@ -73,16 +91,23 @@ class ServeSettings(Section):
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:
     """From a YAML file (or nothing) and `path=value`. Raises ConfigError that lists every problem with its line."""
     tree = read_tree(path) if path is not None else Tree({}, name="settings")
+    return _checked(tree, ServeSettings, overrides, "`ftcore serve --help` names the keys")
+
+
+def changed_limits(limits: Limits, overrides: Sequence[str]) -> Limits:
+    """`limits` with `key=value` put in (`key=null` takes one away). Raises ConfigError as `load_settings` does."""
+    return _checked(Tree(limits.model_dump(), name="settings"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
+
+
+def _checked(tree: Tree, kind: type[S], overrides: Sequence[str], remedy: str) -> S:
     for text in overrides:
         override(tree, text)
     problems = list(tree.problems)
     try:
-        settings = ServeSettings.model_validate(tree.values)
+        checked = kind.model_validate(tree.values)
         if not problems:
-            return settings
+            return checked
     except ValidationError as error:
-        problems += explain(error, tree, ServeSettings)
+        problems += explain(error, tree, kind)
     lines = "".join(f"\n  {problem}" for problem in sorted(problems, key=by_line))
-    raise ConfigError(
-        f"{len(problems)} problem{'s' * (len(problems) != 1)} in the settings{lines}", remedy="`ftcore serve --help` names the keys"
-    )
+    raise ConfigError(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the settings{lines}", remedy=remedy)

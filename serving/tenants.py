@@ -89,6 +89,9 @@ class TenantStore:
         self._change(name, lambda tenant: tenant.model_copy(update={"keys": (*tenant.keys, key)}))
         return clear, key
 
+    def change_limits(self, name: str, change: Callable[[Limits | None], Limits | None]) -> None:
+        self._change(name, lambda tenant: tenant.model_copy(update={"limits": change(tenant.limits)}))
+
     def revoke_key(self, name: str, key_id: str) -> None:
         if key_id not in {key.id for key in self.read(name).keys}:
             raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show FOLDER {name}")

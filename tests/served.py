@@ -71,6 +71,7 @@ class Server:
     store: AdapterStore
     tenants: TenantStore
     gate: Gate
+    service: Service
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.keys[tenant]}"}
@@ -88,18 +89,18 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
         clear[name], _ = tenants.new_key(name)
     settings = ServeSettings.model_validate(
         {"base": str(store.base), "store": str(store.path), "tenants": str(tmp_path / "tenants"), "poll_s": 0.05,
-         "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}, **keys}
+         "audit_spool": str(tmp_path / "spool"), "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}, **keys}
     )  # fmt: skip
     replica = await Replica.open(settings, tmp_path / "cache")
     gate = Gate(settings)
-    await gate.open()
     service = Service(gate, Local(replica))
+    await service.open()
     transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
-            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate)
+            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate, service)
     finally:
-        gate.close()
+        await service.close()
         await replica.close()
 
 

@@ -15,8 +15,12 @@ import httpx2 as httpx
 import pytest
 
 from ftcore.adapters import AdapterStore
+from ftcore.cli import main
 from ftcore.publish import import_adapter
 from ftcore.recipe import Model
+from ftcore.storage import Folder
+from serving.audit import Seal
+from serving.ledger import Ledger
 from tests.oracles import make_adapter
 
 pytestmark = pytest.mark.ray
@@ -41,7 +45,7 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
         f"port={port}",
         "num_cpus=0.5",
     ]
-    command += ["engine.max_context=512", "engine.num_threads=1"]
+    command += ["engine.max_context=512", "engine.num_threads=1", "limits.tokens_per_month=1000000"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "FTCORE_LOCAL_CPUS": "2"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
     lines: list[str] = []
@@ -63,6 +67,11 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
                 rest = [line for line in events if line]
         assert rest[-1] == "data: [DONE]"
         assert server.wait(60) == 0, "".join(lines)
+        assert main(["audit", "verify", str(tmp_path / "adapters")]) == 0
+        (seal,) = (tmp_path / "adapters" / "_audit").rglob("*.json")
+        assert Seal.model_validate_json(seal.read_bytes()).ended, "the log is sealed at drain, by its own process"
+        book = Ledger(Folder(tmp_path / "adapters" / "_quotas"), "demo").read().books["tokens_per_month"]
+        assert (book.leases, book.ended >= 480) == ({}, True), "what was not used is given back at drain"
     finally:
         if server.poll() is None:
             server.kill()
