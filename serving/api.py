@@ -27,11 +27,12 @@ from serving.gate import Gate, Refusal
 from serving.jobs import Event, Job, Opening, messages
 from serving.published_keys import published_keys
 from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, TextAsked, error_body
+from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
 from serving.shapes import Shape, chat_shape, text_shape
 from serving.tenants import Caller
+from serving.traces import Asker
 
 log = logging.getLogger(__name__)
-OPEN_ROUTES = ("/healthz", "/readyz")
 SESSION = "x-ftcore-session"
 
 
@@ -49,13 +50,15 @@ class Service:
 
     def __init__(self, gate: Gate, answers: Answers) -> None:
         self.gate, self.answers = gate, answers
+        self.seeing = Seeing(gate, answers.states)
 
 
 def build_api(service: Callable[[], Service]) -> FastAPI:
     """`service` is called when a request comes: in Ray Serve the routes are made before it exists."""
     api = FastAPI(title="ftcore", version=ftcore.__version__, docs_url=None, redoc_url=None)
-    _add_errors(api)
+    _add_errors(api, service)
     _add_models(api, service)
+    add_seeing(api, lambda: service().seeing)
 
     @api.post("/v1/chat/completions")
     async def chat(asked: ChatAsked, request: Request) -> Response:
@@ -87,21 +90,6 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
         found = await asyncio.to_thread(published_keys, service().gate.settings.store)
         return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
 
-    @api.get("/healthz")
-    async def health() -> Response:
-        return JSONResponse({"status": "ok"})
-
-    @api.get("/readyz")
-    async def ready() -> Response:
-        try:
-            states = await asyncio.wait_for(service().answers.states(), 5)
-        except Exception as error:  # none can be reached, whatever the reason
-            log.warning("no replica says that it is ready: %s", type(error).__name__)
-            states = []
-        problem = service().gate.directory.problem
-        body = {"status": "ready" if states else "no replica", "replicas": len(states), "store": problem or "ok"}
-        return JSONResponse(body, 200 if states else 503)
-
 
 async def _answer(
     service: Service, request: Request, asked: Asked, prompt: Any, num_logprobs: int | None, limit: int | None, shape: Shape
@@ -119,7 +107,7 @@ async def _answer(
         uuid.uuid4().hex, caller.tenant, ref, fallback, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n,
     )  # fmt: skip
-    events = _admitted(service, caller, job)
+    events = _admitted(service, caller, job, Asker(asked.model, request.headers.get("traceparent", "")[:64]))
     try:
         opening = await anext(events)  # whatever refuses does so before a header is sent
     except BaseException:
@@ -138,10 +126,10 @@ async def _answer(
     return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
 
 
-async def _admitted(service: Service, caller: Caller, job: Job) -> AsyncGenerator[Event, None]:
+async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) -> AsyncGenerator[Event, None]:
     """A job's events, in one of the tenant's places."""
     with service.gate.places(caller, job.num_choices):
-        async with aclosing(service.answers.answer(job)) as events:
+        async with aclosing(service.seeing.watched(job, asker, service.answers.answer(job))) as events:
             async for event in events:
                 yield event
 
@@ -175,12 +163,16 @@ class Door:
         try:
             if scope["path"] not in OPEN_ROUTES:
                 client, name = (scope.get("client") or ("",))[0], urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-                scope.setdefault("state", {})["caller"] = gate.caller(request.headers.get("authorization"), client, name)
+                key = request.headers.get("authorization")
+                if scope["path"] in OPERATOR_ROUTES:
+                    gate.operator(key, client, name)
+                else:
+                    scope.setdefault("state", {})["caller"] = gate.caller(key, client, name)
             length = request.headers.get("content-length", "0")
             if not (length.isascii() and length.isdigit()) or int(length) > limit:
                 raise Refusal(413, f"a request is at most {limit} bytes", "request_too_large")
         except Refusal as refusal:
-            await _refused(refusal)(scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
             return
         taken = 0
 
@@ -199,24 +191,34 @@ class Door:
         with suppress(_TooLarge):
             await self._app(scope, counted, guarded)
         if taken > limit:  # nothing was sent: an answer begins when the whole body is in
-            await _refused(Refusal(413, f"a request is at most {limit} bytes", "request_too_large"))(scope, receive, send)
+            await self._refuse(Refusal(413, f"a request is at most {limit} bytes", "request_too_large"), scope, receive, send)
+
+    async def _refuse(self, refusal: Refusal, scope: Any, receive: Any, send: Any) -> None:
+        self._service().seeing.metrics.refused(_tenant(Request(scope)), refusal.code)
+        await _refused(refusal)(scope, receive, send)
 
 
 class _TooLarge(Exception):
     pass
 
 
-def _add_errors(api: FastAPI) -> None:
+def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:
+    def counted(request: Request, code: str) -> None:
+        service().seeing.metrics.refused(_tenant(request), code)
+
     @api.exception_handler(Refusal)
-    async def refused(_: Request, refusal: Refusal) -> Response:
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        counted(request, refusal.code)
         return _refused(refusal)
 
     @api.exception_handler(FtcoreError)
-    async def failed(_: Request, error: FtcoreError) -> Response:
-        return _refused(_refusal(error))
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return await refused(request, _refusal(error))
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        counted(request, "invalid_request")
         problems = error.errors()
         first = problems[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
@@ -225,12 +227,15 @@ def _add_errors(api: FastAPI) -> None:
         return JSONResponse(error_body(message[:500], "invalid_request_error", str(first["type"]), where or None), 400)
 
     @api.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
+        counted(request, f"http_{error.status_code}")
         return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, headers=error.headers)
 
-    @api.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return _refused(_refusal(error))
+
+def _tenant(request: Request) -> str:
+    """Whose key came with a request; empty when none was good."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return caller.tenant if caller is not None else ""
 
 
 def _refusal(error: BaseException) -> Refusal:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, field_validator
 
-from ftcore.card import Name
+from ftcore.card import Digest, Name
 from ftcore.engines.base import EngineChoice
 from ftcore.errors import ConfigError
 from ftcore.recipe_errors import explain
@@ -27,6 +28,19 @@ class Limits(Section):
     """Longest answer."""
     max_choices: int = Field(8, ge=1)
     """`n`."""
+
+
+class Metrics(Section):
+    """Who may read `/metrics` and `/status`, which name every tenant, and how many of them."""
+
+    key_sha256: Digest | Literal[""] = ""
+    """SHA-256 of the key that may (`ftcore serve --new-metrics-key` makes one); empty: this machine, or nobody where there are tenants."""
+    labels: int = Field(100, ge=2, le=10_000)
+    """Pairs of tenant and adapter that get figures of their own; the rest is counted together as `_other`."""
+
+
+ALL = "all"
+Desired = Annotated[str, StringConstraints(pattern=rf"^({ALL}|[a-z0-9][a-z0-9._-]{{0,62}}/[a-z0-9][a-z0-9._-]{{0,62}})$")]
 
 
 class ServeSettings(Section):
@@ -64,10 +78,24 @@ class ServeSettings(Section):
     max_body_kib: int = Field(1024, ge=1)
     """Largest request."""
     limits: Limits = Limits()
+    preload: tuple[Desired, ...] = ()
+    """Adapters (`tenant/name`) that a replica holds before it takes requests, and goes on holding; `all`: every name, while they fit."""
+    metrics: Metrics = Metrics()
+    otel_endpoint: str = Field("", pattern=r"^(https?://[^\s@]+)?$")
+    """Where traces go (OTLP over HTTP, like `http://localhost:4318/v1/traces`); empty: nowhere."""
+
+    @field_validator("preload", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
     @property
     def is_local_only(self) -> bool:
         return not self.tenants
+
+    @property
+    def preloads_all(self) -> bool:
+        return ALL in self.preload
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:
