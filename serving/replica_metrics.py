@@ -34,7 +34,7 @@ COUNTERS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Replicas(Collector):
     """What one scrape shows of the replicas; made anew for each."""
 

@@ -18,6 +18,7 @@ from ftcore.recipe import Model
 from serving.api import Service, build_api
 from serving.gate import Gate
 from serving.replica import Replica
+from serving.seeing import Seeing
 from serving.settings import ServeSettings
 from serving.tenants import TenantStore
 from tests.oracles import Truth, make_adapter
@@ -71,6 +72,7 @@ class Server:
     store: AdapterStore
     tenants: TenantStore
     gate: Gate
+    seeing: Seeing
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.keys[tenant]}"}
@@ -97,8 +99,9 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
     transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
-            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate)
+            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate, service.seeing)
     finally:
+        service.seeing.close()
         gate.close()
         await replica.close()
 
