@@ -66,7 +66,8 @@ def place(local_ray: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPa
         port = probe.getsockname()[1]
     settings = ServeSettings.model_validate(
         {"base": str(tiny_model_dir), "store": str(home / "adapters"), "tenants": str(home / "tenants"), "replicas": 2, "num_cpus": 0.5,
-         "port": port, "poll_s": 0.2, "queue": 32, "preload": ["acme/a0"], "metrics": {"key_sha256": key_hash(METRICS_KEY)}, "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}}
+         "port": port, "poll_s": 0.2, "queue": 32, "preload": ["acme/a0"],
+         "metrics": {"key_sha256": key_hash(METRICS_KEY)}, "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}}
     )  # fmt: skip
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
