@@ -166,6 +166,7 @@ class Door:
                 key = request.headers.get("authorization")
                 if scope["path"] in OPERATOR_ROUTES:
                     gate.operator(key, client, name)
+                    scope.setdefault("state", {})["is_operator"] = True
                 else:
                     scope.setdefault("state", {})["caller"] = gate.caller(key, client, name)
             length = request.headers.get("content-length", "0")

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -84,6 +84,12 @@ class Seeing:
             self.traces.close()
 
 
+def _require_operator(request: Request) -> None:
+    """The door has checked the key. Under a path where it does not know these routes they do not exist."""
+    if not getattr(request.state, "is_operator", False):
+        raise HTTPException(404)
+
+
 def add_seeing(api: FastAPI, seeing: Callable[[], Seeing]) -> None:
     @api.get("/healthz")
     async def health() -> Response:
@@ -95,9 +101,11 @@ def add_seeing(api: FastAPI, seeing: Callable[[], Seeing]) -> None:
         return JSONResponse(body, 200 if body["status"] == "ready" else 503)
 
     @api.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        _require_operator(request)
         return Response(await seeing().figures(), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/status")
-    async def status() -> Response:
+    async def status(request: Request) -> Response:
+        _require_operator(request)
         return JSONResponse(await seeing().status())

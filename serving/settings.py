@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator
 
-from ftcore.card import Digest, Name
+from ftcore.card import Name
 from ftcore.engines.base import EngineChoice
 from ftcore.errors import ConfigError
 from ftcore.recipe_errors import explain
@@ -33,7 +33,7 @@ class Limits(Section):
 class Metrics(Section):
     """Who may read `/metrics` and `/status`, which name every tenant, and how many of them."""
 
-    key_sha256: Digest | Literal[""] = ""
+    key_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     """SHA-256 of the key that may (`ftcore serve --new-metrics-key` makes one); empty: this machine, or nobody where there are tenants."""
     labels: int = Field(100, ge=2, le=10_000)
     """Pairs of tenant and adapter that get figures of their own; the rest is counted together as `_other`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from fastapi import FastAPI
 
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.publish import import_adapter
@@ -73,6 +74,7 @@ class Server:
     tenants: TenantStore
     gate: Gate
     seeing: Seeing
+    api: FastAPI
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.keys[tenant]}"}
@@ -96,10 +98,11 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
     gate = Gate(settings)
     await gate.open()
     service = Service(gate, Local(replica))
-    transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
+    api = build_api(lambda: service)
+    transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
-            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate, service.seeing)
+            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate, service.seeing, api)
     finally:
         service.seeing.close()
         gate.close()

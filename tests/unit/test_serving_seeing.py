@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client import generate_latest
@@ -154,6 +155,10 @@ def test_the_metrics_key_alone_opens_metrics_and_status_and_nothing_else(store: 
                 assert await told(server, path, authorization=f"Bearer {KEY[:-1]}") == await told(server, path, authorization=KEY) == 401
                 assert await told(server, path, **HEADERS) == 200
             assert await told(server, "/v1/models", **HEADERS) == 401
+            prefixed = httpx.ASGITransport(app=server.api, root_path="/llm", raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=prefixed, base_url="http://server") as http:
+                assert (await http.get("/llm/v1/models", headers=server.headers("acme"))).status_code == 200
+                assert (await http.get("/llm/metrics", headers=server.headers("acme"))).status_code == 404
         async with served(store, tmp_path / "closed") as server:  # tenants, and no metrics key: nobody, from this machine neither
             for headers in ({}, server.headers("acme"), HEADERS):
                 assert await told(server, "/metrics", **headers) == await told(server, "/status", **headers) == 403
