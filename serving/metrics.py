@@ -106,6 +106,7 @@ class Answer:
         self.first_token_s: float | None = None
         self.opening: Opening | None = None
         self.closing: Closing | None = None
+        self.finishes: list[str] = []
         row.under_way.inc()
 
     def saw(self, event: Event) -> None:
@@ -114,6 +115,8 @@ class Answer:
             if self.first_token_s is None:
                 self.first_token_s = self._last - self._began
                 self._row.first_token.observe(self.first_token_s)
+            if event.finish is not None:
+                self.finishes.append(event.finish)
         elif isinstance(event, Opening):
             self.opening = event
             if event.was_cold:

@@ -75,6 +75,7 @@ class Traces:
         if answer.closing is not None:
             span.set_attribute("gen_ai.usage.input_tokens", answer.closing.prompt_tokens)
             span.set_attribute("gen_ai.usage.output_tokens", answer.closing.completion_tokens)
+            span.set_attribute("gen_ai.response.finish_reasons", answer.finishes)
         span.set_attribute("ftcore.outcome", outcome)
         if outcome != "ok":
             span.set_attribute("error.type", outcome)

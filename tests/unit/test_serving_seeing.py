@@ -356,6 +356,8 @@ def test_a_trace_of_each_request_arrives_and_holds_no_content(store: Store, tmp_
     facts = {fact.key: fact.value for fact in chat.attributes}
     assert facts["gen_ai.request.model"].string_value == "support" and facts["gen_ai.response.model"].string_value == adapter
     assert facts["gen_ai.usage.input_tokens"].int_value > 0 and facts["gen_ai.usage.output_tokens"].int_value <= 3
+    (finish,) = facts["gen_ai.response.finish_reasons"].array_value.values
+    assert finish.string_value in ("stop", "length")
     assert facts["gen_ai.operation.name"].string_value == "chat" and facts["ftcore.tenant"].string_value == "acme"
     assert {fact.key: fact.value for fact in spans["text_completion base"].attributes}["error.type"].string_value == "refused"
 
