@@ -9,6 +9,7 @@ hold places from the top. No torch here.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class Row:
     """The engine's own name for it."""
     num_passed: int = 0
     """Rows that came later and were let in before it."""
+    came: float = field(default_factory=time.monotonic)
 
     @property
     def num_prompt(self) -> int:
@@ -75,6 +77,7 @@ class Batcher:
         self.waiting: deque[Row] = deque()
         self.reading: list[Row] = []
         self.decoding: list[Row] = []
+        self.num_admitted, self.waited_s = 0, 0.0
 
     @property
     def rows(self) -> list[Row]:
@@ -95,6 +98,8 @@ class Batcher:
         row.place = next(place for place in range(self.num_places - 1, -1, -1) if place not in taken)
         assert row.place >= len(self.decoding)
         self.reading.append(row)
+        self.num_admitted += 1
+        self.waited_s += time.monotonic() - row.came
 
     def step(self) -> Step:
         """The next step; call after `settle`."""

@@ -182,7 +182,7 @@ class EngineThread:
         self.stats = Stats(
             len(batcher.rows), len(batcher.waiting), counts.steps, counts.tokens, counts.prompt, counts.reused, tuple(self.adapters),
             sum(adapter.num_bytes for adapter in self.adapters.values()), sum(row.num_cached for row in batcher.rows),
-            self._section.max_batch * self.decoder.max_context,
+            self._section.max_batch * self.decoder.max_context, batcher.num_admitted, batcher.waited_s,
         )  # fmt: skip
 
     # ---- the loop

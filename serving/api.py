@@ -30,11 +30,12 @@ from serving.metering import Account, audit_refusal
 from serving.published_keys import published_keys
 from serving.quotas import Quotas
 from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, TextAsked, error_body
+from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
 from serving.shapes import Shape, chat_shape, text_shape
 from serving.tenants import Caller
+from serving.traces import Asker
 
 log = logging.getLogger(__name__)
-OPEN_ROUTES = ("/healthz", "/readyz")
 SESSION = "x-ftcore-session"
 
 
@@ -54,6 +55,7 @@ class Service:
         self.gate, self.answers = gate, answers
         self.quotas = Quotas(gate.settings.store)
         self.audit = AuditLog(gate.settings.store, gate.settings.audit_spool)
+        self.seeing = Seeing(gate, answers.states)
 
     async def open(self) -> None:
         await asyncio.to_thread(self.audit.open)
@@ -65,6 +67,7 @@ class Service:
         self.gate.close()
         await self.quotas.close()
         await asyncio.to_thread(self.audit.close)
+        await asyncio.to_thread(self.seeing.close)
 
 
 def build_api(service: Callable[[], Service]) -> FastAPI:
@@ -72,6 +75,7 @@ def build_api(service: Callable[[], Service]) -> FastAPI:
     api = FastAPI(title="ftcore", version=ftcore.__version__, docs_url=None, redoc_url=None)
     _add_errors(api, service)
     _add_models(api, service)
+    add_seeing(api, lambda: service().seeing)
 
     @api.post("/v1/chat/completions")
     async def chat(asked: ChatAsked, request: Request) -> Response:
@@ -103,21 +107,6 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
         found = await asyncio.to_thread(published_keys, service().gate.settings.store)
         return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
 
-    @api.get("/healthz")
-    async def health() -> Response:
-        return JSONResponse({"status": "ok"})
-
-    @api.get("/readyz")
-    async def ready() -> Response:
-        try:
-            states = await asyncio.wait_for(service().answers.states(), 5)
-        except Exception as error:  # none can be reached, whatever the reason
-            log.warning("no replica says that it is ready: %s", type(error).__name__)
-            states = []
-        problem = service().gate.directory.problem
-        body = {"status": "ready" if states else "no replica", "replicas": len(states), "store": problem or "ok"}
-        return JSONResponse(body, 200 if states else 503)
-
 
 async def _answer(
     service: Service, request: Request, asked: Asked, prompt: Any, num_logprobs: int | None, limit: int | None, shape: Shape
@@ -136,7 +125,7 @@ async def _answer(
         asked.sampling(num_logprobs), asked.stops, asked.n,
     )  # fmt: skip
     request.state.job = job.id
-    events = _admitted(service, caller, job)
+    events = _admitted(service, caller, job, Asker(asked.model, request.headers.get("traceparent", "")[:64]))
     try:
         opening = await anext(events)  # whatever refuses does so before a header is sent
     except BaseException:
@@ -155,13 +144,13 @@ async def _answer(
     return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
 
 
-async def _admitted(service: Service, caller: Caller, job: Job) -> AsyncGenerator[Event, None]:
-    """A job's events, in one of the tenant's places and on its account."""
+async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) -> AsyncGenerator[Event, None]:
+    """A job's events, in one of the tenant's places, on its account, and watched."""
     account = Account(service.quotas, service.audit, caller, job, service.gate.settings.engine.max_context)
     try:
         with service.gate.places(caller, job.num_choices):
             await account.begin()
-            async with aclosing(service.answers.answer(job)) as events:
+            async with aclosing(service.seeing.watched(job, asker, service.answers.answer(job))) as events:
                 async for event in events:
                     await account.saw(event)
                     yield event
@@ -202,12 +191,17 @@ class Door:
         try:
             if scope["path"] not in OPEN_ROUTES:
                 client, name = (scope.get("client") or ("",))[0], urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-                scope.setdefault("state", {})["caller"] = gate.caller(request.headers.get("authorization"), client, name)
+                key = request.headers.get("authorization")
+                if scope["path"] in OPERATOR_ROUTES:
+                    gate.operator(key, client, name)
+                    scope.setdefault("state", {})["is_operator"] = True
+                else:
+                    scope.setdefault("state", {})["caller"] = gate.caller(key, client, name)
             length = request.headers.get("content-length", "0")
             if not (length.isascii() and length.isdigit()) or int(length) > limit:
                 raise Refusal(413, f"a request is at most {limit} bytes", "request_too_large")
         except Refusal as refusal:
-            await _refused(refusal)(scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
             return
         taken = 0
 
@@ -226,7 +220,11 @@ class Door:
         with suppress(_TooLarge):
             await self._app(scope, counted, guarded)
         if taken > limit:  # nothing was sent: an answer begins when the whole body is in
-            await _refused(Refusal(413, f"a request is at most {limit} bytes", "request_too_large"))(scope, receive, send)
+            await self._refuse(Refusal(413, f"a request is at most {limit} bytes", "request_too_large"), scope, receive, send)
+
+    async def _refuse(self, refusal: Refusal, scope: Any, receive: Any, send: Any) -> None:
+        self._service().seeing.metrics.refused(_tenant(Request(scope)), refusal.code)
+        await _refused(refusal)(scope, receive, send)
 
 
 class _TooLarge(Exception):
@@ -234,23 +232,25 @@ class _TooLarge(Exception):
 
 
 def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:
-    def audit(request: Request, code: str) -> None:
+    def told(request: Request, code: str) -> None:
+        service().seeing.metrics.refused(_tenant(request), code)
         state = request.scope.get("state", {})
         if "caller" in state and "job" not in state:  # a job's account is audited where it ends
             audit_refusal(service().audit, state["caller"], uuid.uuid4().hex, code)
 
     @api.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
-        audit(request, refusal.code)
+        told(request, refusal.code)
         return _refused(refusal)
 
     @api.exception_handler(FtcoreError)
-    async def failed(_: Request, error: FtcoreError) -> Response:
-        return _refused(_refusal(error))
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return await refused(request, _refusal(error))
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        audit(request, "invalid_request")
+        told(request, "invalid_request")
         problems = error.errors()
         first = problems[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
@@ -259,12 +259,15 @@ def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:
         return JSONResponse(error_body(message[:500], "invalid_request_error", str(first["type"]), where or None), 400)
 
     @api.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
+        told(request, f"http_{error.status_code}")
         return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, headers=error.headers)
 
-    @api.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return _refused(_refusal(error))
+
+def _tenant(request: Request) -> str:
+    """Whose key came with a request; empty when none was good."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return caller.tenant if caller is not None else ""
 
 
 def _refusal(error: BaseException) -> Refusal:

@@ -16,6 +16,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -107,7 +108,12 @@ class Handle:
                 response.cancel()
 
     async def states(self) -> list[dict[str, Any]]:
-        return [await self._handle.state.remote()]
+        """Of every running replica, however full it is. One that ends meanwhile is left out; raises when one does not answer."""
+        found = await self._handle.broadcast("state").results_async(return_exceptions=True)
+        for state in found:
+            if isinstance(state, Exception) and not isinstance(state, RayActorError):
+                raise state
+        return [state for state in found if not isinstance(state, Exception)]
 
 
 @serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=60)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ftcore.card import printable
 from ftcore.section import leaf_paths
 from serving.settings import Limits, ServeSettings, changed_limits, load_settings
-from serving.tenants import TenantStore
+from serving.tenants import TenantStore, key_hash, new_clear_key
 
 
 def serve_main(arguments: Sequence[str]) -> int:
@@ -27,11 +27,28 @@ def serve_main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("file", nargs="?", metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="PATH=VALUE")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument("--status", metavar="URL", help="of a running server: which replica serves what, and what was refused")
+    look.add_argument("--top", metavar="URL", help="of a running server: tokens, queues and latencies, live; once where it is piped")
+    look.add_argument("--new-metrics-key", action="store_true", help="make a key for --status, --top and Prometheus; shown once")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="how often --top looks (2)")
     parsed = parser.parse_args(list(arguments))
+    if parsed.status or parsed.top or parsed.new_metrics_key:
+        return _look(parsed)
     named = parsed.file is not None and "=" in parsed.file
     overrides = [parsed.file, *parsed.overrides] if named else parsed.overrides
     settings = load_settings(None if named or parsed.file is None else Path(parsed.file), overrides)
     return _serve(settings)
+
+
+def _look(parsed: argparse.Namespace) -> int:
+    from serving.watching import print_status, watch
+
+    if parsed.new_metrics_key:
+        clear = new_clear_key()
+        print(f"{clear}\nshown this once: keep it; serve with metrics.key_sha256={key_hash(clear)}")
+        return 0
+    return print_status(parsed.status) if parsed.status else watch(parsed.top, max(0.1, parsed.every))
 
 
 def _serve(settings: ServeSettings) -> int:

@@ -29,6 +29,11 @@ class Name:
     """Digests that are sealed."""
     revoked: frozenset[str]
 
+    @property
+    def current(self) -> tuple[str, ...]:
+        """Digests that share the traffic now, without the unusable ones."""
+        return tuple(each.digest for each in self.pointer.targets if each.digest in self.versions and each.digest not in self.revoked)
+
     def digest(self, version: str, session: str = "") -> str:
         """What a version means: "", an alias, or the beginning of one digest; "" when nothing usable."""
         digest = self.pointer.pick(version, session)
@@ -74,11 +79,14 @@ class Directory:
         self.picture = Picture()
         self.problem = ""
         """Why the last picture could not be taken; empty when it could."""
+        self.num_followed = 0
+        """Names seen to point elsewhere than before."""
 
     def refresh(self) -> Picture:
         """Blocks: run it in a thread. Keeps the last picture when the store is away."""
         try:
-            self.picture, self.problem = self._take(), ""
+            before, self.picture, self.problem = self.picture, self._take(), ""
+            self.num_followed += _num_moved(before, self.picture)
         except FtcoreError as error:
             if not self.problem:
                 log.warning("the store is away; serving what is known: %s", error.what)
@@ -110,3 +118,8 @@ class Directory:
                 continue
             names[name] = Name(pointer, frozenset(versions[name]), frozenset(revoked.get(name, ())))
         return names
+
+
+def _num_moved(before: Picture, after: Picture) -> int:
+    pairs = ((names, after.tenants.get(tenant, {})) for tenant, names in before.tenants.items())
+    return sum(new[name].pointer.targets != old[name].pointer.targets for old, new in pairs for name in old.keys() & new.keys())

@@ -19,7 +19,7 @@ from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.errors import FtcoreError
 from serving.directory import Directory
 from serving.settings import ServeSettings
-from serving.tenants import Caller, KeyTable, TenantStore
+from serving.tenants import Caller, KeyTable, TenantStore, bearer, is_key, tenant_names
 
 log = logging.getLogger(__name__)
 STALE_KEYS_S = 60.0
@@ -45,7 +45,7 @@ class Gate:
         self.settings = settings
         self._tenants = TenantStore(settings.tenants) if settings.tenants else None
         self._keys, self._keys_read = KeyTable({}), 0.0
-        self.directory = Directory(AdapterStore(settings.store), self._served)
+        self.directory = Directory(AdapterStore(settings.store), tenant_names(settings))
         self._under_way: Counter[str] = Counter()
         self._watches: list[asyncio.Task[None]] = []
 
@@ -75,6 +75,17 @@ class Gate:
             raise Refusal(401, "no valid key: send `Authorization: Bearer ft_...`", "invalid_api_key", kind="authentication_error")
         return caller
 
+    def operator(self, header: str | None, client: str, host: str) -> None:
+        """Raises Refusal 401 or 403 to whoever may not see figures of all tenants: a tenant's own key does not open them."""
+        wanted = self.settings.metrics.key_sha256
+        if wanted:
+            if not is_key(bearer(header), wanted):
+                raise Refusal(401, "this needs the metrics key", "invalid_api_key", kind="authentication_error")
+        elif self._tenants is not None:  # behind a proxy every client has this machine's address
+            raise Refusal(403, "no metrics key is set: ftcore serve --new-metrics-key", "forbidden", kind="permission_error")
+        elif not (is_here(client) and is_here(host)):
+            raise Refusal(403, "without keys only this machine may ask", "forbidden", kind="permission_error")
+
     def find(self, caller: Caller, model: str, session: str) -> AdapterRef | None:
         """None for the bare base. Raises Refusal 404 for anything that is not the caller's."""
         if model == self.settings.base_name:
@@ -99,9 +110,6 @@ class Gate:
             self._under_way[caller.tenant] -= num
             if not self._under_way[caller.tenant]:
                 del self._under_way[caller.tenant]
-
-    def _served(self) -> list[str]:
-        return [self.settings.local_tenant] if self._tenants is None else self._tenants.names()
 
     def _read_keys(self) -> None:
         if self._tenants is not None:

@@ -6,11 +6,10 @@ In: Jobs. Out: an Opening, Pieces, a Closing. Runs in: Ray Serve replicas; or in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ from ftcore.errors import ConfigError, IntegrityError, ModelError
 from ftcore.receipts import Signer
 from ftcore.served_base import ServedBase
 from ftcore.text_stream import TextStream
+from serving.desired import Desired
 from serving.jobs import Closing, Event, Job, Opening, Piece, TokenInfo
 from serving.published_keys import publish_key
 from serving.settings import ServeSettings
@@ -43,9 +43,13 @@ class Replica:
         self.store = AdapterStore(settings.store)
         self.slots = Slots(engine, self.store, cache, self._prove, max_bytes=settings.adapter_mib << 20)
         self.signer = Signer()
+        self.desired = Desired(settings, self.store, self.slots)
         self.num_answers = 0
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
-        self._watch = asyncio.create_task(self._watch_revocations())
+        self._watches = [
+            asyncio.create_task(self._again(self.slots.drop_revoked, "looking for revoked versions")),
+            asyncio.create_task(self._again(self.desired.follow, "bringing in what is desired")),
+        ]
 
     @classmethod
     async def open(cls, settings: ServeSettings, cache: Path | None = None) -> Replica:
@@ -53,12 +57,13 @@ class Replica:
         engine = await settings.engine.open(str(base.folder))
         replica = cls(settings, engine, base, cache or Path(tempfile.mkdtemp(prefix="ftcore-adapters-")))
         await asyncio.to_thread(publish_key, settings.store, replica.signer.key_id, replica.signer.public_pem)
+        await replica.desired.follow()
         return replica
 
     async def close(self) -> None:
-        self._watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watch
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
         await self.engine.close()
         self._tokenising.shutdown(wait=False)
         await asyncio.to_thread(shutil.rmtree, self._cache, ignore_errors=True)  # fetched again by whoever needs it
@@ -195,19 +200,19 @@ class Replica:
         else:
             log.warning("%s is served unproven: this engine computes nothing", ref)
 
-    async def _watch_revocations(self) -> None:
+    async def _again(self, look: Callable[[], Awaitable[object]], what: str) -> None:
         while True:
             await asyncio.sleep(self.settings.poll_s)
             try:
-                await self.slots.drop_revoked()
+                await look()
             except Exception:  # the next second may be better; this watch never ends by itself
-                log.exception("looking for revoked versions failed")
+                log.exception("%s failed", what)
 
     def state(self) -> dict[str, Any]:
-        """What this replica holds, for people and for readiness."""
+        """What this replica holds, for people, metrics and readiness."""
         return {
-            "base": self.base.weights,
+            "replica": self.signer.key_id, "base": self.base.weights, "missing": self.desired.missing,
             "resident": {slot.ref.full: {"pins": slot.pins, "load_s": round(slot.load_s, 3)} for slot in self.slots.resident.values()},
             "refused": {ref.full: reason for ref, reason in self.slots.refusals.items()},
-            "engine": asdict(self.engine.stats()), "num_answers": self.num_answers,
+            "engine": asdict(self.engine.stats()), "num_answers": self.num_answers, **asdict(self.slots.counts),
         }  # fmt: skip

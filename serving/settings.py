@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, field_validator
 
 from ftcore.card import Name
 from ftcore.engines.base import EngineChoice
@@ -42,6 +42,19 @@ class Limits(Section):
     def meters(self) -> dict[str, int]:
         """Key -> limit, of what is counted over time."""
         return {key: limit for key in METERS if (limit := getattr(self, key)) is not None}
+
+
+class Metrics(Section):
+    """Who may read `/metrics` and `/status`, which name every tenant, and how many of them."""
+
+    key_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    """SHA-256 of the key that may (`ftcore serve --new-metrics-key` makes one); empty: this machine, or nobody where there are tenants."""
+    labels: int = Field(100, ge=2, le=10_000)
+    """Pairs of tenant and adapter that get figures of their own; the rest is counted together as `_other`."""
+
+
+ALL = "all"
+Desired = Annotated[str, StringConstraints(pattern=rf"^({ALL}|[a-z0-9][a-z0-9._-]{{0,62}}/[a-z0-9][a-z0-9._-]{{0,62}})$")]
 
 
 class ServeSettings(Section):
@@ -82,10 +95,24 @@ class ServeSettings(Section):
     """Of every tenant that has none of its own (`ftcore tenants limits`)."""
     audit_spool: str = ""
     """Local folder where audit lines wait to be sealed into the store; empty: in a local store itself, else below ~/.local/state/ftcore."""
+    preload: tuple[Desired, ...] = ()
+    """Adapters (`tenant/name`) that a replica holds before it takes requests, and goes on holding; `all`: every name, while they fit."""
+    metrics: Metrics = Metrics()
+    otel_endpoint: str = Field("", pattern=r"^(https?://[^\s@]+)?$")
+    """Where traces go (OTLP over HTTP, like `http://localhost:4318/v1/traces`); empty: nowhere."""
+
+    @field_validator("preload", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
     @property
     def is_local_only(self) -> bool:
         return not self.tenants
+
+    @property
+    def preloads_all(self) -> bool:
+        return ALL in self.preload
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import shutil
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from ftcore.errors import FtcoreError, IntegrityError, StorageError
 log = logging.getLogger(__name__)
 REFUSED_FOR_S = 30.0
 """How long a refusal is remembered; one of the store, which may come back, for a second."""
+
+LOAD_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 Prove = Callable[[AdapterRef, Path], Awaitable[None]]
 """Holds a fetched version to its card on this base, once the engine has it. Raises with the reason."""
@@ -45,6 +48,24 @@ class Slot:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
+@dataclass
+class Counts:
+    """What happened to a replica's versions since it began."""
+
+    num_refused: int = 0
+    num_swaps: int = 0
+    """Versions that came in beside another one of their name."""
+    load_s: float = 0.0
+    """Of all loads together."""
+    loads: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BOUNDS_S) + 1))
+    """How many loads took at most each of LOAD_BOUNDS_S and more than the one before it; longer ones last."""
+
+    def loaded(self, seconds: float, is_swap: bool) -> None:
+        self.loads[bisect_left(LOAD_BOUNDS_S, seconds)] += 1
+        self.load_s += seconds
+        self.num_swaps += is_swap
+
+
 class Slots:
     """The versions of one replica."""
 
@@ -57,6 +78,9 @@ class Slots:
         self._room = asyncio.Semaphore(num_loads)
         self._digests: dict[str, asyncio.Lock] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        self.counts = Counts()
+        self.kept: frozenset[AdapterRef] = frozenset()
+        """Versions that stay when nobody uses them, unless they are revoked."""
 
     @property
     def resident(self) -> dict[AdapterRef, Slot]:
@@ -65,6 +89,11 @@ class Slots:
     @property
     def refusals(self) -> dict[AdapterRef, str]:
         return {ref: str(error) for ref, (_, error) in self._refused.items()}
+
+    @property
+    def can_keep_more(self) -> bool:
+        """Whether the versions that stay leave room for another one."""
+        return sum(slot.num_bytes for ref, slot in self._slots.items() if ref in self.kept) < self._max_bytes
 
     @asynccontextmanager
     async def pinned(self, ref: AdapterRef) -> AsyncIterator[Slot]:
@@ -110,6 +139,7 @@ class Slots:
             self._refused[ref] = (time.monotonic() + forget, error)
             if len(self._refused) > 1000:
                 self._refused.pop(next(iter(self._refused)))
+            self.counts.num_refused += 1
             log.warning("refused %s: %s", ref, str(error).replace("\n", " "))
         else:
             self._refused.pop(ref, None)
@@ -125,7 +155,9 @@ class Slots:
                 if not self._holders(ref.digest):
                     await self._engine.unload_adapter(ref.digest)
                 raise
+            is_swap = any((other.tenant, other.name) == (ref.tenant, ref.name) for other in self._slots)
             slot = self._slots[ref] = Slot(ref, folder, load_s=time.monotonic() - started)
+            self.counts.loaded(slot.load_s, is_swap)
         self._make_room(ref)
         log.info("loaded %s in %.2f s", ref, slot.load_s)
         return slot
@@ -152,16 +184,17 @@ class Slots:
         return [ref for ref in self._slots if ref.digest == digest]
 
     def _make_room(self, newest: AdapterRef) -> None:
-        """Drops what is not in use, least recently used first, until the rest fits. Pinned versions stay, whatever the limit."""
+        """Drops what is not in use, least recently used first, until the rest fits. Pinned and kept versions stay, whatever the limit."""
         over = self._engine.stats().adapter_bytes - self._max_bytes
-        idle = sorted((slot for ref, slot in self._slots.items() if not slot.pins and ref != newest), key=lambda slot: slot.used)
+        free = (slot for ref, slot in self._slots.items() if not slot.pins and ref != newest and ref not in self.kept)
+        idle = sorted(free, key=lambda slot: slot.used)
         for slot in idle:
             if over <= 0:
                 return
             over -= slot.num_bytes
             self.drop(slot.ref)
         if over > 0:
-            log.warning("loaded adapters exceed %d MiB, and every one is in use", self._max_bytes >> 20)
+            log.warning("loaded adapters exceed %d MiB, and every one is in use or kept", self._max_bytes >> 20)
 
     async def drop_revoked(self) -> list[AdapterRef]:
         """Asks the store about every resident version; drops what was revoked. A store that is away drops nothing."""

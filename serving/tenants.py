@@ -10,6 +10,7 @@ up by that hash, so that the time an answer takes says nothing about how much of
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
 import re
 import secrets
@@ -24,7 +25,7 @@ from ftcore.card import Digest, Name, Text, utc_now
 from ftcore.errors import ConfigError, IntegrityError
 from ftcore.section import Section
 from ftcore.storage import Folder
-from serving.settings import Limits
+from serving.settings import Limits, ServeSettings
 
 log = logging.getLogger(__name__)
 KEY = re.compile(r"ft_[A-Za-z0-9_-]{43}")
@@ -83,9 +84,9 @@ class TenantStore:
 
     def new_key(self, name: str, *, days: float | None = None) -> tuple[str, Key]:
         """(the key in the clear, its record). It is never to be had again."""
-        clear = "ft_" + secrets.token_urlsafe(32)
+        clear = new_clear_key()
         expires = None if days is None else time.time() + days * 86400
-        key = Key(id=secrets.token_hex(4), sha256=_hash(clear), created=utc_now(), expires=expires)
+        key = Key(id=secrets.token_hex(4), sha256=key_hash(clear), created=utc_now(), expires=expires)
         self._change(name, lambda tenant: tenant.model_copy(update={"keys": (*tenant.keys, key)}))
         return clear, key
 
@@ -144,19 +145,36 @@ class KeyTable:
 
     def caller(self, header: str | None) -> Caller | None:
         """Whose key an `Authorization` header holds; None when it holds none that is good now."""
-        scheme, _, clear = (header or "").partition(" ")
-        clear = clear.strip()
-        if scheme.lower() != "bearer" or not KEY.fullmatch(clear):
-            return None
-        digest = _hash(clear)
-        found = self.keys.get(digest)
+        clear = bearer(header)
+        found = self.keys.get(key_hash(clear)) if clear else None
         if found is None:
             return None
         caller, expires = found
         return None if expires is not None and expires <= time.time() else caller
 
 
-def _hash(clear: str) -> str:
+def tenant_names(settings: ServeSettings) -> Callable[[], list[str]]:
+    """Tells whose adapters are served now; raises StorageError when the folder of tenants is away."""
+    return (lambda: [settings.local_tenant]) if settings.is_local_only else TenantStore(settings.tenants).names
+
+
+def new_clear_key() -> str:
+    return "ft_" + secrets.token_urlsafe(32)
+
+
+def is_key(clear: str, sha256: str) -> bool:
+    """Whether this is the key of that hash, in constant time."""
+    return hmac.compare_digest(key_hash(clear), sha256)
+
+
+def bearer(header: str | None) -> str:
+    """The key in an `Authorization` header; empty when it holds none."""
+    scheme, _, clear = (header or "").partition(" ")
+    clear = clear.strip()
+    return clear if scheme.lower() == "bearer" and KEY.fullmatch(clear) else ""
+
+
+def key_hash(clear: str) -> str:
     return hashlib.sha256(clear.encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from fastapi import FastAPI
 
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.publish import import_adapter
@@ -18,6 +19,7 @@ from ftcore.recipe import Model
 from serving.api import Service, build_api
 from serving.gate import Gate
 from serving.replica import Replica
+from serving.seeing import Seeing
 from serving.settings import ServeSettings
 from serving.tenants import TenantStore
 from tests.oracles import Truth, make_adapter
@@ -72,6 +74,11 @@ class Server:
     tenants: TenantStore
     gate: Gate
     service: Service
+    api: FastAPI
+
+    @property
+    def seeing(self) -> Seeing:
+        return self.service.seeing
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.keys[tenant]}"}
@@ -95,10 +102,11 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
     gate = Gate(settings)
     service = Service(gate, Local(replica))
     await service.open()
-    transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
+    api = build_api(lambda: service)
+    transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
-            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate, service)
+            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate, service, api)
     finally:
         await service.close()
         await replica.close()

@@ -89,6 +89,10 @@ class Stats:
     adapter_bytes: int = 0
     cache_tokens: int = 0
     cache_capacity: int = 0
+    num_admitted: int = 0
+    """Requests that were let in, since the start."""
+    waited_s: float = 0.0
+    """What they waited before that, added up."""
 
 
 class EngineEnded(ModelError):

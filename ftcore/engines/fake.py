@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class FakeEngine(LiveEngine):
         self._adapters: dict[str, int] = {}
         self._users: dict[str, set[str]] = {}
         self._running: dict[str, asyncio.Event] = {}
-        self._num_running = self._num_waiting = self._num_tokens = 0
+        self._num_running = self._num_waiting = self._num_tokens = self._num_admitted = 0
+        self._waited_s = 0.0
         self._closed = False
 
     async def load_adapter(self, digest: str, folder: Path) -> None:
@@ -69,9 +71,12 @@ class FakeEngine(LiveEngine):
         users = self._users.setdefault(request.adapter, set())
         users.add(request.id)
         self._num_waiting += 1
+        came = time.monotonic()
         try:
             async with self._places:
                 self._num_waiting -= 1
+                self._num_admitted += 1
+                self._waited_s += time.monotonic() - came
                 self._num_running += 1
                 try:
                     async for token in self._tokens(request, stop):
@@ -113,7 +118,7 @@ class FakeEngine(LiveEngine):
     def stats(self) -> Stats:
         return Stats(
             self._num_running, self._num_waiting, num_tokens=self._num_tokens, adapters=tuple(self._adapters),
-            adapter_bytes=sum(self._adapters.values()),
+            adapter_bytes=sum(self._adapters.values()), num_admitted=self._num_admitted, waited_s=self._waited_s,
         )  # fmt: skip
 
     async def health(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -17,14 +18,17 @@ import httpx2 as httpx
 import pytest
 
 from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.cli import main
 from ftcore.publish import import_adapter
 from ftcore.recipe import Model
 from serving.settings import ServeSettings
-from serving.tenants import TenantStore
+from serving.tenants import TenantStore, key_hash, new_clear_key
+from serving.top import Sample
 from tests.oracles import Truth, make_adapter
 
 pytestmark = pytest.mark.ray
 NUM_ADAPTERS = 8
+METRICS_KEY = new_clear_key()
 
 
 @dataclass
@@ -62,7 +66,8 @@ def place(local_ray: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPa
         port = probe.getsockname()[1]
     settings = ServeSettings.model_validate(
         {"base": str(tiny_model_dir), "store": str(home / "adapters"), "tenants": str(home / "tenants"), "replicas": 2, "num_cpus": 0.5,
-         "port": port, "poll_s": 0.2, "queue": 32, "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}}
+         "port": port, "poll_s": 0.2, "queue": 32, "preload": ["acme/a0"],
+         "metrics": {"key_sha256": key_hash(METRICS_KEY)}, "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}}
     )  # fmt: skip
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
@@ -185,6 +190,47 @@ def test_a_promotion_reaches_every_replica(place: Place, tiny_model_dir: Path, t
 async def _foreign(place: Place) -> int:
     async with place.client("bolt") as http:
         return (await http.post("/v1/completions", json={"model": "acme/a4", "prompt": "a", "max_tokens": 1})).status_code
+
+
+def test_both_replicas_are_seen_by_metrics_readiness_and_the_command_line(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def figures(http: httpx.AsyncClient) -> Sample:
+        reply = await http.get("/metrics", headers={"authorization": f"Bearer {METRICS_KEY}"})
+        assert reply.status_code == 200, reply.text
+        return Sample(0.0, reply.text)
+
+    async def go() -> None:
+        async with place.client() as http:
+            for path in ("/metrics", "/status"):
+                assert (await http.get(path)).status_code == 401
+            assert (await http.get("/readyz")).json() == {"status": "ready", "reasons": [], "replicas": 2, "store": "ok"}
+            before = await figures(http)
+            asked = [
+                http.post("/v1/completions", json={"model": f"a{i % 8}", "prompt": "a", "max_tokens": 4, "logprobs": 0}) for i in range(64)
+            ]
+            assert {reply.status_code for reply in await asyncio.gather(*asked)} == {200}
+            await asyncio.sleep(0.6)
+            after = await figures(http)
+        for number in ("0", "1"):
+            own = {"replica": number}
+            assert after.sum("ftcore_engine_tokens_total", **own) > before.sum("ftcore_engine_tokens_total", **own)
+            assert (
+                after.sum("ftcore_resident_versions", tenant="acme", adapter="a0", **own) == after.sum("ftcore_replica_ready", **own) == 1
+            )
+            assert after.sum("ftcore_adapter_load_seconds_count", **own) >= 1
+        assert after.sum("ftcore_replicas") == 2
+        assert after.sum("ftcore_requests_total", outcome="ok") - before.sum("ftcore_requests_total", outcome="ok") == 64
+
+    run(go())
+    assert main(["serve", "--status", place.url]) != 0 and "needs the metrics key" in capsys.readouterr().err
+    monkeypatch.setenv("FTCORE_METRICS_KEY", METRICS_KEY)
+    assert main(["serve", "--status", place.url]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"{place.refs['a0'].full[:20]}\S* +100% +on replica 0, 1", said) and "replica 1  ready" in said, said
+    assert main(["serve", "--top", f"{place.url}/v1", "--every", "0.2"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\d+) ", said, re.MULTILINE) == ["0", "1"] and "acme/a0" in said, said
 
 
 def test_what_a_replica_refuses_is_told_as_if_the_ingress_had_refused_it(place: Place) -> None:
