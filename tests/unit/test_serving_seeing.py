@@ -184,7 +184,7 @@ def test_five_hundred_tenants_make_no_more_series_than_were_allowed() -> None:
     for tenant in range(500):
         for adapter in range(3):
             answer = metrics.begun(job(f"t{tenant}", f"a{adapter}"))
-            for event in (Opening("", "", "", False), Piece(0, "a"), Piece(0, "b", finish="length"), Closing(3, 2, {})):
+            for event in (Opening("", "", "", False, 3), Piece(0, "a", num_tokens=1), Piece(0, "b", num_tokens=1, finish="length"), Closing(3, 2, {})):
                 answer.saw(event)
             answer.ended(False)
         metrics.refused(f"t{tenant}", "model_not_found")
@@ -291,7 +291,7 @@ def test_the_live_view_counts_what_happened_between_two_looks() -> None:
 
     def answered_by(at: float) -> Sample:
         answer = metrics.begun(job("acme", "support"))
-        for event in (Opening("", "", "", True), Piece(0, "a"), Closing(30, 10, {})):
+        for event in (Opening("", "", "", True, 30), Piece(0, "a", num_tokens=1), Closing(30, 10, {})):
             answer.saw(event)
         answer.ended(False)
         return Sample(at, generate_latest(metrics.registry).decode())
