@@ -215,7 +215,7 @@ def test_what_vllm_would_leave_out_is_refused_at_load(use: Run, adapters: dict[s
 
     def wide(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            tensors[name] = torch.cat([tensor] * 16, dim="lora_B" in name)
+            tensors[name] = torch.cat([tensor] * 16, dim=int("lora_B" in name))
 
     cases = {
         "DoRA": configured(use_dora=True), "whole modules": configured(modules_to_save=["lm_head"]), "biases": configured(bias="all"),
