@@ -22,6 +22,9 @@ BENCH_STAMP := $(VENV)/.installed-bench-$(WANTED)
 # The S3 server of the tests wants another botocore than s3fs: an environment of its own.
 S3_VENV ?= .venv-s3
 S3_STAMP := $(S3_VENV)/.installed-$(shell cat tests/s3-server.txt 2>/dev/null | cksum | tr ' ' -)
+# The vllm engine's tests want vLLM's own torch: an environment of its own, too.
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell cat tests/vllm.txt 2>/dev/null | cksum | tr ' ' -)
 # Tests at a time: those on Ray one after another in one process, all others in the rest.
 JOBS ?= 2
 # One compute thread a process unless told otherwise: tests and the demo run several workers on a small machine.
@@ -48,7 +51,7 @@ check: $(DEV_STAMP)
 	@$(RUN) -m mypy
 	@$(RUN) -m pytest -q tests/test_architecture.py
 
-proof: $(DEV_STAMP) $(S3_STAMP)
+proof: $(DEV_STAMP) $(S3_STAMP) $(VLLM_STAMP)
 	@$(RUN) -m pytest -q -s --durations=0 -m proof $(ARGS)
 
 bench: $(BENCH_STAMP) $(S3_STAMP)
@@ -82,6 +85,14 @@ $(S3_STAMP): | $(RUN)
 	@echo "installing the S3 server of the tests in $(S3_VENV) (once)"
 	@"$(PYTHON)" -m venv --clear "$(S3_VENV)"
 	@"$(S3_VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -r tests/s3-server.txt
+	@touch $@
+
+# torchvision and its like come with vLLM for other builds of torch, and then do not load.
+$(VLLM_STAMP): | $(RUN)
+	@echo "installing vLLM for its engine's tests in $(VLLM_VENV) (once; some minutes, 3 GB)"
+	@"$(PYTHON)" -m venv --clear "$(VLLM_VENV)"
+	@"$(VLLM_VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -r tests/vllm.txt
+	@"$(VLLM_VENV)/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 comma := ,

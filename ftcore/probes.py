@@ -258,15 +258,22 @@ def check(
     return compare(probes, tuned, base, precision, _device_kind(model))
 
 
-def compare(probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, device: str) -> ProbeReport:
-    """The rule itself, on [P, vocab] last-position logits however they were computed (an engine gives its own)."""
+def compare(probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, device: str, *, logprobs: bool = False) -> ProbeReport:
+    """The rule itself, on [P, vocab] last-position logits however they were computed (an engine gives its own).
+
+    `logprobs`: what is given are log-probabilities, which differ from logits by one number a prompt. Then error, effect and noise are
+    those of the recorded ids' logits less their mean.
+    """
     name = probes.nearest_name(precision)
     record = probes.nearest(precision)
     if tuned.shape[0] != record.ids.shape[0] or tuned.shape[1] <= int(record.ids.max()):
         return _failed(probes, precision, f"logits of shape {list(tuned.shape)} cannot hold the recorded ids; another vocabulary")
-    error = _distance(tuned.gather(1, record.ids), record.tuned)
-    effect = record.effect
-    noise = None if base is None or record.base is None else _distance(base.gather(1, record.ids), record.base)
+    tuned, base = tuned.gather(1, record.ids), None if base is None else base.gather(1, record.ids)
+    if logprobs:
+        record = replace(record, tuned=_levelled(record.tuned), base=None if record.base is None else _levelled(record.base))
+        tuned, base = _levelled(tuned), None if base is None else _levelled(base)
+    error, effect = _distance(tuned, record.tuned), record.effect
+    noise = None if base is None or record.base is None else _distance(base, record.base)
     same = name == precision and is_exact(precision) and record.device == device
     limit = ABSOLUTE if effect is None else min(ABSOLUTE, SHARE * effect) if same else SHARE * effect
     facts = f"error {error:.3g} of at most {limit:.3g} ({precision} on {device} against {name} on {record.device}"
@@ -307,6 +314,11 @@ def _distance(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference; infinite where either is not finite, so that NaN never compares as near."""
     difference = (a.double() - b.double()).abs()
     return float(difference.max()) if bool(torch.isfinite(difference).all()) else float("inf")
+
+
+def _levelled(logits: Tensor) -> Tensor:
+    """[P, K], each prompt's less their mean."""
+    return logits - logits.double().mean(-1, keepdim=True)
 
 
 def _device_kind(model: nn.Module) -> str:

@@ -71,6 +71,7 @@ class ServedBase:
         probes = Probes.load(folder)
         tuned = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts, digest)])
         bare = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts)])
-        report = compare(probes, tuned, bare, precision, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        report = compare(probes, tuned, bare, precision, device, logprobs=engine.gives_logprobs)
         report.require(digest[:12])
         return report

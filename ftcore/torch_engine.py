@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore.engine_thread import EngineThread, LoadedAdapter, Made
 from ftcore.engines.base import LiveEngine, Request, Stats, Token, check_prompt, check_request
 from ftcore.lora_updates import read_updates
+from ftcore.residents import Residents
 
 if TYPE_CHECKING:
     from ftcore.engines.torch import Torch
@@ -32,9 +33,7 @@ class TorchEngine(LiveEngine):
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(section, base, self._deliver)
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="adapters")
-        self._known: set[str] = set()
-        self._changes: dict[str, asyncio.Task[None]] = {}
-        """The load or unload of a digest that is under way."""
+        self._residents = Residents()
         self._streams: dict[int, asyncio.Queue[Token]] = {}
         self._keys: dict[str, set[int]] = {}
         self._next_key = itertools.count()
@@ -53,31 +52,17 @@ class TorchEngine(LiveEngine):
         return engine
 
     async def load_adapter(self, digest: str, folder: Path) -> None:
-        while digest not in self._known:
-            await self._change(digest, lambda: self._load(digest, folder))
+        await self._residents.bring_in(digest, lambda: self._load(digest, folder))
 
     async def unload_adapter(self, digest: str) -> None:
-        while digest in self._known or digest in self._changes:
-            await self._change(digest, lambda: self._unload(digest))
-
-    async def _change(self, digest: str, begin: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Waits for the change of a digest that is under way, or makes one; what one caller gives up goes on for the others."""
-        task = self._changes.get(digest)
-        if task is None:
-            task = self._changes[digest] = asyncio.create_task(begin())
-            task.add_done_callback(lambda _: self._changes.pop(digest, None))
-            await asyncio.shield(task)
-            return
-        with contextlib.suppress(Exception):  # its own caller hears of it; this one looks again
-            await asyncio.shield(task)
-        await asyncio.sleep(0)
+        await self._residents.take_out(digest, lambda: self._unload(digest))
 
     async def _load(self, digest: str, folder: Path) -> None:
         if self._thread.has_ended:
             raise self._thread.end_error()
         adapter = await self._loop.run_in_executor(self._loaders, self._read, folder)
         await self._ordered(partial(self._thread.keep, digest, adapter))
-        self._known.add(digest)
+        self._residents.known.add(digest)
 
     def _read(self, folder: Path) -> LoadedAdapter:
         lora = self._thread.decoder.lora
@@ -87,7 +72,7 @@ class TorchEngine(LiveEngine):
         return LoadedAdapter(updates, max(update.a.shape[0] for update in updates.values()), size, lora.fingerprint(updates))
 
     async def _unload(self, digest: str) -> None:
-        self._known.discard(digest)
+        self._residents.known.discard(digest)
         gone = await self._ordered(partial(self._thread.leave, digest))
         await asyncio.wrap_future(gone)
 
@@ -132,9 +117,7 @@ class TorchEngine(LiveEngine):
         self._thread.stop()
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._loaders.shutdown)
-        for task in list(self._changes.values()):
-            with contextlib.suppress(Exception):  # its own caller hears of it
-                await task
+        await self._residents.settle()
 
     async def _ordered(self, do: Callable[[], Any]) -> Any:
         """Has the engine's thread do something between two steps; its result, or what it raised."""

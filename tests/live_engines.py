@@ -42,8 +42,8 @@ async def opened(base: Path, **keys: Any) -> AsyncIterator[LiveEngine]:
         await engine.close()
 
 
-def run(task: Coroutine[Any, Any, Any], limit_s: float = 120) -> Any:
-    return asyncio.run(asyncio.wait_for(task, max(limit_s, 120)))
+def run(task: Coroutine[Any, Any, Any], limit_s: float = 0) -> Any:
+    return asyncio.run(asyncio.wait_for(task, max(limit_s, 300)))
 
 
 async def answer(engine: LiveEngine, request: Request) -> list[Token]:

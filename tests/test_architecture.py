@@ -320,7 +320,8 @@ def test_reading_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_the_whole_library_imports_without_ray() -> None:
-    names = [module.name for module in modules() if module.room == "ftcore" and not module.is_empty]
+    elsewhere = {"ftcore.vllm_engine"}  # imported where vLLM is: an environment of its own
+    names = [module.name for module in modules() if module.room == "ftcore" and not module.is_empty and module.name not in elsewhere]
     code = f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\nprint('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
     assert (done.stdout.strip().splitlines()[-1:], done.returncode) == (["False"], 0), done.stderr[-2000:]

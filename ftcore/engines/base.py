@@ -104,6 +104,8 @@ class LiveEngine(ABC):
 
     computes: ClassVar[bool] = True
     """Whether its answers come from weights, so that probes can be held to it."""
+    gives_logprobs: ClassVar[bool] = False
+    """Whether `next_logits` gives log-probabilities: logits less one number for each prompt, which no answer depends on."""
     max_context: int
     """Prompt and answer together, in tokens."""
     vocabulary: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,16 +13,26 @@ import pytest
 
 from ftcore.engines.base import ENGINES, Engine, LiveEngine, Request, Sampling, Token
 from ftcore.errors import ConfigError, ModelError
+from tests.conftest import make_tiny_model
 from tests.live_engines import DIGESTS, run
 from tests.live_engines import adapters as adapters
 
-SECTIONS: dict[str, dict[str, Any]] = {"torch": {"num_threads": 1}, "fake": {"vocabulary": 256, "token_s": 0.001}}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "torch": {"num_threads": 1}, "fake": {"vocabulary": 256, "token_s": 0.001}, "vllm": {"dtype": "fp32", "kv_cache_mib": 64},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("wider-model"), hidden=128)  # heads of 32, the least that vLLM computes on a CPU
 
 
 @pytest.fixture(params=list(ENGINES))
 def section(request: pytest.FixtureRequest) -> Engine:
     kind = request.param
     assert kind in SECTIONS, f"say here how the contract opens engine `{kind}`"
+    if kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here: tests/contract/test_vllm.py runs this in its own environment")
     return ENGINES[kind].model_validate({"max_batch": 3, "max_context": 64, **SECTIONS[kind]})
 
 

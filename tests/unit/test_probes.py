@@ -156,6 +156,17 @@ def test_nan_never_compares_as_near(recorded) -> None:
     assert not probes.compare(recorded, tuned, None, "fp32", "cpu").passed
 
 
+def test_log_probabilities_are_held_to_the_rule_as_logits_are(tuned, recorded) -> None:
+    own, half = (probes.last_logits(model, recorded.prompts).log_softmax(-1) for model in (tuned, dropped(tuned, "layers.0.")))
+    with tuned.disable_adapter():
+        bare = probes.last_logits(tuned, recorded.prompts).log_softmax(-1)
+    assert not probes.compare(recorded, own, bare, "fp32", "cpu").passed  # they are no logits
+    report = probes.compare(recorded, own, bare, "fp32", "cpu", logprobs=True)
+    assert report.passed and report.noise < 1e-4 and report.effect > 100 * report.limit
+    for wrong in (half, bare, own * 1.01):
+        assert not probes.compare(recorded, wrong, bare, "fp32", "cpu", logprobs=True).passed
+
+
 def test_another_tokenizer_fails_before_any_logit(tuned, tokenizer, recorded) -> None:
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["capital"])
