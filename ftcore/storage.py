@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +76,8 @@ class Folder:
         if not self.is_local:
             return self._remote.read(key)
         with self._explained("read", key):
+            if not stat.S_ISREG((self.path / key).stat().st_mode):  # a pipe could keep its reader for ever
+                raise OSError(errno.EINVAL, "not a regular file")
             return (self.path / key).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
