@@ -183,6 +183,11 @@ class Folder:
         folder = self.path / key
         return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.is_dir() else []
 
+    def require_something(self) -> None:
+        """Raises StorageError where there is nothing at all: removed, or not mounted. To a listing that looks like a folder emptied."""
+        if not self.names():
+            raise StorageError("there is nothing here", where=self, wanted="a folder that holds something", remedy="is it mounted?")
+
     def files(self, key: str = "") -> list[str]:
         """Every file under `key`, as keys relative to it, sorted."""
         return sorted(self.sizes(key))

@@ -7,8 +7,7 @@ import json
 import random
 import re
 import shutil
-import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ftcore.errors import FtcoreError, IntegrityError, ModelError
 from ftcore.publish import import_adapter
 from ftcore.recipe import Model
 from tests.hostile_folders import ATTACKS, CONTENTS, Attack, seal_unchecked
+from tests.live_http import Do, loop_thread
 from tests.served import Server, Store, served
 from tests.served import store as store
 
@@ -31,7 +31,7 @@ class Live:
     """A server in a thread, the same for every attack."""
 
     server: Server
-    do: Callable[[Coroutine[Any, Any, Any]], Any]
+    do: Do
     first: AdapterRef
     """What acme/support means before and after each attack."""
     sound: Path
@@ -64,20 +64,11 @@ class Live:
 
 @pytest.fixture(scope="module")
 def live(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    home, loop = tmp_path_factory.mktemp("live"), asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def do(task: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(task, loop).result(60)
-
+    home, place, first = tmp_path_factory.mktemp("live"), AdapterStore(store.path), store.refs["acme/support"]
     opened = served(store, home, poll_s=0.02)
-    place, first = AdapterStore(store.path), store.refs["acme/support"]
-    yield Live(do(opened.__aenter__()), do, first, place.fetch(first, home / "fetched"), place)
-    do(opened.__aexit__(None, None, None))
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
-    loop.close()
+    with loop_thread() as do:
+        yield Live(do(opened.__aenter__()), do, first, place.fetch(first, home / "fetched"), place)
+        do(opened.__aexit__(None, None, None))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
