@@ -122,7 +122,11 @@ async def _answer(
     )  # fmt: skip
     events = _admitted(service, caller, job)
     try:
-        opening = await anext(events)  # whatever refuses does so before a header is sent
+        async with asyncio.timeout(service.gate.settings.begin_s):
+            opening = await anext(events)  # whatever refuses does so before a header is sent
+    except TimeoutError:
+        await events.aclose()
+        raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
     except BaseException:
         await events.aclose()
         raise

@@ -89,6 +89,8 @@ class ServeSettings(Section):
     """Largest request."""
     body_s: float = Field(30.0, gt=0)
     """How long a request may take to come in."""
+    begin_s: float = Field(60.0, gt=0)
+    """How long it may wait for a replica that begins to answer it; then it gets 503 with Retry-After."""
     limits: Limits = Limits()
 
     @property

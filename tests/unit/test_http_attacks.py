@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute
 from hypothesis import HealthCheck
 from schemathesis.core import NOT_SET
 
-from serving.api import OPEN_ROUTES
+from serving.api import OPEN_ROUTES, Service, build_api
 from serving.directory import Directory, Picture
 from tests.live_http import Do, loop_thread, on_a_port
 from tests.served import TENANTS, Server, Store, served
@@ -238,6 +238,25 @@ def test_who_hangs_up_in_the_middle_leaves_nothing_behind(web: Web) -> None:
 
 async def _all(tasks: Iterator[Any]) -> None:
     await asyncio.gather(*tasks)
+
+
+def test_who_waits_for_a_replica_that_never_comes_is_told_so(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        async def answer(self, _: Any) -> Any:
+            await asyncio.Event().wait()
+            yield
+
+    gate = web.server.gate
+    monkeypatch.setattr(gate, "settings", gate.settings.model_copy(update={"begin_s": 0.1}))
+    app = build_api(lambda: Service(gate, Silent()))  # type: ignore[arg-type]
+
+    async def go() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x") as http:
+            return await http.post("/v1/completions", headers=web.server.headers("acme"), json=_completion("support"))
+
+    reply = web.do(go())
+    assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (503, "overloaded", "5")
+    assert not gate._under_way
 
 
 def test_while_the_store_is_away_what_is_known_is_served_and_said_so(web: Web, store: Store) -> None:
