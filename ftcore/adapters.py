@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftcore.adapter_files import CARD, NOT_CONTENT, README, check_adapter, content_digest, content_files
+from ftcore.adapter_files import CARD, NOT_CONTENT, README, check_adapter, content_digest, content_files, read_probe_facts
 from ftcore.card import Card, utc_now
 from ftcore.errors import ConfigError, IntegrityError
 from ftcore.export.modelcard import render_card
@@ -98,6 +98,8 @@ def _require_content(folder: Path, card: Card) -> None:
     if strangers := sorted(set(files) - set(card.files)):
         raise IntegrityError("this folder holds something its card does not name", where=folder, got=strangers[0], remedy="remove it")
     check_adapter(folder)
+    if card.model_dump(include={"probes"})["probes"] != read_probe_facts(folder):
+        raise IntegrityError("this card says something else of its probes than they do", where=folder, remedy="publish the version again")
 
 
 class AdapterStore:
@@ -157,7 +159,7 @@ class AdapterStore:
         if target.is_dir():
             _require_content(target, card)
             return target
-        self._refuse_strangers(ref, card)
+        self._require_listed(ref, card)
         temporary = target.with_name(f".{ref.digest}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             temporary.mkdir(parents=True)
@@ -178,7 +180,7 @@ class AdapterStore:
     def verify(self, ref: AdapterRef) -> Card:
         """Reads a whole version back against its card. Raises IntegrityError; returns the card."""
         card = self.card(ref)
-        self._refuse_strangers(ref, card)
+        self._require_listed(ref, card)
         self._read_back(ref, card)
         return card
 
@@ -306,10 +308,10 @@ class AdapterStore:
                 remedy=f"ftcore adapters rollback {ref.tenant}/{ref.name}, or publish anew",
             )
 
-    def _refuse_strangers(self, ref: AdapterRef, card: Card) -> None:
-        """Files in a version that its card does not name, and links, mean that somebody else wrote there."""
-        expected = {*card.files, *NOT_CONTENT}
-        strangers = sorted(set(self.folder.files(ref.key)) - expected)
+    def _require_listed(self, ref: AdapterRef, card: Card) -> None:
+        """By the listing alone, before a byte is copied: every file that the card names, in its size, and no other file, folder or link."""
+        sizes = self.folder.sizes(ref.key)
+        strangers = sorted(set(sizes) - {*card.files, *NOT_CONTENT})
         if self.folder.is_local:
             strangers += [path.name for path in (self.folder.path / ref.key).iterdir() if path.is_symlink() or path.is_dir()]
         if strangers:
@@ -319,6 +321,13 @@ class AdapterStore:
                 got=ascii(strangers[0][:200]),
                 remedy="remove it",
             )
+        for name, fact in card.files.items():
+            if sizes.get(name) != fact.bytes:
+                got = f"{sizes[name]} bytes" if name in sizes else "no such file"
+                raise IntegrityError(
+                    "a file of this version is gone, or of another size", where=f"{self}/{ref.key}/{name}", got=got,
+                    wanted=f"{fact.bytes} bytes", remedy="publish the version again",
+                )  # fmt: skip
 
     def _read_back(self, ref: AdapterRef, card: Card) -> None:
         digests = self.folder.at_once(lambda name: self.folder.digest(f"{ref.key}/{name}"), card.files)

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,14 +28,13 @@ def bind_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     """
     folder = Path(folder)
     check_adapter(folder)
-    tensors = load_file(folder / WEIGHTS)
-    require_trained(tensors, folder)
+    tensors = load_tensors(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with its name
         warnings.filterwarnings("ignore", message=r".*tie_word_embeddings")  # merging takes them apart; the probes hold either way
         try:
             model = PeftModel.from_pretrained(base, str(folder))
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:  # PEFT raises of every kind for a configuration that makes no sense
             raise ModelError(
                 "this adapter does not fit this base", where=folder, got=str(error).strip().split("\n")[-1][:300],
                 remedy="use the base that its card names",
@@ -45,11 +45,23 @@ def bind_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
 
 def widen_whole_modules(model: PeftModel, folder: Path) -> None:
     """Gives `modules_to_save` the file's own dtype: PEFT holds them in the base's, which rounds what was trained in fp32."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_tensors(folder)
     for name, parameter in model.named_parameters():
         saved = tensors.get(name.replace(".modules_to_save.default", ""))
         if ".modules_to_save." in name and saved is not None:
             parameter.data = saved.to(parameter.device)
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checked folder. Raises IntegrityError when they cannot be read, are not finite, or were never trained."""
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise IntegrityError(
+            "these weights cannot be read", where=folder / WEIGHTS, got=str(error)[:200], remedy="save the adapter again"
+        ) from error
+    require_trained(tensors, folder)
+    return tensors
 
 
 def require_bound(model: PeftModel, tensors: dict[str, Tensor], where: object) -> None:

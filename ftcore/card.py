@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, field_validator
 
 import ftcore
-from ftcore.adapter_files import FileFact, content_digest
+from ftcore.adapter_files import CONTENT, FileFact, content_digest, max_bytes
 from ftcore.errors import IntegrityError
 from ftcore.section import Section
 from ftcore.storage import canonical_json, digest_of
@@ -130,6 +130,17 @@ class Card(Section):
     """UTC, ISO 8601."""
     tool: Text = f"ftcore {ftcore.__version__}"
     signature: Signature | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _files_of_an_adapter(cls, files: dict[str, FileFact]) -> dict[str, FileFact]:
+        """Names become paths, and sizes are made room for: before anything is copied they are an adapter's own."""
+        for name, fact in files.items():
+            if name not in CONTENT:
+                raise ValueError(f"{ascii(name)[:80]} is no file of an adapter")
+            if not 0 <= fact.bytes <= max_bytes(name):
+                raise ValueError(f"{name}: {fact.bytes} bytes, of at most {max_bytes(name)}")
+        return files
 
     def to_json(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"

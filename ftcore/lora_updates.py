@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from ftcore.adapter_files import WEIGHTS, check_adapter, read_config
-from ftcore.bind import require_trained
+from ftcore.adapter_files import check_adapter, read_config
+from ftcore.bind import load_tensors
 from ftcore.errors import IntegrityError, ModelError
 from ftcore.layers.multi_lora import LayerUpdate
+from ftcore.safetensors_header import TensorFact
 
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -28,6 +27,9 @@ UNSERVED = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens": "activated LoRA", "layer_replication": "layer replication",
 }  # fmt: skip
 """Keys of a LoRA configuration that mean more than A and B."""
+PATTERN_OF = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+NAMES = re.compile(r"([\w.^$|-]|\\[.d])+")
+"""Patterns that are matched in the time that reading them takes: a search that explodes would hold up every tenant."""
 
 
 def read_updates(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: int, dtype: torch.dtype) -> dict[str, LayerUpdate]:
@@ -37,49 +39,76 @@ def read_updates(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: 
     """
     config = read_config(folder)
     _require_servable(config, folder)
-    check_adapter(folder)
-    tensors = load_file(folder / WEIGHTS)
-    require_trained(tensors, folder)
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    names = _bound(check_adapter(folder), config, layers, max_rank, folder)
+    tensors = load_tensors(folder)
+    updates = {}
+    for layer, (a, b) in names.items():
+        rank = tensors[a].shape[0]
+        scaled = tensors[b].float().T * scale_of(config, layer, rank)
+        update = LayerUpdate(tensors[a].to(dtype).contiguous(), scaled.to(dtype).contiguous())
+        if not bool(torch.isfinite(update.a).all() and torch.isfinite(update.b).all()):
+            raise _refused(
+                f"`{layer}` is not finite in the engine's precision", folder, "finite weights", "serve it with engine.dtype=fp32"
+            )
+        updates[layer] = update
+    return updates
+
+
+def _bound(
+    facts: Mapping[str, TensorFact], config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], max_rank: int, folder: Path
+) -> dict[str, tuple[str, str]]:
+    """Layer -> names of its A and B, every tensor of the file in one pair. By shapes alone: nothing is read that does not fit."""
+    sides: dict[str, dict[str, str]] = {}
+    for key in facts:
         match = KEY.fullmatch(key)
         if match is None:
             raise _refused(f"it holds `{key}`", folder, "LoRA matrices of linear layers alone")
         if match["layer"] not in layers:
             raise _refused(f"it adapts `{match['layer']}`, which is no linear layer of this base", folder, "an adapter of this base")
-        sides.setdefault(match["layer"], {})[match["side"]] = tensor
-    updates = {}
-    for name, pair in sides.items():
+        sides.setdefault(match["layer"], {})[match["side"]] = key
+    for layer, pair in sides.items():
         if set(pair) != {"A", "B"}:
-            raise IntegrityError("half of a LoRA pair is missing", where=folder, got=name, remedy="save the adapter again")
-        a, b = pair["A"], pair["B"]
-        wanted = (*layers[name], a.shape[0])
-        if a.ndim != 2 or b.ndim != 2 or (a.shape[1], b.shape[0], b.shape[1]) != wanted:
-            shapes = f"{name}: A {list(a.shape)}, B {list(b.shape)}"
-            raise _refused(f"its shapes do not fit ({shapes})", folder, f"A [r, {wanted[0]}], B [{wanted[1]}, r]")
-        if a.shape[0] > max_rank:
-            raise _refused(f"its rank is {a.shape[0]}", folder, f"a rank of at most {max_rank} (engine.max_rank)")
-        scaled = b.float().T * scale_of(config, name, a.shape[0])
-        update = LayerUpdate(a.to(dtype).contiguous(), scaled.to(dtype).contiguous())
-        if not bool(torch.isfinite(update.a).all() and torch.isfinite(update.b).all()):
-            raise _refused(f"`{name}` is not finite in the engine's precision", folder, "finite weights", "serve it with engine.dtype=fp32")
-        updates[name] = update
-    return updates
+            raise IntegrityError("half of a LoRA pair is missing", where=folder, got=layer, remedy="save the adapter again")
+        (width, height), rank = layers[layer], rank_of(config, layer)
+        a, b = facts[pair["A"]].shape, facts[pair["B"]].shape
+        if a != (rank, width) or b != (height, rank):
+            shapes = f"{layer}: A {list(a)}, B {list(b)}"
+            raise _refused(f"its shapes do not fit ({shapes})", folder, f"A [{rank}, {width}], B [{height}, {rank}]")
+        if rank > max_rank:
+            raise _refused(f"its rank is {rank}", folder, f"a rank of at most {max_rank} (engine.max_rank)")
+    return {layer: (pair["A"], pair["B"]) for layer, pair in sides.items()}
+
+
+def rank_of(config: Mapping[str, Any], layer: str) -> Any:
+    return _by_pattern(config, "rank_pattern", layer, config.get("r", 8))
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha from `alpha_pattern` where a pattern names the layer, as PEFT looks it up."""
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-            alpha = float(value)
-            break
+    """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    alpha = float(_by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha", 8)))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(config: Mapping[str, Any], key: str, layer: str, default: Any) -> Any:
+    """The value of the first pattern that names the layer, as PEFT looks it up."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            return value
+    return default
 
 
 def _require_servable(config: Mapping[str, Any], folder: Path) -> None:
     if config["peft_type"] != "LORA":
         raise _refused(f"its method is {config['peft_type']}", folder, "LoRA", "merge it into a model of its own, and serve that as a base")
+    for key, kinds in (("r", int), ("lora_alpha", int | float)):
+        values = [config[key]] if key in config else []
+        pattern = config.get(PATTERN_OF[key]) or {}
+        if not isinstance(pattern, dict) or not all(NAMES.fullmatch(name) for name in pattern):
+            wanted = "names of modules, without repetitions or groups"
+            raise _refused(f"its {PATTERN_OF[key]} is {str(pattern)[:200]}", folder, wanted, "name the modules")
+        for value in [*values, *pattern.values()]:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9:
+                raise _refused(f"its {key} is {str(value)[:80]}", folder, "a number above 0", "save the adapter again")
     if config.get("modules_to_save"):
         got = f"it saves whole modules: {', '.join(map(str, config['modules_to_save']))}"
         raise _refused(got, folder, "LoRA matrices alone", "merge it into a model of its own, or train without modules_to_save")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ftcore.adapter_files import CONTENT, TOKENIZER, WEIGHTS, content_digest, content_files, read_config
+from ftcore.adapter_files import CONTENT, TOKENIZER, WEIGHTS, check_adapter, content_digest, content_files, read_config
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
 from ftcore.bind import bind_adapter, widen_whole_modules
 from ftcore.card import BaseFacts, Card, DataFacts, MethodFacts, ProbeFacts, QuantisationFacts, package_versions, recipe_facts, utc_now
@@ -105,6 +105,7 @@ def import_adapter(
     tokenizer = load_tokenizer(model)
     with tempfile.TemporaryDirectory(prefix="ftcore-import-") as scratch:
         folder = stage_content(source, Path(scratch) / "adapter")
+        check_adapter(folder)  # before a base is loaded for it
         base = load_base(model, dtype="fp32", device=_device())
         tuned = bind_adapter(base, folder)
         probes = record(tuned, tokenizer, tuned.disable_adapter, "fp32")

@@ -51,7 +51,7 @@ def check_safetensors(path: Path) -> dict[str, TensorFact]:
             raise _damaged(path, "its header is not of a believable size", f"{length} bytes", f"2 to {MAX_HEADER_BYTES} bytes")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header is not JSON", str(error)[:200], "a safetensors header") from error
     if not isinstance(header, dict):
@@ -90,7 +90,8 @@ def _tensors(path: Path, header: dict[str, Any], num_bytes: int) -> dict[str, Te
     return facts
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook`: of a key that appears twice, one reader would take the first and another the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +76,8 @@ class Folder:
         if not self.is_local:
             return self._remote.read(key)
         with self._explained("read", key):
+            if not stat.S_ISREG((self.path / key).stat().st_mode):  # a pipe could keep its reader for ever
+                raise OSError(errno.EINVAL, "not a regular file")
             return (self.path / key).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
@@ -179,6 +182,11 @@ class Folder:
             return self._remote.names(key)
         folder = self.path / key
         return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.is_dir() else []
+
+    def require_something(self) -> None:
+        """Raises StorageError where there is nothing at all: removed, or not mounted. To a listing that looks like a folder emptied."""
+        if not self.names():
+            raise StorageError("there is nothing here", where=self, wanted="a folder that holds something", remedy="is it mounted?")
 
     def files(self, key: str = "") -> list[str]:
         """Every file under `key`, as keys relative to it, sorted."""

@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import ftcore
 from ftcore.engines.base import EngineEnded
@@ -127,7 +128,11 @@ async def _answer(
     request.state.job = job.id
     events = _admitted(service, caller, job, Asker(asked.model, request.headers.get("traceparent", "")[:64]))
     try:
-        opening = await anext(events)  # whatever refuses does so before a header is sent
+        async with asyncio.timeout(service.gate.settings.begin_s):
+            opening = await anext(events)  # whatever refuses does so before a header is sent
+    except TimeoutError:
+        await events.aclose()
+        raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
     except BaseException:
         await events.aclose()
         raise
@@ -176,7 +181,7 @@ async def _sse(bodies: AsyncGenerator[dict[str, Any], None], job: str) -> AsyncI
 
 
 class Door:
-    """Pure ASGI, before any body is read: who asks, and how much they send."""
+    """Pure ASGI, before anything is looked up: who asks, and how much they send, and how slowly."""
 
     def __init__(self, app: Any, service: Callable[[], Service]) -> None:
         self._app, self._service = app, service
@@ -185,50 +190,61 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope)
-        gate = self._service().gate
-        limit = gate.settings.max_body_kib << 10
+        if scope["path"] in OPEN_ROUTES:  # nobody's: their body is not read
+            await self._app(scope, receive, send)
+            return
+        request, gate = Request(scope), self._service().gate
         try:
-            if scope["path"] not in OPEN_ROUTES:
-                client, name = (scope.get("client") or ("",))[0], urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-                key = request.headers.get("authorization")
-                if scope["path"] in OPERATOR_ROUTES:
-                    gate.operator(key, client, name)
-                    scope.setdefault("state", {})["is_operator"] = True
-                else:
-                    scope.setdefault("state", {})["caller"] = gate.caller(key, client, name)
+            client, name = (scope.get("client") or ("",))[0], urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+            key, state = request.headers.get("authorization"), scope.setdefault("state", {})
+            if scope["path"] in OPERATOR_ROUTES:  # they read no body either
+                gate.operator(key, client, name)
+                state["is_operator"] = True
+                await self._app(scope, receive, send)
+                return
+            caller = state["caller"] = gate.caller(key, client, name)
             length = request.headers.get("content-length", "0")
-            if not (length.isascii() and length.isdigit()) or int(length) > limit:
-                raise Refusal(413, f"a request is at most {limit} bytes", "request_too_large")
+            if not (length.isascii() and length.isdigit()) or int(length) > gate.settings.max_body_kib << 10:
+                raise _too_large(gate.settings.max_body_kib)
+            with gate.uploading(caller):
+                body = await _body(receive, gate.settings.max_body_kib, gate.settings.body_s)
         except Refusal as refusal:
             await self._refuse(refusal, scope, receive, send)
             return
-        taken = 0
+        except ClientDisconnect:
+            return
+        rest = iter([{"type": "http.request", "body": body}])
 
-        async def counted() -> Any:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > limit:
-                raise _TooLarge
-            return message
+        async def replayed() -> Any:
+            return next(rest, None) or await receive()  # after the body: whether the client is still there
 
-        async def guarded(message: Any) -> None:
-            if taken <= limit:
-                await send(message)
-
-        with suppress(_TooLarge):
-            await self._app(scope, counted, guarded)
-        if taken > limit:  # nothing was sent: an answer begins when the whole body is in
-            await self._refuse(Refusal(413, f"a request is at most {limit} bytes", "request_too_large"), scope, receive, send)
+        await self._app(scope, replayed, send)
 
     async def _refuse(self, refusal: Refusal, scope: Any, receive: Any, send: Any) -> None:
         self._service().seeing.metrics.refused(_tenant(Request(scope)), refusal.code)
         await _refused(refusal)(scope, receive, send)
 
 
-class _TooLarge(Exception):
-    pass
+async def _body(receive: Any, max_kib: int, within_s: float) -> bytes:
+    """The whole body. Raises Refusal for one that is too large, or that takes too long to come: it would hold a place of the ingress."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                if len(body) > max_kib << 10:
+                    raise _too_large(max_kib)
+                if not message.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        raise Refusal(408, f"the request did not come within {within_s:g} s", "request_timeout") from None
+
+
+def _too_large(max_kib: int) -> Refusal:
+    return Refusal(413, f"a request is at most {max_kib << 10} bytes", "request_too_large")
 
 
 def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:
@@ -286,17 +302,19 @@ def _refusal(error: BaseException) -> Refusal:
         return Refusal(409, f"this adapter is not served: {error.what}"[:500], "adapter_refused", kind="adapter_error")
     if isinstance(error, StorageError):
         return Refusal(503, "the adapter store cannot be reached", "store_unavailable", kind="server_error", retry_after_s=5)
-    if type(error).__name__ in (  # Ray's, which this file does not import
-        "BackPressureError",
-        "RayActorError",
-        "ActorDiedError",
-        "ActorUnavailableError",
-    ):
+    ray = {kind.__name__ for kind in type(error).__mro__}  # this file imports none of it
+    if "RayActorError" in ray:
+        return Refusal(503, "the replica that was to answer has ended: ask again", "replica_ended", kind="server_error", retry_after_s=1)
+    if "BackPressureError" in ray:
         return Refusal(503, "no replica can take this request now", "overloaded", kind="server_error", retry_after_s=1)
     log.error("unexpected: %s", type(error).__name__, exc_info=error)
     return Refusal(500, "the server made a mistake", "internal_error", kind="server_error")
 
 
 def _refused(refusal: Refusal) -> Response:
-    headers = refusal.headers | ({"www-authenticate": "Bearer"} if refusal.status == 401 else {})
+    headers = dict(refusal.headers)
+    if refusal.status == 408:
+        headers["connection"] = "close"
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(refusal.message, refusal.kind, refusal.code), refusal.status, headers=headers)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from ftcore.errors import ConfigError
@@ -26,7 +26,10 @@ from serving.gate import Gate, is_here
 from serving.jobs import Event, Job
 from serving.replica import Replica
 from serving.router import AdapterRouter
-from serving.settings import ServeSettings
+from serving.settings import Replicas, ServeSettings
+
+TRIES = 3
+"""How many replicas may die before a request is given up."""
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -43,13 +46,24 @@ def application(settings: ServeSettings) -> serve.Application:
         )  # fmt: skip
     tree = settings.model_dump(mode="json")
     engine = EngineReplica.options(  # type: ignore[attr-defined]
-        num_replicas=settings.replicas,
+        **_copies(settings.replicas),
         max_ongoing_requests=settings.queue,
         max_queued_requests=settings.queue,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     ).bind(tree)
-    most = 2 * settings.queue * settings.replicas + 8  # what is over the replicas' share is told so, by the handle
+    most = 2 * settings.queue * settings.replicas.max + 8  # what is over the replicas' share is told so, by the handle
     return Ingress.options(max_ongoing_requests=most, max_queued_requests=most).bind(tree, engine)  # type: ignore[attr-defined]
+
+
+def _copies(replicas: Replicas) -> dict[str, Any]:
+    """In Ray Serve's words."""
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.max}
+    scaling = AutoscalingConfig(
+        min_replicas=replicas.min, max_replicas=replicas.max, target_ongoing_requests=replicas.target,
+        upscale_delay_s=replicas.up_after_s, downscale_delay_s=replicas.down_after_s, look_back_period_s=max(11.0, replicas.up_after_s),
+    )  # fmt: skip
+    return {"num_replicas": "auto", "autoscaling_config": scaling}
 
 
 @serve.deployment(
@@ -96,6 +110,21 @@ class Handle:
         self._handle = handle
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+        """A job that a dying replica had not begun to answer goes to another one."""
+        for attempt in range(TRIES):
+            begun = False
+            try:
+                async with aclosing(self._answer(job)) as events:
+                    async for event in events:
+                        begun = True
+                        yield event
+                return
+            except RayActorError:
+                if begun or attempt == TRIES - 1:
+                    raise
+            await asyncio.sleep(0.2 * attempt)
+
+    async def _answer(self, job: Job) -> AsyncGenerator[Event, None]:
         name = f"{job.ref.tenant}/{job.ref.name}" if job.ref else ""  # not the digest: a new version finds the old one where it goes
         response = self._handle.options(stream=True, multiplexed_model_id=name).answer.remote(job)
         ended = False

@@ -56,7 +56,8 @@ def _serve(settings: ServeSettings) -> int:
 
     over = threading.Event()
     started = time.monotonic()
-    print(f"loading {settings.base} in {settings.replicas} replica{'s' * (settings.replicas != 1)}", flush=True)
+    num = settings.replicas.min
+    print(f"loading {settings.base} in {num} replica{'s' * (num != 1)}", flush=True)
     with running(settings) as url:
         for number in (signal.SIGINT, signal.SIGTERM):  # not before: Ray puts handlers of its own there as it starts
             signal.signal(number, lambda *_: over.set())

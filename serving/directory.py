@@ -94,7 +94,9 @@ class Directory:
         return self.picture
 
     def _take(self) -> Picture:
-        return Picture({tenant: self._names(tenant) for tenant in self._tenants()})
+        picture = Picture({tenant: self._names(tenant) for tenant in self._tenants()})
+        self._store.folder.require_something()  # the replicas' receipt keys are there before the first adapter
+        return picture
 
     def _names(self, tenant: str) -> dict[str, Name]:
         """One listing, and one small file for each name. A damaged pointer takes its own name out, and no other's."""

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ipaddress import ip_address
 
 from ftcore.adapters import AdapterRef, AdapterStore
@@ -47,6 +47,7 @@ class Gate:
         self._keys, self._keys_read = KeyTable({}), 0.0
         self.directory = Directory(AdapterStore(settings.store), tenant_names(settings))
         self._under_way: Counter[str] = Counter()
+        self._uploads: Counter[str] = Counter()
         self._watches: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -95,21 +96,13 @@ class Gate:
             raise Refusal(404, "this model does not exist, or is not yours: see /v1/models", "model_not_found")
         return ref
 
-    @contextmanager
-    def places(self, caller: Caller, num: int) -> Iterator[None]:
+    def places(self, caller: Caller, num: int) -> AbstractContextManager[None]:
         """Some of the tenant's places, one for each answer. Raises Refusal 429 when there are too few."""
-        if self._under_way[caller.tenant] + num > caller.limits.max_concurrent:
-            raise Refusal(
-                429, f"at most {caller.limits.max_concurrent} answers at once for this tenant", "rate_limit_exceeded",
-                kind="rate_limit_error", retry_after_s=1,
-            )  # fmt: skip
-        self._under_way[caller.tenant] += num
-        try:
-            yield
-        finally:
-            self._under_way[caller.tenant] -= num
-            if not self._under_way[caller.tenant]:
-                del self._under_way[caller.tenant]
+        return _held(self._under_way, caller, num, "answers")
+
+    def uploading(self, caller: Caller) -> AbstractContextManager[None]:
+        """Who sends slowly holds a place of the ingress: a tenant may send as many requests at once as it may have answers."""
+        return _held(self._uploads, caller, 1, "uploads")
 
     def _read_keys(self) -> None:
         if self._tenants is not None:
@@ -125,6 +118,22 @@ class Gate:
                 await asyncio.to_thread(read)
             except Exception:  # whatever it is, the next second may be better; stale keys are refused
                 log.exception("reading keys and names failed")
+
+
+@contextmanager
+def _held(held: Counter[str], caller: Caller, num: int, what: str) -> Iterator[None]:
+    if held[caller.tenant] + num > caller.limits.max_concurrent:
+        raise Refusal(
+            429, f"at most {caller.limits.max_concurrent} {what} at once for this tenant", "rate_limit_exceeded",
+            kind="rate_limit_error", retry_after_s=1,
+        )  # fmt: skip
+    held[caller.tenant] += num
+    try:
+        yield
+    finally:
+        held[caller.tenant] -= num
+        if not held[caller.tenant]:
+            del held[caller.tenant]
 
 
 def is_here(host: str) -> bool:

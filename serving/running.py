@@ -29,7 +29,7 @@ def running(settings: ServeSettings) -> Iterator[str]:
     app = application(settings)
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    connection = connect(local_cpus=settings.num_cpus * settings.replicas + 1)
+    connection = connect(local_cpus=settings.num_cpus * settings.replicas.max + 1)
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
         serve.run(app, name=NAME, route_prefix="/", logging_config=QUIET)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from ftcore.card import Name
 from ftcore.engines.base import EngineChoice
@@ -57,6 +57,30 @@ ALL = "all"
 Desired = Annotated[str, StringConstraints(pattern=rf"^({ALL}|[a-z0-9][a-z0-9._-]{{0,62}}/[a-z0-9][a-z0-9._-]{{0,62}})$")]
 
 
+class Replicas(Section):
+    """Copies of the base: a number of them, or as many between two as the load asks for."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(1, ge=1)
+    target: int = Field(16, ge=1)
+    """Answers under way and waiting that one replica is meant to have; `engine.max_batch` of them are computed at once."""
+    up_after_s: float = Field(10, ge=0)
+    """How long the load is above that before there is one more."""
+    down_after_s: float = Field(300, ge=0)
+    """How long it is below before there is one less; what that one is answering is finished first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_number(cls, value: object) -> object:
+        return {"min": value, "max": value} if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _min_is_not_above_max(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
 class ServeSettings(Section):
     """One base, many tenants' adapters."""
 
@@ -75,8 +99,8 @@ class ServeSettings(Section):
     """Whose adapters are served when there are no keys."""
     engine: EngineChoice = Field(default="torch")
     """What computes."""
-    replicas: int = Field(1, ge=1)
-    """Copies of the base."""
+    replicas: Replicas = Replicas()
+    """Copies of the base: a number, or `{min, max}` to follow the load."""
     num_cpus: float = Field(1, ge=0)
     """Logical CPUs of a replica."""
     num_gpus: float = Field(0, ge=0)
@@ -91,6 +115,10 @@ class ServeSettings(Section):
     """How often the store is asked what names point at now, and what was revoked."""
     max_body_kib: int = Field(1024, ge=1)
     """Largest request."""
+    body_s: float = Field(30.0, gt=0)
+    """How long a request may take to come in."""
+    begin_s: float = Field(60.0, gt=0)
+    """How long it may wait for a replica that begins to answer it; then it gets 503 with Retry-After."""
     limits: Limits = Limits()
     """Of every tenant that has none of its own (`ftcore tenants limits`)."""
     audit_spool: str = ""

@@ -19,9 +19,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ftcore.adapter_files import WEIGHTS
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.engines.base import EngineEnded, LiveEngine
-from ftcore.errors import FtcoreError, IntegrityError, StorageError
+from ftcore.errors import FtcoreError, IntegrityError, ModelError, StorageError
 
 log = logging.getLogger(__name__)
 REFUSED_FOR_S = 30.0
@@ -147,20 +148,35 @@ class Slots:
     async def _load(self, ref: AdapterRef) -> Slot:
         started = time.monotonic()
         async with self._digests.setdefault(ref.digest, asyncio.Lock()), self._room:
-            folder = await asyncio.to_thread(self._store.fetch, ref, self._cache)
-            await self._engine.load_adapter(ref.digest, folder)
             try:
-                await self._prove(ref, folder)
-            except BaseException:
-                if not self._holders(ref.digest):
-                    await self._engine.unload_adapter(ref.digest)
+                folder = await self._bring(ref)
+            except (FtcoreError, OSError, asyncio.CancelledError):
                 raise
+            except Exception as error:  # whatever a library says of a hostile file: it is refused as any other, and remembered
+                raise IntegrityError("this version cannot be loaded", where=ref, got=f"{type(error).__name__}: {error}"[:300]) from error
             is_swap = any((other.tenant, other.name) == (ref.tenant, ref.name) for other in self._slots)
             slot = self._slots[ref] = Slot(ref, folder, load_s=time.monotonic() - started)
             self.counts.loaded(slot.load_s, is_swap)
         self._make_room(ref)
         log.info("loaded %s in %.2f s", ref, slot.load_s)
         return slot
+
+    async def _bring(self, ref: AdapterRef) -> Path:
+        """Fetches a version, has the engine load it, and proves it. What the limit could never hold is not even fetched."""
+        weights = (await asyncio.to_thread(self._store.card, ref)).files.get(WEIGHTS)
+        if weights is not None and (size := weights.bytes) > self._max_bytes:
+            wanted = f"at most {self._max_bytes >> 20} MiB (adapter_mib)"
+            raise ModelError("this adapter is larger than the memory for all adapters", where=ref, got=f"{size >> 20} MiB", wanted=wanted)
+        folder = await asyncio.to_thread(self._store.fetch, ref, self._cache)
+        try:
+            await self._engine.load_adapter(ref.digest, folder)
+            await self._prove(ref, folder)
+        except BaseException:
+            if not self._holders(ref.digest):
+                await self._engine.unload_adapter(ref.digest)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            raise
+        return folder
 
     def drop(self, ref: AdapterRef) -> None:
         """Takes a version out at once: no new answer begins with it. The engine forgets it when the last one has ended."""

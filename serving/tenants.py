@@ -68,7 +68,9 @@ class TenantStore:
         self.folder = Folder(url)
 
     def names(self) -> list[str]:
-        found = (name.removesuffix(".json") for name in self.folder.files() if name.endswith(".json"))
+        """Raises StorageError when the folder is away: that does not mean that there are no tenants."""
+        found = [name.removesuffix(".json") for name in self.folder.files() if name.endswith(".json")]
+        self.folder.require_something()
         return sorted(name for name in found if PART.fullmatch(name))
 
     def read(self, name: str) -> Tenant:

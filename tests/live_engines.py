@@ -62,7 +62,7 @@ def require_own(truth: Truth, request: Request, tokens: list[Token]) -> None:
     assert {token.adapter for token in tokens} == {request.adapter}
     got = torch.tensor([token.logprob for token in tokens])
     apart = {}
-    for digest in ("", *DIGESTS):
+    for digest in ("", *truth.digests):
         logps = truth.answer_logps(digest, request.prompt, ids)
         apart[digest] = float((logps[range(len(ids)), ids] - got).abs().max())
     assert apart.pop(request.adapter) <= 1e-4

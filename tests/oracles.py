@@ -47,6 +47,7 @@ class Truth:
         """`folders`: digest -> adapter folder."""
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         self.model: Any = plain
+        self.digests = tuple(folders)
         for digest, folder in folders.items():
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(folder, adapter_name=digest)

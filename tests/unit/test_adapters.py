@@ -112,7 +112,7 @@ def test_a_flipped_bit_is_found_by_fetch_and_verify(store: AdapterStore, tmp_pat
 def test_a_file_that_is_gone_is_found(store: AdapterStore, tmp_path: Path) -> None:
     ref = publish(store, tmp_path / "a")
     store.folder.delete(f"{ref.key}/probes.json")
-    with pytest.raises(OSError, match=r"probes\.json"):
+    with pytest.raises(IntegrityError, match=r"probes\.json"):
         store.fetch(ref, tmp_path / "cache")
 
 

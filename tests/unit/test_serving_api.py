@@ -316,9 +316,8 @@ def test_a_version_that_cannot_be_proven_never_answers_and_the_one_before_goes_o
     for name in ("probes.safetensors", "probes.json"):
         shutil.copyfile(place.fetch(first, tmp_path / "fetched") / name, lie / name)
     files = content_files(lie)
-    false = place.publish(
-        lie, card.model_copy(update={"name": "legal", "files": files, "digest": content_digest(files), "signature": None})
-    )
+    changes = {"name": "legal", "files": files, "digest": content_digest(files), "probes": place.card(first).probes, "signature": None}
+    false = place.publish(lie, card.model_copy(update=changes))
 
     async def go() -> None:
         async with served(store, tmp_path) as server:

@@ -184,7 +184,12 @@ def test_five_hundred_tenants_make_no_more_series_than_were_allowed() -> None:
     for tenant in range(500):
         for adapter in range(3):
             answer = metrics.begun(job(f"t{tenant}", f"a{adapter}"))
-            for event in (Opening("", "", "", False, 3), Piece(0, "a", num_tokens=1), Piece(0, "b", num_tokens=1, finish="length"), Closing(3, 2, {})):
+            for event in (
+                Opening("", "", "", False, 3),
+                Piece(0, "a", num_tokens=1),
+                Piece(0, "b", num_tokens=1, finish="length"),
+                Closing(3, 2, {}),
+            ):
                 answer.saw(event)
             answer.ended(False)
         metrics.refused(f"t{tenant}", "model_not_found")

@@ -1,0 +1,127 @@
+"""Over real HTTP, by log-probabilities: each answer is plain PEFT's with its own adapter, whatever is dropped and replaced meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.engines.base import Request, Token
+from ftcore.publish import import_adapter
+from ftcore.recipe import Model
+from tests.live_engines import NUM_ADAPTERS, require_own
+from tests.live_http import loop_thread, on_a_port
+from tests.oracles import Truth, make_adapter
+from tests.served import Server, Store, served
+
+NUM_NAMES = NUM_ADAPTERS // 2
+"""Each name has two versions."""
+
+
+@dataclass
+class Said:
+    """One answer as HTTP gave it."""
+
+    digest: str
+    prompt: tuple[int, ...]
+    texts: list[str]
+    logprobs: list[float]
+
+    def tokens(self, truth: Truth, ids: dict[str, list[int]]) -> list[Token]:
+        """As the engine made them. The API gives a token's text: where several tokens have it, the one with the nearest number."""
+        found: list[Token] = []
+        for text, logprob in zip(self.texts, self.logprobs, strict=True):
+            candidates = ids[text]
+            if len(candidates) > 1:
+                own = truth.logps(self.digest, [*self.prompt, *(token.id for token in found)])[-1]
+                candidates = sorted(candidates, key=lambda id_: abs(float(own[id_]) - logprob))
+            found.append(Token(candidates[0], self.digest, logprob))
+        return found
+
+
+@pytest.fixture(scope="module")
+def store(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    home = tmp_path_factory.mktemp("oracle")
+    place, refs, folders = AdapterStore(home / "adapters"), {}, {}
+    for number in range(NUM_ADAPTERS):
+        key, name = f"{number}", f"acme/n{number % NUM_NAMES}"
+        folders[key] = make_adapter(tiny_model_dir, home / f"made-{number}", number)
+        refs[key] = import_adapter(folders[key], name, Model(path=str(tiny_model_dir)), place, log=lambda _: None)
+        place.promote(refs[key])
+    return Store(home / "adapters", tiny_model_dir, refs, folders)
+
+
+@pytest.fixture(scope="module")
+def truth(store: Store) -> Truth:
+    return Truth(store.base, {ref.digest: store.folders[key] for key, ref in store.refs.items()})
+
+
+@pytest.mark.parametrize("num_requests", [96, pytest.param(10_000, marks=pytest.mark.proof)])
+def test_no_answer_over_http_is_another_adapters(store: Store, truth: Truth, tmp_path: Path, num_requests: int) -> None:
+    """Four clients ask by name, by name and digest, and for the bare base, while versions are dropped and names are promoted at random."""
+    opened = served(store, tmp_path, engine={"max_batch": 8, "max_context": 256, "num_threads": 1, "max_lanes": 24}, poll_s=0.01)
+    with loop_thread() as do:
+        server: Server = do(opened.__aenter__())
+        with on_a_port(server, do) as port:
+            said, num_changes = asyncio.run(_under_churn(server, do, port, list(store.refs.values()), num_requests))
+        tokenizer = server.replica.base.tokenizer
+        do(opened.__aexit__(None, None, None))
+    ids = defaultdict(list)
+    for id_ in range(len(tokenizer)):
+        ids[tokenizer.decode([id_])].append(id_)
+    for number, answer in enumerate(said):
+        require_own(truth, Request(f"r{number}", answer.prompt, answer.digest), answer.tokens(truth, ids))
+    met = Counter(answer.digest for answer in said)
+    assert len(said) == num_requests and set(met) == {"", *truth.digests}
+    print(f"{num_requests} answers over HTTP, {num_changes} versions dropped or promoted meanwhile, 0 wrong; {sorted(met.values())}")
+
+
+async def _under_churn(server: Server, do: Any, port: int, refs: list[AdapterRef], num_requests: int) -> tuple[list[Said], int]:
+    said: list[Said] = []
+    changes, over = Counter[str](), asyncio.Event()
+
+    async def churn() -> None:
+        own = random.Random(0)
+        while not over.is_set():
+            ref = own.choice(refs)
+            if own.random() < 0.5:
+                await asyncio.to_thread(server.store.promote, ref)
+            else:
+                await asyncio.to_thread(do, _dropped(server, ref))
+            changes["all"] += 1
+            await asyncio.sleep(own.random() * 0.4)
+
+    async def client(seed: int, http: httpx.AsyncClient) -> None:
+        own = random.Random(seed)
+        for number in range(num_requests // 4):
+            ref = own.choice(refs)
+            model = own.choice([ref.name, ref.name, f"{ref.name}@{ref.digest[:16]}", ref.full, "base"])
+            prompt = tuple(own.randrange(5, 250) for _ in range(own.randrange(1, 40)))
+            body = {
+                "model": model, "prompt": prompt, "max_tokens": own.randrange(4, 9), "logprobs": 0, "seed": number,
+                "temperature": own.choice([0.0, 1.0]), "logit_bias": {str(special): -100 for special in range(3)},
+            }  # fmt: skip
+            reply = await http.post("/v1/completions", headers=server.headers("acme"), json=body)
+            assert reply.status_code == 200, reply.text
+            told, logprobs = reply.headers["x-ftcore-adapter"], reply.json()["choices"][0]["logprobs"]
+            wanted = {each.full for each in refs if each.name == ref.name} if model == ref.name else {"" if model == "base" else ref.full}
+            assert told in wanted
+            said.append(Said(told.rpartition("@")[2], prompt, logprobs["tokens"], logprobs["token_logprobs"]))
+
+    churning = asyncio.create_task(churn())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
+        await asyncio.gather(*(client(seed, http) for seed in range(4)))
+    over.set()
+    await churning
+    return said, changes["all"]
+
+
+async def _dropped(server: Server, ref: AdapterRef) -> None:
+    server.replica.slots.drop(ref)
