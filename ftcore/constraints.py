@@ -3,9 +3,9 @@
 In: a Constraint (plain text, so that it travels), a tokenizer. Out: a Grammar, compiled once; a Walk through it for each answer, which says
 what tokens may come next. Runs in: serving replicas (compiling, in threads of its own), the engine's thread (walking); no torch.
 
-llguidance does both, by derivatives: no pattern makes it backtrack. What would make it slow or large all the same (long repetitions, huge
-schemas) is refused by size before it is compiled, by the library's own fuel while it is, by the clock after that, and a Walk that goes on
-costing too much ends its own answer and nobody else's.
+llguidance does both, by derivatives: no pattern makes it backtrack. What would make it slow or large all the same (huge schemas, many
+patterns at once) is refused by size before it is compiled, by the library's own fuel while it is, by the clock after that; and a Walk
+that goes on costing too much ends its own answer and nobody else's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +28,10 @@ from ftcore.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_CHARACTERS, MAX_DEPTH, MAX_PATTERN, MAX_LITERAL, MAX_REPEATS, MAX_PATTERNS, MAX_ALL_OF, MAX_PROPERTIES = 65_536, 64, 2048, 2000, 2000, 64, 8, 400
-LIMITS = {
-    "initial_lexer_fuel": 400_000, "step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 20_000, "max_grammar_size": 200_000,
+MAX_CHARACTERS, MAX_DEPTH, MAX_PATTERN, MAX_LITERAL, MAX_PATTERNS, MAX_ALL_OF, MAX_PROPERTIES = 65_536, 64, 2048, 2000, 64, 8, 400
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 400_000, "step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 20_000,
+    "max_grammar_size": 200_000,
 }  # fmt: skip
 """The library's own units: memory below some 40 MB and a step below some 10 ms."""
 COMPILE_S = 5.0
@@ -42,7 +43,6 @@ BLANKS = r"[ ]?|\n[ ]{0,24}"
 """Between the parts of a JSON answer: no model can spin on blanks for ever."""
 HEAD = '%llguidance {"no_forcing": true}\n'
 """Also where only one text can follow, the model chooses its tokens; looking for such text is slow where it is long."""
-_COUNT = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,8 @@ def _check_meta(schema: Any, where: str) -> None:
 
 
 def _check_pattern(pattern: str, where: str) -> None:
-    """Counted repetitions are written out as the answer goes on: their product bounds what a pattern may grow to."""
     if len(pattern) > MAX_PATTERN:
         raise ConfigError(f"{where}: this pattern is too long", got=f"{len(pattern)} characters", wanted=f"at most {MAX_PATTERN}")
-    grown = 1
-    for least, most in _COUNT.findall(pattern):
-        if max(len(least), len(most)) > 9 or (grown := grown * max(1, int(most or 0), int(least))) > MAX_REPEATS:
-            raise ConfigError(f"{where}: this pattern repeats too much", got="more", wanted=f"counts whose product is at most {MAX_REPEATS}")
 
 
 class Grammar:
@@ -191,7 +186,7 @@ class Walk:
 class Grammars:
     """Compiles constraints for one tokenizer, two at a time and each once, and keeps the last ones."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], vocabulary: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], vocabulary: int) -> None:
         self._tokenizer, self._stop_ids, self._vocabulary = tokenizer, sorted(stop_ids), vocabulary
         self._words: Any = None
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammars")
@@ -234,16 +229,36 @@ class Grammars:
         return grammar
 
 
+class _Words:
+    """The tokenizer's tokens as bytes, in the form that llguidance asks for."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, plain: Any, special_token_ids: list[int], eos_token_id: int) -> None:
+        self.tokens = [plain.decode_bytes([token]) for token in range(plain.vocab_size)]
+        self.special_token_ids, self.eos_token_id = special_token_ids, eos_token_id
+        self._plain = plain
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self._plain.greedy_tokenize(text))
+
+
 def _words(tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], vocabulary: int) -> Any:
-    """The tokenizer's tokens as bytes. Special ones are no text: no pattern allows them."""
+    """Special tokens, and numbers that the tokenizer does not know, are no text: no pattern allows them."""
     from llguidance import LLTokenizer
 
     if not stop_ids:
         raise ConfigError("this base has no stop token, so a constrained answer could not end")
     try:
-        return LLTokenizer(tokenizer.backend_tokenizer.to_str(), n_vocab=max(vocabulary, len(tokenizer)), eos_token=stop_ids)
+        plain = LLTokenizer(tokenizer.backend_tokenizer.to_str(), n_vocab=max(vocabulary, len(tokenizer)), eos_token=stop_ids)
     except (AttributeError, ValueError) as error:
-        raise ConfigError("answers of this base's tokenizer cannot be constrained", got=str(error)[:200], wanted="a byte-level one") from error
+        raise ConfigError(
+            "answers of this base's tokenizer cannot be constrained", got=str(error)[:200], wanted="a byte-level one"
+        ) from error
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special |= set(range(len(tokenizer), plain.vocab_size)) | set(stop_ids)
+    return LLTokenizer(_Words(plain, sorted(special), stop_ids[0]), n_vocab=plain.vocab_size, eos_token=stop_ids)
 
 
 def _first_line(text: str) -> str:

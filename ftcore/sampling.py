@@ -3,8 +3,8 @@
 In: logits [n, V], each row's Sampling and tokens. Out: n token ids, with log-probabilities where asked. Runs in: engines.
 
 Constraint, penalties, bias, temperature, top-k, top-p, min-p, in that order (as transformers applies them); log-probabilities are the
-model's own, before any of it. The draw inverts the cumulative distribution at a number that follows from (seed, position) alone, so that a row's text
-does not depend on its neighbours, on preemption or on a restart.
+model's own, before any of it. The draw inverts the cumulative distribution at a number that follows from (seed, position) alone, so that a
+row's text does not depend on its neighbours, on preemption or on a restart.
 """
 
 from __future__ import annotations

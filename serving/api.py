@@ -23,13 +23,14 @@ from starlette.exceptions import HTTPException
 import ftcore
 from ftcore.engines.base import EngineEnded
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
+from ftcore.tool_calls import Tools
 from serving.audit import AuditLog
 from serving.gate import Gate, Refusal
-from serving.jobs import Event, Job, Opening, messages
+from serving.jobs import Event, Job, Opening
 from serving.metering import Account, audit_refusal
 from serving.published_keys import published_keys
 from serving.quotas import Quotas
-from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, TextAsked, error_body
+from serving.schema import MAX_LOGPROBS, ChatAsked, TextAsked, error_body
 from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
 from serving.shapes import Shape, chat_shape, text_shape
 from serving.tenants import Caller
@@ -79,13 +80,12 @@ def build_api(service: Callable[[], Service]) -> FastAPI:
 
     @api.post("/v1/chat/completions")
     async def chat(asked: ChatAsked, request: Request) -> Response:
-        pairs = [(message.role, message.text) for message in asked.messages]
-        return await _answer(service(), request, asked, messages(pairs), asked.num_logprobs, asked.limit, chat_shape)
+        return await _answer(service(), request, asked, asked.prompt, asked.called, chat_shape)
 
     @api.post("/v1/completions")
     async def complete(asked: TextAsked, request: Request) -> Response:
         prompt = asked.prompt if isinstance(asked.prompt, str) else tuple(asked.prompt)
-        return await _answer(service(), request, asked, prompt, asked.num_logprobs, asked.limit, text_shape)
+        return await _answer(service(), request, asked, prompt, None, text_shape)
 
     api.add_middleware(Door, service=service)
     return api
@@ -109,9 +109,10 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
 
 
 async def _answer(
-    service: Service, request: Request, asked: Asked, prompt: Any, num_logprobs: int | None, limit: int | None, shape: Shape
+    service: Service, request: Request, asked: ChatAsked | TextAsked, prompt: Any, tools: Tools | None, shape: Shape
 ) -> Response:  # fmt: skip
     caller: Caller = request.state.caller
+    num_logprobs, limit = asked.num_logprobs, asked.limit
     ref = service.gate.find(caller, asked.model, request.headers.get(SESSION, "")[:256])
     fallback = service.gate.directory.picture.before(ref) if ref is not None and "@" not in asked.model else None
     if asked.n > caller.limits.max_choices:
@@ -122,7 +123,7 @@ async def _answer(
         raise Refusal(400, f"at most {MAX_LOGPROBS} log-probabilities: ask for fewer tokens, choices or alternatives", "invalid_value")
     job = Job(
         uuid.uuid4().hex, caller.tenant, ref, fallback, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
-        asked.sampling(num_logprobs), asked.stops, asked.n,
+        asked.sampling(num_logprobs), asked.stops, asked.n, asked.constraint, tools,
     )  # fmt: skip
     request.state.job = job.id
     events = _admitted(service, caller, job, Asker(asked.model, request.headers.get("traceparent", "")[:64]))

@@ -18,7 +18,12 @@ def some_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
     if kind == "string":
         return {"type": "string", "minLength": rng.randrange(3), "maxLength": rng.randrange(3, 8)}
     if kind in ("integer", "number"):
-        return {"type": kind, "minimum": -rng.randrange(100), "maximum": rng.randrange(1, 1000), **({"multipleOf": 0.25} if kind == "number" else {})}
+        return {
+            "type": kind,
+            "minimum": -rng.randrange(100),
+            "maximum": rng.randrange(1, 1000),
+            **({"multipleOf": 0.25} if kind == "number" else {}),
+        }
     if kind == "enum":
         return {"enum": rng.sample([1, "one", 'q"u\\o\n', None, True, [1, 2], {"a": 1}, "é", 2.5], 3)}
     if kind == "const":

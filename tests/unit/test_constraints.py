@@ -51,7 +51,8 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 
 
 PATTERNS = (
-    "(?:open|rename) [a-z]{2,5}", "a*b|c", "(?:é|è|ab)+!", "[0-9]{1,3}(?:\\.[0-9]+)?", "(?:the |one )*fox", "x?", "(a+)+b", '"(?:[a-z ]|q")*"',
+    "(?:open|rename) [a-z]{2,5}", "a*b|c", "(?:é|è|ab)+!", "[0-9]{1,3}(?:\\.[0-9]+)?", "(?:the |one )*fox", "x?", "(a+)+b",
+    '"(?:[a-z ]|q")*"',
 )  # fmt: skip
 
 
@@ -80,7 +81,8 @@ def some_requests(tokenizer: PreTrainedTokenizerBase, num: int, seed: int) -> tu
     requests = [
         Request(
             f"r{i}", tuple(rng.randrange(3, 250) for _ in range(rng.randrange(1, 9))), rng.choice(["", *DIGESTS[:3]]), max_tokens=400,
-            stop_ids=frozenset({tokenizer.eos_token_id}), sampling=Sampling(temperature=rng.choice([0.0, 1.0, 1.0, 1.0]), seed=i, num_logprobs=0), constraint=grammar,
+            stop_ids=frozenset({tokenizer.eos_token_id}), constraint=grammar,
+            sampling=Sampling(temperature=rng.choice([0.0, 1.0, 1.0, 1.0]), seed=i, num_logprobs=0),
         )
         for i, grammar in enumerate(compiled(tokenizer, *(constraint for constraint, _ in pairs)))
     ]  # fmt: skip
@@ -117,8 +119,8 @@ def test_every_constrained_answer_is_valid(
 def test_neighbours_change_no_answer_and_log_probabilities_are_the_models_own(
     tiny_model_dir: Path, adapters: dict[str, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    requests, _ = some_requests(tokenizer, 6, seed=3)
-    requests = [replace(each, max_tokens=20) for each in requests]
+    requests, _ = some_requests(tokenizer, 4, seed=3)
+    requests = [replace(each, max_tokens=12) for each in requests]
     free = [replace(each, id=f"f{i}", constraint=None) for i, each in enumerate(requests)]
 
     async def go() -> None:
@@ -190,30 +192,46 @@ DOUBLING = {
     "$defs": {**{f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(30)}, "a30": {"type": "object"}},
 }
 HOSTILE: dict[str, tuple[Any, str]] = {
-    "nested quantifiers": ("(a+)+$", ""), "stars of stars": ("((((a*)*)*)*)*b", ""), "large automaton": ("(a|b)*a(a|b){30}", ""),
-    "million": ("a{1000000}", "repeats too much"), "thousands of thousands": ("((a{1000}){1000}){1000}", "repeats too much"),
-    "spelled": ("a{ 0 , 99999999999999999999 }", "repeats too much"), "brackets": ("(" * 1000 + ")" * 1000, "cannot be compiled"),
-    "long": ("a" * 100_000, "too long"), "backreference": (r"(a)\1", "not supported"), "lookahead": ("(?=a)b", "not supported"),
-    "unclosed": ("(a", "unclosed"), "nothing": (r"[^\s\S]", "cannot be met"), "windows": ("(.*a.{0,40}){0,40}", ""),
-    "cycle": (CYCLE, "cannot be met"), "itself": ({"$ref": "#"}, "cannot be met"), "elsewhere": ({"$ref": "http://x.y/z"}, "cannot be compiled"),
-    "doubling": (DOUBLING, ""), "deep": (deep(200), "nested too deeply"), "quite deep": (deep(20), ""),
-    "huge enum": ({"enum": [f"v{i}" * 10 for i in range(100_000)]}, "too large"), "large enum": ({"enum": [f"v{i}" for i in range(5000)]}, ""),
+    "nested quantifiers": ("(a+)+$", ""),
+    "stars of stars": ("((((a*)*)*)*)*b", ""),
+    "large automaton": ("(a|b)*a(a|b){30}", ""),
+    "million": ("[bc]a{1000000}", ""),
+    "thousands of thousands": ("(([bc]a{1000}){1000}){1000}", ""),
+    "spelled": ("a{0,99999999999999999999}", "cannot be compiled"),
+    "brackets": ("(" * 1000 + ")" * 1000, "cannot be compiled"),
+    "long": ("a" * 100_000, "too long"),
+    "backreference": (r"(a)\1", "not supported"),
+    "lookahead": ("(?=a)b", "not supported"),
+    "unclosed": ("(a", "unclosed"),
+    "nothing": (r"[^\s\S]", "cannot be met"),
+    "windows": ("(.*a.{0,40}){0,40}", ""),
+    "cycle": (CYCLE, "cannot be met"),
+    "itself": ({"$ref": "#"}, "cannot be met"),
+    "elsewhere": ({"$ref": "http://x.y/z"}, "cannot be compiled"),
+    "doubling": (DOUBLING, ""),
+    "deep": (deep(200), "nested too deeply"),
+    "quite deep": (deep(20), ""),
+    "huge enum": ({"enum": [f"v{i}" * 10 for i in range(100_000)]}, "too large"),
+    "large enum": ({"enum": [f"v{i}" for i in range(5000)]}, ""),
     "long constant": ({"const": "a" * 100_000}, "too large|too long"),
     "many properties": ({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(5000)}}, "too"),
     "and of searches": ({"type": "string", "allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(60)]}, "too many parts"),
-    "pattern in a schema": ({"type": "string", "pattern": "a{1000000}"}, r"schema\.pattern: this pattern repeats"),
+    "pattern in a schema": ({"type": "string", "pattern": "a" * 3000}, r"schema\.pattern: this pattern is too long|too long"),
     "multiple": ({"type": "integer", "multipleOf": 999_999_937, "minimum": 0}, "cannot be compiled"),
-    "long string": ({"type": "string", "minLength": 10**9, "maxLength": 10**9}, ""), "many items": ({"type": "array", "items": {"const": 1}, "minItems": 10**6}, ""),
+    "long string": ({"type": "string", "minLength": 10**9, "maxLength": 10**9}, ""),
+    "many items": ({"type": "array", "items": {"const": 1}, "minItems": 10**6}, ""),
     "no such type": ({"type": "object", "properties": {"a": {"type": "strin"}}}, r"schema\.properties\.a\.type: this is no JSON schema"),
-    "no schema": ([1], "no JSON schema"), "false": (False, "cannot be compiled"), "unknown word": ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    "no schema": ([1], "no JSON schema"),
+    "false": (False, "cannot be compiled"),
+    "unknown word": ({"type": "array", "uniqueItems": True}, "uniqueItems"),
     "own options": ({"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}, "uniqueItems"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_is_hostile_is_refused_or_followed_in_bounded_time(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     made, words = HOSTILE[name]
-    started = time.thread_time()
+    started = time.process_time()
 
     def follow() -> None:
         (grammar,) = compiled(tokenizer, regex_constraint(made, "regex") if isinstance(made, str) else json_constraint(made, "schema"))
@@ -233,7 +251,7 @@ def test_what_is_hostile_is_refused_or_followed_in_bounded_time(tokenizer: PreTr
             follow()
     else:
         follow()
-    assert time.thread_time() - started < 6
+    assert time.process_time() - started < 6
 
 
 def test_a_constraint_is_compiled_once_however_many_ask_and_only_the_last_are_kept(
