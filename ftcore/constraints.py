@@ -258,7 +258,8 @@ def _words(tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], vocabulary: 
         ) from error
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     special |= set(range(len(tokenizer), plain.vocab_size)) | set(stop_ids)
-    return LLTokenizer(_Words(plain, sorted(special), stop_ids[0]), n_vocab=plain.vocab_size, eos_token=stop_ids)
+    words: Any = _Words(plain, sorted(special), stop_ids[0])
+    return LLTokenizer(words, n_vocab=plain.vocab_size, eos_token=stop_ids)
 
 
 def _first_line(text: str) -> str:

@@ -53,7 +53,9 @@ SAMPLES: dict[str, tuple[str, str, str, Calls]] = {
     "llama": ("llama3", '{"name": "get_weather", "parameters": {"city": "Oslo"}}', "", [OSLO]),
     "llama, tagged, two": (
         "llama3",
-        '<|python_tag|>{"name": "now", "parameters": {}}; {"type": "function", "name": "get_weather", "parameters": {"city": "Oslo"}}', "", [("now", {}), OSLO],
+        '<|python_tag|>{"name": "now", "parameters": {}}; '
+        '{"type": "function", "name": "get_weather", "parameters": {"city": "Oslo"}}',
+        "", [("now", {}), OSLO],
     ),
     "llama, an object that is no call": ("llama3", '{"name": "now", "age": 3}\n', '{"name": "now", "age": 3}\n', []),
     "llama, words": ("llama3", 'Say {"name": "now", "parameters": {}}', 'Say {"name": "now", "parameters": {}}', []),
