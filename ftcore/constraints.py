@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from ftcore.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_CHARACTERS, MAX_DEPTH, MAX_PATTERN, MAX_LITERAL, MAX_PATTERNS, MAX_ALL_OF, MAX_PROPERTIES = 65_536, 64, 2048, 2000, 64, 8, 400
+MAX_CHARACTERS, MAX_DEPTH, MAX_PATTERN, MAX_LITERAL, MAX_PATTERNS, MAX_ALL_OF, MAX_PROPERTIES = 32_768, 64, 2048, 2000, 64, 8, 400
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 400_000, "step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 20_000,
     "max_grammar_size": 200_000,
@@ -93,7 +93,7 @@ def check_schema(schema: Any, where: str) -> None:
     for path, value in _parts(schema, where):
         size += len(value) + 2 if isinstance(value, str) else 4
         if size > MAX_CHARACTERS:
-            raise ConfigError(f"{where}: this schema is too large", got="more", wanted=f"at most {MAX_CHARACTERS} characters")
+            raise ConfigError(f"{where}: this schema is too large", got="more", wanted=f"about {MAX_CHARACTERS} characters")
         if isinstance(value, str) and len(value) > MAX_LITERAL and not path.endswith((".description", ".title")):
             raise ConfigError(f"{path}: this text is too long", got=f"{len(value)} characters", wanted=f"at most {MAX_LITERAL}")
         if isinstance(value, dict):
@@ -127,13 +127,17 @@ def _parts(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def _check_meta(schema: Any, where: str) -> None:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
-    error = best_match(Draft202012Validator(Draft202012Validator.META_SCHEMA).iter_errors(schema))
+    error = next(_meta().iter_errors(schema), None)
     if error is not None:
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
         raise ConfigError(f"{where}{place}"[:300] + f": this is no JSON schema: {error.message[:200]}")
+
+
+@cache
+def _meta() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(Draft202012Validator.META_SCHEMA)
 
 
 def _check_pattern(pattern: str, where: str) -> None:

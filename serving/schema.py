@@ -111,9 +111,15 @@ class Asked(Strict):
         return cls.model_fields[info.field_name].default if value is None else value
 
     @property
-    def constraint(self) -> Constraint | None:
-        """Raises ConfigError for a schema or pattern that cannot be one."""
-        return self.structured_outputs.constraint if self.structured_outputs else None
+    def has_form(self) -> bool:
+        return self.structured_outputs is not None
+
+    def form(self) -> tuple[Constraint | None, Tools | None]:
+        """What the answer is held to, and what it may call. A large schema takes long to check: not for an event loop.
+
+        Raises ConfigError that says where for a schema or pattern that cannot be one.
+        """
+        return (self.structured_outputs.constraint if self.structured_outputs else None), None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -150,21 +156,20 @@ class ChatAsked(Asked):
         return tuple(message.plain(f"messages[{i}]") for i, message in enumerate(self.messages))
 
     @property
-    def called(self) -> Tools | None:
-        """What may be called. Raises ConfigError that says where a tool is broken."""
+    def has_form(self) -> bool:
+        return super().has_form or self.response_format is not None or self.tools is not None or self.tool_choice is not None
+
+    def form(self) -> tuple[Constraint | None, Tools | None]:
+        constraint, _ = super().form()
+        own = self.response_format.constraint if self.response_format else None
+        if own is not None and constraint is not None:
+            raise ConfigError("response_format and structured_outputs ask for two formats", got="both", wanted="one of them")
         tools = tools_of(self.tools or (), self.tool_choice, self.parallel_tool_calls is not False)
-        if tools is not None and self.constraint is not None:
+        if tools is not None and (own or constraint) is not None:
             raise ConfigError(
                 "an answer is held to a format or may call tools, not both", got="both", wanted="tool_choice none, or no format"
             )
-        return tools
-
-    @property
-    def constraint(self) -> Constraint | None:
-        own = self.response_format.constraint if self.response_format else None
-        if own is not None and self.structured_outputs is not None:
-            raise ConfigError("response_format and structured_outputs ask for two formats", got="both", wanted="one of them")
-        return own or super().constraint
+        return own or constraint, tools
 
     @property
     def num_logprobs(self) -> int | None:
