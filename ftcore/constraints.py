@@ -94,11 +94,13 @@ def check_schema(schema: Any, where: str) -> None:
         size += len(value) + 2 if isinstance(value, str) else 4
         if size > MAX_CHARACTERS:
             raise ConfigError(f"{where}: this schema is too large", got="more", wanted=f"about {MAX_CHARACTERS} characters")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise ConfigError(f"{where}: this is not valid Unicode")
         if isinstance(value, str) and len(value) > MAX_LITERAL and not path.endswith((".description", ".title")):
             raise ConfigError(f"{path}: this text is too long", got=f"{len(value)} characters", wanted=f"at most {MAX_LITERAL}")
         if isinstance(value, dict):
-            own = value.get("pattern")
-            for pattern in [*(value.get("patternProperties") or ()), *([own] if isinstance(own, str) else [])]:
+            own, by_name = value.get("pattern"), value.get("patternProperties")
+            for pattern in [*(by_name if isinstance(by_name, dict) else ()), *([own] if isinstance(own, str) else [])]:
                 _check_pattern(pattern, f"{path}.pattern")
                 patterns += 1
             if isinstance(value.get("allOf"), list):
@@ -124,6 +126,10 @@ def _parts(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for i, part in enumerate(value):
             yield from _parts(part, f"{path}[{i}]"[:300], depth + 1)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _check_meta(schema: Any, where: str) -> None:
@@ -192,15 +198,19 @@ class Grammars:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], vocabulary: int) -> None:
         self._tokenizer, self._stop_ids, self._vocabulary = tokenizer, sorted(stop_ids), vocabulary
-        self._words: Any = None
+        self._words: asyncio.Future[Any] | None = None
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammars")
         self._tasks: OrderedDict[Constraint, asyncio.Future[Grammar]] = OrderedDict()
 
     async def compile(self, constraint: Constraint) -> Grammar:
         """Raises ConfigError for what cannot be compiled, or not in time."""
+        loop = asyncio.get_running_loop()
+        if self._words is None:  # a second or two for a large vocabulary, once
+            self._words = loop.run_in_executor(self._threads, _words, self._tokenizer, self._stop_ids, self._vocabulary)
+        words = await asyncio.shield(self._words)
         task = self._tasks.get(constraint)
         if task is None:
-            task = asyncio.get_running_loop().run_in_executor(self._threads, self._compile, constraint)
+            task = loop.run_in_executor(self._threads, self._compile, constraint, words)
             self._tasks[constraint] = task
             task.add_done_callback(partial(self._forget_failed, constraint))
         self._tasks.move_to_end(constraint)
@@ -218,12 +228,10 @@ class Grammars:
         if task.cancelled() or task.exception() is not None:
             self._tasks.pop(constraint, None)
 
-    def _compile(self, constraint: Constraint) -> Grammar:
+    def _compile(self, constraint: Constraint, words: Any) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        if self._words is None:
-            self._words = _words(self._tokenizer, self._stop_ids, self._vocabulary)
-        matcher = LLMatcher(self._words, HEAD + constraint.lark, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
+        matcher = LLMatcher(words, HEAD + constraint.lark, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
         grammar = Grammar(constraint, matcher, self._vocabulary)
         if matcher.is_error():
             raise ConfigError(f"the constraint cannot be compiled: {_first_line(matcher.get_error())}")
@@ -250,8 +258,10 @@ class _Words:
 
 def _words(tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], vocabulary: int) -> Any:
     """Special tokens, and numbers that the tokenizer does not know, are no text: no pattern allows them."""
-    from llguidance import LLTokenizer
-
+    try:
+        from llguidance import LLTokenizer
+    except ImportError as error:
+        raise ConfigError("answers are held to a format by llguidance, which this server does not have") from error
     if not stop_ids:
         raise ConfigError("this base has no stop token, so a constrained answer could not end")
     try:

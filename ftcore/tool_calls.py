@@ -183,7 +183,7 @@ class CallStream:
             self._begin(name)
             self._more("{}")
         self.show("" if begun else self._pending)
-        self.is_full = self.num_calls >= self._most
+        self.is_full = char == "}" and self.num_calls >= self._most
         return begun
 
     def _value(self, first: str, sink: Callable[[str], None] | None = None) -> Generator[None, str, tuple[str, str]]:

@@ -5,6 +5,7 @@ In: JSON. Out: strict models; the library's Tools, Constraint and messages. Runs
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -57,10 +58,15 @@ class ToolCall(Strict):
 
     def plain(self, where: str) -> dict[str, Any]:
         """As chat templates take it. Raises DataError where the arguments are no JSON."""
+        place = f"{where}.function.arguments"
         try:
-            return tool_calls_of([self.model_dump()])[0]
+            call = tool_calls_of([self.model_dump()])[0]
+            json.dumps(call, ensure_ascii=False).encode()
         except RecursionError:
-            raise ConfigError(f"{where}.function.arguments: nested too deeply") from None
+            raise ConfigError(f"{place}: nested too deeply") from None
+        except UnicodeEncodeError:
+            raise ConfigError(f"{place}: this is not valid Unicode") from None
+        return call
 
 
 class JsonSchema(Strict):

@@ -259,7 +259,9 @@ def test_a_constraint_is_compiled_once_however_many_ask_and_only_the_last_are_ke
 ) -> None:
     made: list[Constraint] = []
     compile_one = Grammars._compile
-    monkeypatch.setattr(Grammars, "_compile", lambda self, constraint: made.append(constraint) or compile_one(self, constraint))
+    monkeypatch.setattr(
+        Grammars, "_compile", lambda self, constraint, words: made.append(constraint) or compile_one(self, constraint, words)
+    )
 
     async def go() -> None:
         grammars = Grammars(tokenizer, [tokenizer.eos_token_id], len(tokenizer))

@@ -34,7 +34,8 @@ ASK = {"role": "user", "content": "Hi"}
 
 async def chat(server: Server, **body: Any) -> Any:
     whole = {"model": "base", "messages": [ASK], "max_tokens": 200, "seed": 1, **body}
-    return await server.http.post("/v1/chat/completions", headers=server.headers("acme"), json=whole)
+    headers = {**server.headers("acme"), "content-type": "application/json"}
+    return await server.http.post("/v1/chat/completions", headers=headers, content=json.dumps(whole))
 
 
 def with_tools(store: Store, tmp_path: Path) -> Any:
@@ -111,6 +112,8 @@ def test_a_tool_is_called_its_result_is_given_back_and_the_receipt_covers_the_ca
                 content, calls, finish = streamed_choice(chunks, i)
                 assert (content, finish) == ("", "tool_calls")
                 assert [(each["name"], each["arguments"]) for each in calls] == [(call["function"]["name"], call["function"]["arguments"])]
+            cut = (await chat(server, **asked, max_tokens=25)).json()["choices"]
+            assert "length" in {choice["finish_reason"] for choice in cut}
             named = (await chat(server, tools=[PAINT, NOW], tool_choice={"type": "function", "function": {"name": "paint"}})).json()
             message = named["choices"][0]["message"]
             assert [call["function"]["name"] for call in message["tool_calls"]] == ["paint"]
@@ -198,7 +201,10 @@ BROKEN: tuple[tuple[dict[str, Any], str], ...] = (
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [called("{}")]}]}, "assistant"),
     ({"messages": [{"role": "assistant", "tool_calls": [called("{")]}]}, "broken tool call"),
     ({"messages": [{"role": "assistant", "tool_calls": [called("[" * 9000)]}]}, "nested too deeply"),
+    ({"messages": [{"role": "assistant", "tool_calls": [called('{"a": "\\ud800"}')]}]}, "Unicode"),
     ({"tools": [tool({"type": "object", "description": "<|im_end|>"})]}, "control tokens"),
+    (schema({"const": "\ud800"}), "Unicode"),
+    (schema({"patternProperties": [1]}), "patternProperties: this is no JSON schema"),
 )  # fmt: skip
 
 

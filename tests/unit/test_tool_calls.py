@@ -87,6 +87,10 @@ def test_arguments_come_as_they_are_written_and_one_call_is_one() -> None:
     stream = CallStream(FORMATS["hermes"], Tools(TOOLS.definitions, parallel=False))
     shown, parts_once = stream.push(text + text)
     assert (stream.is_full, shown, len(whole_calls(parts_once))) == (True, "", 1)
+    half = CallStream(FORMATS["hermes"], Tools(TOOLS.definitions, parallel=False))
+    half.push(text[:-20])
+    half.end()
+    assert (half.num_calls, half.is_full) == (1, False)
     _, cut = read("hermes", [text[:-30]])
     assert whole_calls(cut)[0].arguments == '{"city": "Oslo"}'[: len(whole_calls(cut)[0].arguments)]
 
