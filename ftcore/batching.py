@@ -13,6 +13,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from ftcore.constraints import Walk
 from ftcore.engines.base import Request
 
 
@@ -34,6 +35,12 @@ class Row:
     num_passed: int = 0
     """Rows that came later and were let in before it."""
     came: float = field(default_factory=time.monotonic)
+    walk: Walk | None = None
+    """Its way through the request's constraint."""
+
+    def __post_init__(self) -> None:
+        if self.request.constraint is not None:
+            self.walk = self.request.constraint.begin()
 
     @property
     def num_prompt(self) -> int:

@@ -309,7 +309,7 @@ class EngineThread:
             chunk.row.num_cached += chunk.count
             self._counts.prompt += chunk.count
         sound = torch.isfinite(logits.sum(-1)).tolist() if due else []
-        asked = [Asked(row.request.sampling, row.request.prompt, row.tokens[row.num_prompt :], row.seed) for row in due]
+        asked = [Asked(row.request.sampling, row.request.prompt, row.tokens[row.num_prompt :], row.seed, row.walk) for row in due]
         drawn = sample(logits, asked) if due else []
         made = [self._taken(row, token) if fine else self._spoiled(row) for row, token, fine in zip(due, drawn, sound, strict=True)]
         made = self._withdrawn(made)
@@ -327,6 +327,8 @@ class EngineThread:
     def _taken(self, row: Row, token: Drawn) -> tuple[int, Token]:
         """A row's next token."""
         row.tokens.append(token.id)
+        if row.walk is not None and not row.walk.accept(token.id):
+            return row.key, Token(-1, row.request.adapter, finish="abort", problem=row.walk.problem)
         self._fair.made(row.request.salt)
         finish: FinishReason | None = None
         if token.id in row.request.stop_ids:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
 from ftcore.errors import ConfigError, IntegrityError
-from ftcore.receipts import Receipt, verify_receipt
+from ftcore.receipts import Receipt, Said, said, verify_receipt
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,12 +42,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _text(place: int, choice: dict[str, Any], kind: str) -> str:
-    """A choice's text, in the one form that its kind of answer has: another beside it would be read by somebody and signed by nobody."""
+def _text(place: int, choice: dict[str, Any], kind: str) -> Said:
+    """A choice's text and calls, in the one form that its kind of answer has: another would be read by somebody and signed by nobody."""
     is_chat = kind == "chat.completion"
     if ("text" in choice) == is_chat or ("message" in choice) != is_chat or choice["index"] != place:
         raise ConfigError("this answer is not as it was sent", where=f"choices[{place}]", wanted=f"the form of a {kind}")
-    return str(choice["message"]["content"] if is_chat else choice["text"])
+    if not is_chat:
+        return str(choice["text"])
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in choice["message"].get("tool_calls") or ()]
+    return said(choice["message"]["content"] or "", calls)
 
 
 def _json(path: Path) -> Any:

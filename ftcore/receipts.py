@@ -13,6 +13,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -25,6 +26,8 @@ from ftcore.signing import key_id
 from ftcore.storage import canonical_json
 
 PREFIX = b"ftcore receipt v1\n"
+Said = str | dict[str, Any]
+"""One choice: its text; or what `said` gives where it calls tools."""
 
 
 class Receipt(Section):
@@ -36,7 +39,7 @@ class Receipt(Section):
     """`tenant/name@digest` in full; empty for the bare base."""
     base: Digest
     output: Digest
-    """SHA-256 over the canonical JSON of the list of the choices' texts."""
+    """SHA-256 over the canonical JSON of the list of the choices."""
     time: Text
     key: Text
     signature: Text = ""
@@ -45,7 +48,12 @@ class Receipt(Section):
         return PREFIX + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
 
 
-def output_digest(texts: Sequence[str]) -> str:
+def said(content: str, calls: Sequence[tuple[str, str]]) -> Said:
+    """A choice with its calls: (name, arguments)."""
+    return {"content": content, "tool_calls": [list(call) for call in calls]} if calls else content
+
+
+def output_digest(texts: Sequence[Said]) -> str:
     return hashlib.sha256(canonical_json(list(texts))).hexdigest()
 
 
@@ -57,7 +65,7 @@ class Signer:
         self.key_id = key_id(self._key.public_key())
         self.public_pem = self._key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
-    def sign(self, request: str, tenant: str, adapter: str, base: str, texts: Sequence[str]) -> Receipt:
+    def sign(self, request: str, tenant: str, adapter: str, base: str, texts: Sequence[Said]) -> Receipt:
         receipt = Receipt(
             request=request, tenant=tenant, adapter=adapter, base=base, output=output_digest(texts), time=utc_now(), key=self.key_id
         )
@@ -68,7 +76,7 @@ class Signer:
         return base64.b64encode(self._key.sign(data)).decode()
 
 
-def verify_receipt(receipt: Receipt, texts: Sequence[str], public_keys: Mapping[str, str]) -> None:
+def verify_receipt(receipt: Receipt, texts: Sequence[Said], public_keys: Mapping[str, str]) -> None:
     """`public_keys`: key id -> PEM. Raises IntegrityError when the answer, any field or the signature is not what was signed."""
     if output_digest(texts) != receipt.output:
         raise IntegrityError("this is not the answer that the receipt is for", got=output_digest(texts)[:12], wanted=receipt.output[:12])

@@ -2,9 +2,9 @@
 
 In: logits [n, V], each row's Sampling and tokens. Out: n token ids, with log-probabilities where asked. Runs in: engines.
 
-Penalties, bias, temperature, top-k, top-p, min-p, in that order (as transformers applies them); log-probabilities are the model's own,
-before any of it. The draw inverts the cumulative distribution at a number that follows from (seed, position) alone, so that a row's text
-does not depend on its neighbours, on preemption or on a restart.
+Constraint, penalties, bias, temperature, top-k, top-p, min-p, in that order (as transformers applies them); log-probabilities are the
+model's own, before any of it. The draw inverts the cumulative distribution at a number that follows from (seed, position) alone, so that a
+row's text does not depend on its neighbours, on preemption or on a restart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ftcore.constraints import Walk
 from ftcore.engines.base import Sampling
 
 
@@ -37,23 +38,30 @@ class Asked:
     prompt: Sequence[int]
     answer: Sequence[int]
     seed: int
+    walk: Walk | None = None
 
 
 def sample(logits: Tensor, rows: Sequence[Asked]) -> list[Drawn]:
     """logits [n, V] -> one token a row."""
     logits = logits.float()
     own = logits
-    touched = [i for i, row in enumerate(rows) if _is_penalised(row.sampling)]
+    touched = [i for i, row in enumerate(rows) if row.walk is not None or _is_penalised(row.sampling)]
     if touched:
         logits = logits.clone()
         for i in touched:
-            logits[i] = penalised(logits[i], rows[i])
+            logits[i] = penalised(_constrained(logits[i], rows[i].walk), rows[i])
     ids = logits.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         some = rows if len(drawn) == len(rows) else [rows[i] for i in drawn]
         ids[drawn] = draw(logits if len(drawn) == len(rows) else logits[drawn], some)
     return _with_logprobs(own, ids.tolist(), rows)
+
+
+def _constrained(logits: Tensor, walk: Walk | None) -> Tensor:
+    """One row's logits [V], -inf where its constraint does not go on; as they are where the walk has a problem, which ends the row."""
+    allowed = None if walk is None else walk.allowed()
+    return logits if allowed is None else logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
 
 
 def draw(logits: Tensor, rows: Sequence[Asked]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ftcore.errors import DataError, IntegrityError, ModelError
 from ftcore.models import model_type
 from ftcore.probes import ProbeReport, Probes, compare
 from ftcore.recipe import Data, Model
+from ftcore.tool_calls import ToolFormat, format_of
 from ftcore.weights import base_folder, check_base, weights_digest
 
 
@@ -43,11 +45,19 @@ class ServedBase:
         eos = self.tokenizer.eos_token_id
         self.stop_ids = frozenset(self.chat.stop_ids if self.chat else () if eos is None else (eos,))
 
-    def chat_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def chat_prompt(self, messages: Sequence[Message], tools: tuple[dict[str, Any], ...] = ()) -> tuple[int, ...]:
+        chat = self._chat()
+        chat.require_no_forgery(messages, tools)
+        chat.require_place_for_tools(messages, tools)
+        return tuple(chat.prompt_ids(messages, tools))
+
+    def tool_format(self, setting: str) -> ToolFormat:
+        return format_of(self._chat().template, setting)
+
+    def _chat(self) -> Chat:
         if self.chat is None:
             raise DataError("this base has no chat template", got=self.no_chat, remedy="ask /v1/completions")
-        self.chat.require_no_forgery(messages)
-        return tuple(self.chat.prompt_ids(messages))
+        return self.chat
 
     def text_prompt(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text)["input_ids"])

@@ -17,8 +17,10 @@ HALF = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """One answer's text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), keep_special: bool = False) -> None:
+        """`keep_special`: special tokens are part of the text."""
         self._tokenizer, self._stops = tokenizer, tuple(stop for stop in stops if stop)
+        self._skip_special = not keep_special
         self._ids: list[int] = []
         self._begin = self._shown = 0
         self._held = ""
@@ -62,4 +64,4 @@ class TextStream:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False))

@@ -203,6 +203,8 @@ class VllmEngine(LiveEngine):
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         check_request(request, self.max_context, self.vocabulary)
+        if request.constraint is not None:
+            raise ConfigError("this engine holds no answer to a form yet", where="constraint", remedy="serve it with engine.kind=torch")
         params = sampling_of(request, self.max_context - len(request.prompt))
         self._require_live()
         with self._using(request.adapter) as lora:

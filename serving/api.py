@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,11 +27,11 @@ from ftcore.engines.base import EngineEnded
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
 from serving.audit import AuditLog
 from serving.gate import Gate, Refusal
-from serving.jobs import Event, Job, Opening, messages
+from serving.jobs import Event, Job, Opening
 from serving.metering import Account, audit_refusal
 from serving.published_keys import published_keys
 from serving.quotas import Quotas
-from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, TextAsked, error_body
+from serving.schema import MAX_LOGPROBS, ChatAsked, TextAsked, error_body
 from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
 from serving.shapes import Shape, chat_shape, text_shape
 from serving.tenants import Caller
@@ -57,6 +58,8 @@ class Service:
         self.quotas = Quotas(gate.settings.store)
         self.audit = AuditLog(gate.settings.store, gate.settings.audit_spool)
         self.seeing = Seeing(gate, answers.states)
+        self.forms = ThreadPoolExecutor(2, thread_name_prefix="forms")
+        """Checks schemas and tools: a second's work for the largest, which nobody else waits for."""
 
     async def open(self) -> None:
         await asyncio.to_thread(self.audit.open)
@@ -66,6 +69,7 @@ class Service:
     async def close(self) -> None:
         """Once no answer is under way."""
         self.gate.close()
+        self.forms.shutdown(wait=False)
         await self.quotas.close()
         await asyncio.to_thread(self.audit.close)
         await asyncio.to_thread(self.seeing.close)
@@ -80,13 +84,12 @@ def build_api(service: Callable[[], Service]) -> FastAPI:
 
     @api.post("/v1/chat/completions")
     async def chat(asked: ChatAsked, request: Request) -> Response:
-        pairs = [(message.role, message.text) for message in asked.messages]
-        return await _answer(service(), request, asked, messages(pairs), asked.num_logprobs, asked.limit, chat_shape)
+        return await _answer(service(), request, asked, asked.prompt, chat_shape)
 
     @api.post("/v1/completions")
     async def complete(asked: TextAsked, request: Request) -> Response:
         prompt = asked.prompt if isinstance(asked.prompt, str) else tuple(asked.prompt)
-        return await _answer(service(), request, asked, prompt, asked.num_logprobs, asked.limit, text_shape)
+        return await _answer(service(), request, asked, prompt, text_shape)
 
     api.add_middleware(Door, service=service)
     return api
@@ -109,10 +112,9 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
         return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
 
 
-async def _answer(
-    service: Service, request: Request, asked: Asked, prompt: Any, num_logprobs: int | None, limit: int | None, shape: Shape
-) -> Response:  # fmt: skip
+async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsked, prompt: Any, shape: Shape) -> Response:
     caller: Caller = request.state.caller
+    num_logprobs, limit = asked.num_logprobs, asked.limit
     ref = service.gate.find(caller, asked.model, request.headers.get(SESSION, "")[:256])
     fallback = service.gate.directory.picture.before(ref) if ref is not None and "@" not in asked.model else None
     if asked.n > caller.limits.max_choices:
@@ -121,9 +123,11 @@ async def _answer(
         raise Refusal(400, f"max_tokens is at most {caller.limits.max_tokens}", "invalid_value")
     if num_logprobs is not None and (limit or caller.limits.max_tokens) * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
         raise Refusal(400, f"at most {MAX_LOGPROBS} log-probabilities: ask for fewer tokens, choices or alternatives", "invalid_value")
+    loop = asyncio.get_running_loop()
+    constraint, tools = await loop.run_in_executor(service.forms, asked.form) if asked.has_form else (None, None)
     job = Job(
         uuid.uuid4().hex, caller.tenant, ref, fallback, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
-        asked.sampling(num_logprobs), asked.stops, asked.n,
+        asked.sampling(num_logprobs), asked.stops, asked.n, constraint, tools,
     )  # fmt: skip
     request.state.job = job.id
     events = _admitted(service, caller, job, Asker(asked.model, request.headers.get("traceparent", "")[:64]))

@@ -5,13 +5,16 @@ In: a checked request of a known caller. Out: a Job; Pieces of an answer. Runs i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from ftcore.adapters import AdapterRef
-from ftcore.data.types import Message, Role
+from ftcore.constraints import Constraint
+from ftcore.data.types import Message
 from ftcore.engines.base import Sampling
+from ftcore.tool_calls import CallPart, Tools
+
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Job:
     sampling: Sampling
     stops: tuple[str, ...] = ()
     num_choices: int = 1
+    constraint: Constraint | None = None
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,10 @@ class Piece:
     choice: int
     text: str
     tokens: tuple[TokenInfo, ...] = ()
-    finish: Literal["stop", "length"] | None = None
+    finish: Finish | None = None
     num_tokens: int = 0
     """Computed for this choice since its piece before."""
+    calls: tuple[CallPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,3 @@ class Closing:
 
 
 Event = Opening | Piece | Closing
-
-
-def messages(pairs: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
-    """(role, text) pairs as the library's messages; OpenAI's `developer` is our `system`."""
-    return tuple(Message(cast("Role", "system" if role == "developer" else role), text) for role, text in pairs)

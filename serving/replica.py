@@ -12,19 +12,21 @@ import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.constraints import Grammar, Grammars
 from ftcore.data.types import Message
 from ftcore.engines.base import EngineEnded, LiveEngine, Request, Token, check_request
 from ftcore.errors import ConfigError, IntegrityError, ModelError
-from ftcore.receipts import Signer
+from ftcore.receipts import Signer, said
 from ftcore.served_base import ServedBase
 from ftcore.text_stream import TextStream
+from ftcore.tool_calls import CallPart, CallStream, ToolFormat, call_constraint, marks_are_special, whole_calls
 from serving.desired import Desired
-from serving.jobs import Closing, Event, Job, Opening, Piece, TokenInfo
+from serving.jobs import Closing, Event, Finish, Job, Opening, Piece, TokenInfo
 from serving.published_keys import publish_key
 from serving.settings import ServeSettings
 from serving.slots import Slots
@@ -32,6 +34,18 @@ from serving.slots import Slots
 log = logging.getLogger(__name__)
 MAX_CHARACTERS_A_TOKEN = 64
 """Longer prompts than this times the context are refused before they are tokenised."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job as this replica's base takes it."""
+
+    job: Job
+    prompt: tuple[int, ...]
+    limit: int
+    grammar: Grammar | None
+    format: ToolFormat | None
+    """How calls are written, where there are tools."""
 
 
 class Replica:
@@ -45,6 +59,7 @@ class Replica:
         self.signer = Signer()
         self.desired = Desired(settings, self.store, self.slots)
         self.num_answers = 0
+        self.grammars = Grammars(base.tokenizer, base.stop_ids, engine.vocabulary)
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
         self._watches = [
             asyncio.create_task(self._again(self.slots.drop_revoked, "looking for revoked versions")),
@@ -66,41 +81,60 @@ class Replica:
         await asyncio.gather(*self._watches, return_exceptions=True)
         await self.engine.close()
         self._tokenising.shutdown(wait=False)
+        self.grammars.close()
         await asyncio.to_thread(shutil.rmtree, self._cache, ignore_errors=True)  # fetched again by whoever needs it
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         """Streams the events of one job; closing the iterator aborts it. Raises FtcoreError for what cannot be answered."""
+        format = self.base.tool_format(self.settings.tool_format) if job.tools else None
         prompt = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._prompt, job)
+        grammar = await self._grammar(job, format)
         room = self.engine.max_context - len(prompt)
         check_request(
             Request(job.id, prompt, "", job.max_tokens or 1, sampling=job.sampling), self.engine.max_context, self.engine.vocabulary
         )
+        plan = Plan(job, prompt, min(room, job.max_tokens or room), grammar, format)
         async with self._held(job) as (ref, was_cold):
             digest, name = (ref.digest, ref.full) if ref else ("", "")
             yield Opening(name, self.base.weights, self.signer.key_id, was_cold, len(prompt))
             texts, used, computed = [""] * job.num_choices, 0, set()
-            async with aclosing(self._choices(job, prompt, min(room, job.max_tokens or room), digest)) as events:
+            calls: list[list[CallPart]] = [[] for _ in texts]
+            async with aclosing(self._choices(plan, digest)) as events:
                 async for choice, token, piece in events:
                     computed.add(token.adapter)
                     if piece is not None:
                         used += piece.num_tokens
                         texts[choice] += piece.text
+                        calls[choice] += piece.calls
                         yield piece
             if computed != {digest}:
                 raise IntegrityError("another adapter's slot computed this answer", got=str(computed)[:80], wanted=digest[:12])
-            receipt = self.signer.sign(job.id, job.tenant, name, self.base.weights, texts)
+            outputs = [
+                said(text, [(call.name, call.arguments) for call in whole_calls(own)]) for text, own in zip(texts, calls, strict=True)
+            ]
+            receipt = self.signer.sign(job.id, job.tenant, name, self.base.weights, outputs)
             self.num_answers += 1
             yield Closing(len(prompt), used, {key: str(value) for key, value in receipt.model_dump().items()})
 
-    async def _choices(
-        self, job: Job, prompt: tuple[int, ...], limit: int, digest: str
-    ) -> AsyncGenerator[tuple[int, Token, Piece | None], None]:
+    async def _grammar(self, job: Job, format: ToolFormat | None) -> Grammar | None:
+        """What the answer is held to, compiled. Raises ConfigError where it cannot be."""
+        constraint = job.constraint
+        if job.tools is not None and format is not None and job.tools.is_held:
+            constraint = call_constraint(format, job.tools, self.base.tokenizer)
+        if constraint is None:
+            return None
+        if not self.engine.computes:
+            raise ConfigError("this engine computes nothing, so it can hold no answer to a format")
+        return await self.grammars.compile(constraint)
+
+    async def _choices(self, plan: Plan, digest: str) -> AsyncGenerator[tuple[int, Token, Piece | None], None]:
         """Every choice's tokens as they come. A choice that fails ends all."""
+        job = plan.job
         queue: asyncio.Queue[tuple[int, Token, Piece | None] | BaseException | None] = asyncio.Queue()
 
         async def one(choice: int) -> None:
             try:
-                async with aclosing(self._one(job, choice, prompt, limit, digest)) as events:
+                async with aclosing(self._one(plan, choice, digest)) as events:
                     async for event in events:
                         queue.put_nowait((choice, *event))
                 queue.put_nowait(None)
@@ -108,7 +142,7 @@ class Replica:
                 queue.put_nowait(error)
 
         if job.num_choices == 1:
-            async with aclosing(self._one(job, 0, prompt, limit, digest)) as events:
+            async with aclosing(self._one(plan, 0, digest)) as events:
                 async for token, piece in events:
                     yield 0, token, piece
             return
@@ -128,18 +162,20 @@ class Replica:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(
-        self, job: Job, choice: int, prompt: tuple[int, ...], limit: int, digest: str
-    ) -> AsyncGenerator[tuple[Token, Piece | None], None]:
-        sampling = job.sampling
+    async def _one(self, plan: Plan, choice: int, digest: str) -> AsyncGenerator[tuple[Token, Piece | None], None]:
+        job, sampling = plan.job, plan.job.sampling
         if choice and sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + choice)
-        request = Request(f"{job.id}-{choice}", prompt, digest, limit, self.base.stop_ids, sampling, salt=job.tenant)
-        stream = TextStream(self.base.tokenizer, job.stops)
+        request = Request(f"{job.id}-{choice}", plan.prompt, digest, plan.limit, self.base.stop_ids, sampling, job.tenant, plan.grammar)
+        calling = CallStream(plan.format, job.tools) if plan.format is not None and job.tools is not None else None
+        special = plan.format is not None and marks_are_special(plan.format, self.base.tokenizer)
+        stream = TextStream(self.base.tokenizer, job.stops, keep_special=special)
         held: list[TokenInfo] = []
         num_tokens = 0
         async with aclosing(self.engine.generate(request)) as tokens:
             async for token in tokens:
+                if token.problem:
+                    raise ConfigError(token.problem)
                 if token.finish == "abort":
                     raise EngineEnded("this answer was ended by the engine", where=job.id)
                 num_tokens += token.finish != "stop"
@@ -148,10 +184,13 @@ class Replica:
                     text += stream.end()
                 if token.logprob is not None and token.finish != "stop":
                     held.append(self._info(token))
-                finish = "stop" if stream.stopped else token.finish
+                finish: Finish | None = "stop" if stream.stopped else token.finish
+                parts: tuple[CallPart, ...] = ()
+                if calling is not None:
+                    text, parts, finish = _called(calling, text, finish)
                 piece = None
-                if text or finish:
-                    piece, held, num_tokens = Piece(choice, text, tuple(held), finish, num_tokens), [], 0
+                if text or parts or finish:
+                    piece, held, num_tokens = Piece(choice, text, tuple(held), finish, num_tokens, parts), [], 0
                 yield token, piece
                 if finish:
                     return
@@ -161,15 +200,16 @@ class Replica:
         return TokenInfo(words([token.id]), token.logprob or 0.0, tuple((words([id_]), logprob) for id_, logprob in token.top))
 
     def _prompt(self, job: Job) -> tuple[int, ...]:
-        size = (
-            len(job.prompt) if isinstance(job.prompt, str) else sum(len(turn.content) for turn in job.prompt if isinstance(turn, Message))
-        )
+        tools = job.tools.shown if job.tools else ()
+        turns = [turn for turn in job.prompt if isinstance(turn, Message)] if not isinstance(job.prompt, str) else []
+        size = len(job.prompt) if isinstance(job.prompt, str) else sum(len(turn.content) + len(str(turn.tool_calls)) for turn in turns)
+        size += len(str(tools))
         if size > MAX_CHARACTERS_A_TOKEN * self.engine.max_context:
             raise ConfigError("the prompt does not fit the context", where="prompt", got=f"{size} characters", wanted="a shorter one")
         if isinstance(job.prompt, str):
             return self.base.text_prompt(job.prompt)
-        if job.prompt and isinstance(job.prompt[0], Message):
-            return self.base.chat_prompt([turn for turn in job.prompt if isinstance(turn, Message)])
+        if turns:
+            return self.base.chat_prompt(turns, tools)
         return tuple(token for token in job.prompt if isinstance(token, int))
 
     @asynccontextmanager
@@ -216,3 +256,14 @@ class Replica:
             "refused": {ref.full: reason for ref, reason in self.slots.refusals.items()},
             "engine": asdict(self.engine.stats()), "num_answers": self.num_answers, **asdict(self.slots.counts),
         }  # fmt: skip
+
+
+def _called(calling: CallStream, text: str, finish: Finish | None) -> tuple[str, tuple[CallPart, ...], Finish | None]:
+    """What a piece of text shows, calls, and ends."""
+    shown, parts = calling.push(text)
+    if finish is not None:
+        rest, last = calling.end()
+        shown, parts = shown + rest, parts + last
+    if calling.is_full or (finish == "stop" and calling.num_calls):
+        finish = "tool_calls"
+    return shown, parts, finish

@@ -2,45 +2,33 @@
 
 In: JSON. Out: strict models; a Job for the engine. Runs in: the ingress.
 
-What this server does not do yet (tools, constrained output, images) is refused by name rather than passed over.
+What this server does not do yet (images, audio, prefixes of an answer) is refused by name rather than passed over.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
+from ftcore.constraints import Constraint
+from ftcore.data.types import Message
 from ftcore.engines.base import Sampling
+from ftcore.errors import ConfigError
+from ftcore.tool_calls import Tools
+from serving.strict import Strict, Text, encodable
+from serving.tool_schema import MAX_CALLS, MAX_TOOLS, CallId, NamedTool, ResponseFormat, StructuredOutputs, Tool, ToolCall, tools_of
 
-
-def _encodable(text: str) -> str:
-    """JSON can hold half a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("this is not valid Unicode") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-Model = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_encodable)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_encodable)]
-MAX_STOPS, MAX_BIAS, MAX_MESSAGES, MAX_PARTS, MAX_IDS, MAX_KEYS = 16, 1024, 2048, 64, 131_072, 64
+Model = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(encodable)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(encodable)]
+MAX_STOPS, MAX_BIAS, MAX_MESSAGES, MAX_PARTS, MAX_IDS = 16, 1024, 2048, 64, 131_072
+NAMED_OTHERWISE = {
+    "guided_json": "structured_outputs: {json: ...}", "guided_regex": "structured_outputs: {regex: ...}",
+    "guided_choice": "structured_outputs: {choice: [...]}", "functions": "tools", "function_call": "tool_choice",
+}  # fmt: skip
+"""Older names of other servers' fields, and ours."""
 MAX_LOGPROBS = 50_000
 """Log-probabilities in one answer: tokens x choices x alternatives."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_keys(cls, value: Any) -> Any:
-        """An error for each of a million unknown keys would take longer than any answer."""
-        if isinstance(value, dict) and len(value) > MAX_KEYS:
-            raise ValueError(f"more than {MAX_KEYS} fields")
-        return value
 
 
 class Part(Strict):
@@ -51,13 +39,33 @@ class Part(Strict):
 
 
 class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: Annotated[Text, Field(max_length=256)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_CALLS, fail_fast=True)] | None = None
+    tool_call_id: CallId | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    """Clients send answers back with what is empty in them."""
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @model_validator(mode="after")
+    def _fields_are_the_roles_own(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are an assistant's")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id goes with role tool, and only with it")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message has content")
+        return self
+
+    def plain(self, where: str) -> Message:
+        """As the library takes it; OpenAI's `developer` is our `system`."""
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        calls = tuple(call.plain(f"{where}.tool_calls[{i}]") for i, call in enumerate(self.tool_calls or ()))
+        return Message("system" if self.role == "developer" else self.role, text, tool_calls=calls, tool_call_id=self.tool_call_id or "")
 
 
 class StreamOptions(Strict):
@@ -82,16 +90,36 @@ class Asked(Strict):
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(None, max_length=512)
     """Taken and not used: who asks is told by the key."""
     metadata: dict[str, str] | None = Field(None, max_length=16)
     """Taken and not used."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_each(cls, value: Any) -> Any:
+        other = next((name for name in NAMED_OTHERWISE if isinstance(value, dict) and value.get(name) is not None), None)
+        if other is not None:
+            raise ValueError(f"{other} is not taken here; ask with {NAMED_OTHERWISE[other]}")
+        return value
 
     @field_validator("temperature", "top_p", "n", "stream", "presence_penalty", "frequency_penalty", mode="before")
     @classmethod
     def _default(cls, value: Any, info: Any) -> Any:
         """OpenAI's clients send null for what was not set."""
         return cls.model_fields[info.field_name].default if value is None else value
+
+    @property
+    def has_form(self) -> bool:
+        return self.structured_outputs is not None
+
+    def form(self) -> tuple[Constraint | None, Tools | None]:
+        """What the answer is held to, and what it may call. A large schema takes long to check: not for an event loop.
+
+        Raises ConfigError that says where for a schema or pattern that cannot be one.
+        """
+        return (self.structured_outputs.constraint if self.structured_outputs else None), None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -112,12 +140,36 @@ class ChatAsked(Asked):
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _logprobs_are_asked_for(self) -> ChatAsked:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        return tuple(message.plain(f"messages[{i}]") for i, message in enumerate(self.messages))
+
+    @property
+    def has_form(self) -> bool:
+        return super().has_form or self.response_format is not None or self.tools is not None or self.tool_choice is not None
+
+    def form(self) -> tuple[Constraint | None, Tools | None]:
+        constraint, _ = super().form()
+        own = self.response_format.constraint if self.response_format else None
+        if own is not None and constraint is not None:
+            raise ConfigError("response_format and structured_outputs ask for two formats", got="both", wanted="one of them")
+        tools = tools_of(self.tools or (), self.tool_choice, self.parallel_tool_calls is not False)
+        if tools is not None and (own or constraint) is not None:
+            raise ConfigError(
+                "an answer is held to a format or may call tools, not both", got="both", wanted="tool_choice none, or no format"
+            )
+        return own or constraint, tools
 
     @property
     def num_logprobs(self) -> int | None:

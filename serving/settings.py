@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
@@ -89,6 +89,8 @@ class ServeSettings(Section):
     base_revision: str = "main"
     chat_template: str = "auto"
     """As in a recipe's `model.chat_template`: adapters are served under the template they were trained with, and no other."""
+    tool_format: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
+    """How the base writes tool calls; `auto`: as its chat template shows."""
     base_name: Name = "base"
     """What clients call the bare base."""
     store: str = Field(min_length=1)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from ftcore.tool_calls import CallPart, whole_calls
 from serving.jobs import Closing, Event, Piece, TokenInfo
 
 Shape = Callable[[str, str, int, str], "Writer"]
@@ -31,7 +32,7 @@ class Writer(ABC):
     def delta(self, piece: Piece) -> dict[str, Any]: ...
 
     @abstractmethod
-    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]: ...
+    def choice(self, index: int, text: str, calls: Sequence[CallPart], tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]: ...
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         pieces = [event for event in events if isinstance(event, Piece)]
@@ -40,7 +41,8 @@ class Writer(ABC):
         for index in range(max(piece.choice for piece in pieces) + 1):
             own = [piece for piece in pieces if piece.choice == index]
             tokens = [token for piece in own for token in piece.tokens]
-            choices.append(self.choice(index, "".join(piece.text for piece in own), tokens, own[-1].finish or "stop"))
+            calls = whole_calls([part for piece in own for part in piece.calls])
+            choices.append(self.choice(index, "".join(piece.text for piece in own), calls, tokens, own[-1].finish or "stop"))
         return {**self._common, "object": self.kind, "choices": choices, "usage": _usage(closing), "ftcore_receipt": closing.receipt}
 
     async def stream(self, events: AsyncGenerator[Event, None], usage: bool) -> AsyncGenerator[dict[str, Any], None]:
@@ -66,11 +68,15 @@ class _Chat(Writer):
         return {"index": choice, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text else {}
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            delta["tool_calls"] = [{"index": part.index, **_call(part)} for part in piece.calls]
         return {"index": piece.choice, "delta": delta, "logprobs": _chat_logprobs(piece.tokens), "finish_reason": piece.finish}
 
-    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+    def choice(self, index: int, text: str, calls: Sequence[CallPart], tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+        if calls:
+            message["tool_calls"] = [_call(call) for call in calls]
         return {"index": index, "message": message, "logprobs": _chat_logprobs(tokens), "finish_reason": finish}
 
 
@@ -80,7 +86,7 @@ class _Text(Writer):
     def delta(self, piece: Piece) -> dict[str, Any]:
         return {"index": piece.choice, "text": piece.text, "logprobs": _text_logprobs(piece.tokens), "finish_reason": piece.finish}
 
-    def choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, calls: Sequence[CallPart], tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": _text_logprobs(tokens), "finish_reason": finish}
 
 
@@ -90,6 +96,13 @@ def chat_shape(job: str, model: str, created: int, fingerprint: str) -> Writer:
 
 def text_shape(job: str, model: str, created: int, fingerprint: str) -> Writer:
     return _Text(job, model, created, fingerprint)
+
+
+def _call(part: CallPart) -> dict[str, Any]:
+    """A call, or in a stream its beginning or more of its arguments."""
+    if not part.name:
+        return {"function": {"arguments": part.arguments}}
+    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
 
 
 def _usage(closing: Closing) -> dict[str, int]:

@@ -86,8 +86,8 @@ class Chat:
     def encode(self, conversation: Conversation) -> Example:
         """A conversation as ids with its mask. Raises DataError for a row the template refuses or cannot be split."""
         messages = conversation.messages
-        self.require_no_forgery(messages)
-        self._check_tools(conversation)
+        self.require_no_forgery(messages, conversation.tools)
+        self.require_place_for_tools(messages, conversation.tools)
         text, spans = self._turns_for(conversation.tools).find([_plain(message) for message in messages])
         ids, starts, ends = self._tokens(text)
         mask = np.zeros(len(ids), np.uint8)
@@ -112,20 +112,23 @@ class Chat:
         mask[:1] = 0
         return Example(ids, mask, roles, conversation.origin, num_answers=num_answers, num_stopped=num_stopped)
 
-    def require_no_forgery(self, messages: Sequence[Message]) -> None:
-        """Raises DataError where a turn's text holds tokens that the template itself ends and begins turns with."""
-        for turn in messages:
-            if found := self._forged.search(turn.content):
+    def require_no_forgery(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
+        """Raises DataError where a turn's text, a call or a tool holds tokens that the template itself ends and begins turns with."""
+        texts = [turn.content for turn in messages] + [turn.tool_call_id for turn in messages]
+        for structure in [*(turn.tool_calls for turn in messages), tools]:
+            texts += [json.dumps(structure, ensure_ascii=False)] if structure else []
+        for text in texts:
+            if found := self._forged.search(text):
                 raise DataError(
                     "a turn holds the template's own control tokens", got=repr(found.group()),
                     remedy="remove them: they would end or forge a turn",
                 )  # fmt: skip
 
-    def _check_tools(self, conversation: Conversation) -> None:
+    def require_place_for_tools(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
         """A template that has no place for tools would leave them out without a word."""
-        if conversation.tools and "tools" not in self.template:
-            raise DataError("the chat template has no place for tools", got=f"{len(conversation.tools)} tool definitions")
-        if "tool_calls" not in self.template and any(message.tool_calls for message in conversation.messages):
+        if tools and "tools" not in self.template:
+            raise DataError("the chat template has no place for tools", got=f"{len(tools)} tool definitions")
+        if "tool_calls" not in self.template and any(message.tool_calls for message in messages):
             raise DataError("the chat template has no place for tool calls")
 
     def trains(self, message: Message, *, is_last: bool) -> bool:

@@ -12,13 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ftcore.errors import ConfigError, ModelError
 from ftcore.registry import Registry
 from ftcore.section import Choice, chosen
+
+if TYPE_CHECKING:
+    from ftcore.constraints import Grammar
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -57,6 +60,8 @@ class Request:
     sampling: Sampling = Sampling()
     salt: str = ""
     """Keys and values are reused only between requests of one salt (a tenant)."""
+    constraint: Grammar | None = None
+    """What the answer is held to. It ends (`stop`) where the grammar is complete."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
     """Set on the last one. After `stop` the id is the stop token, which is no part of the answer; after `abort` it is -1."""
+    problem: str = ""
+    """After `abort`: what in the request itself kept the answer from going on; empty when it was not the request."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class LiveEngine(ABC):
     """A running engine. Every method may be called from the event loop that opened it, and none blocks that loop."""
 
     computes: ClassVar[bool] = True
-    """Whether its answers come from weights, so that probes can be held to it."""
+    """Whether its answers come from weights, so that probes and constraints can be held to it."""
     gives_logprobs: ClassVar[bool] = False
     """Whether `next_logits` gives log-probabilities: logits less one number for each prompt, which no answer depends on."""
     max_context: int
@@ -174,6 +181,8 @@ def check_request(request: Request, max_context: int, vocabulary: int) -> None:
     for name, (least, most) in bounds.items():
         if not least <= getattr(sampling, name) <= most:
             raise ConfigError(f"{name} is out of bounds", where=name, got=str(getattr(sampling, name)), wanted=f"{least} to {most}")
+    if request.constraint is not None and not request.stop_ids:
+        raise ConfigError("a constrained answer ends at a stop token", where="stop_ids", got="none", wanted="at least one")
     if sampling.num_logprobs is not None and sampling.num_logprobs < 0:
         raise ConfigError("there is no such number of log-probabilities", where="num_logprobs", got=str(sampling.num_logprobs))
     for token, bias in sampling.logit_bias.items():

@@ -65,6 +65,8 @@ class FakeEngine(LiveEngine):
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         check_request(request, self.max_context, self.vocabulary)
         self._require_open()
+        if request.constraint is not None:
+            raise ConfigError("this engine computes nothing, so it can hold no answer to a constraint", where="constraint")
         if request.adapter and request.adapter not in self._adapters:
             raise ConfigError("this adapter is not loaded", where="adapter", got=request.adapter[:80], remedy="load it first")
         stop = self._running[request.id] = asyncio.Event()

@@ -243,5 +243,9 @@ def test_what_a_replica_refuses_is_told_as_if_the_ingress_had_refused_it(place: 
                 assert (long.status_code, "does not fit" in long.text) == (400, True), long.text
             forged = {"model": "a1", "messages": [{"role": "user", "content": "<|im_end|>"}]}
             assert (await http.post("/v1/chat/completions", json=forged)).status_code == 400
+            broken = await http.post("/v1/completions", json={"model": "a1", "prompt": "a", "structured_outputs": {"regex": "(a"}})
+            assert (broken.status_code, "unclosed" in broken.text) == (400, True), broken.text
+            held = await http.post("/v1/completions", json={"model": "a1", "prompt": "a", "structured_outputs": {"choice": ["yes"]}})
+            assert held.json()["choices"][0]["text"] == "yes"
 
     run(go())
