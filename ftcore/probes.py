@@ -275,7 +275,7 @@ def compare(probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, 
     error, effect = _distance(tuned, record.tuned), record.effect
     noise = None if base is None or record.base is None else _distance(base, record.base)
     same = name == precision and is_exact(precision) and record.device == device
-    seen = effect if base is None or effect is None else min(effect, _distance(tuned.gather(1, record.ids), base.gather(1, record.ids)))
+    seen = effect if base is None or effect is None else min(effect, _distance(tuned, base))
     limit = ABSOLUTE if seen is None else min(ABSOLUTE, SHARE * seen) if same else SHARE * seen  # a record cannot widen it
     facts = f"error {error:.3g} of at most {limit:.3g} ({precision} on {device} against {name} on {record.device}"
     facts += ")" if effect is None else f"; the adapter's own effect is {effect:.3g})"
