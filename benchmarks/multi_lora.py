@@ -3,14 +3,15 @@
     python benchmarks/multi_lora.py [--layers 12] [--hidden 768] [--rows 16] [--tokens 32] [--dtype fp32] [--threads 1]
 
 PEFT mixed: one `generate` of the whole batch with `adapter_names` (its loop over adapters). PEFT swap: `set_adapter` and a batch of one
-request after another. Every figure is the median of `--rounds` rounds, the systems taking turns. `floor` is the time of the model's bare
-linear layers at this batch, timed in the same run: what a decode step cannot go below.
+request after another. Every figure is the median of `--rounds` rounds, the systems taking turns. Then one decode step of the engine over
+the model's bare linear layers at this batch, which it cannot do without; and 8 adapters drawn anew each round from 8 to 256 resident ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,7 @@ sys.path.insert(0, str(REPO))  # a benchmark runs from anywhere, so what it impo
 
 import torch  # noqa: E402
 
+from ftcore.batching import Row, Step  # noqa: E402
 from ftcore.engines.base import LiveEngine, Request, Sampling  # noqa: E402
 from ftcore.engines.torch import Torch  # noqa: E402
 from ftcore.lean_imports import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -59,21 +61,58 @@ def make_adapters(base: Path, home: Path, count: int, rank: int) -> dict[str, Pa
     return found
 
 
-def floor_s(base: Path, rows: int, dtype: torch.dtype) -> float:
-    """Seconds of one step's linear layers alone, head included."""
-    from transformers import AutoModelForCausalLM
+def step_over_linears(engine: LiveEngine, rows: int, digests: list[str], rounds: int) -> dict[str, float]:
+    """Seconds of the bare linear layers alone, head included, and of one decode step, by adapters; the engine is idle meanwhile."""
+    decoder = engine._thread.decoder  # type: ignore[attr-defined]
+    linears = [module for module in decoder.model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {module.in_features: torch.randn(rows, module.in_features, dtype=decoder.dtype) for module in linears}
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = {module.in_features: torch.randn(rows, module.in_features, dtype=dtype) for module in linears}
-    times = []
+    def bare() -> None:
+        for module in linears:
+            module(inputs[module.in_features])
+
+    def step(adapters: list[str]) -> Callable[[], None]:
+        held = [Row(Request("", (5,), digest), 512, [5] * 40, num_cached=39, place=place) for place, digest in enumerate(adapters)]
+        return lambda: decoder.step(Step(held, []))
+
+    lora, active = decoder.lora, set[str]()
+    for digest in digests:
+        adapter = engine._thread.adapters[digest]  # type: ignore[attr-defined]
+        lora.activate(digest, adapter.rank, adapter.updates, active)
+        active.add(digest)
+    works = {"bare linears": bare, "step, base only": step([""] * rows), "step, 1 adapter": step(digests[:1] * rows)}
+    works[f"step, {rows} adapters"] = step(digests)
+    found: dict[str, list[float]] = {name: [] for name in works}
     with torch.inference_mode():
-        for _ in range(8):
-            started = time.perf_counter()
-            for module in linears:
-                module(inputs[module.in_features])
-            times.append(time.perf_counter() - started)
-    return statistics.median(times[2:])
+        for turn in range(8 * rounds):
+            for name, work in works.items():
+                started = time.perf_counter()
+                work()
+                if turn:
+                    found[name].append(time.perf_counter() - started)
+    return {name: statistics.median(each) for name, each in found.items()}
+
+
+def residents(base: Path, adapters: dict[str, Path], args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> dict[int, float]:
+    """Tokens/s of 8 adapters among the rows, drawn from so many resident ones."""
+    rng, speeds, engines = random.Random(0), dict[int, list[float]](), {}
+    for count in (8, 64, 256):
+        engines[count] = engine = loop.run_until_complete(section_of(args).open(str(base)))
+        for digest, path in list(adapters.items())[:count]:
+            loop.run_until_complete(engine.load_adapter(digest, path))
+    for turn in range(2 * args.rounds + 1):
+        for count, engine in engines.items():
+            drawn = rng.sample(list(adapters)[:count], 8)
+            speed = Ours(engine, loop, args.prompt, args.tokens)([drawn[row % 8] for row in range(args.rows)])
+            if turn:
+                speeds.setdefault(count, []).append(speed)
+    for engine in engines.values():
+        loop.run_until_complete(engine.close())
+    return {count: statistics.median(each) for count, each in speeds.items()}
+
+
+def section_of(args: argparse.Namespace) -> Torch:
+    return Torch(max_batch=args.rows, max_context=512, num_threads=args.threads, dtype=args.dtype, prefix_mib=0)
 
 
 class Ours:
@@ -101,10 +140,10 @@ class Ours:
 class Peft:
     """Plain PEFT with every adapter loaded."""
 
-    def __init__(self, base: Path, adapters: dict[str, Path], prompt: int, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, base: Path, adapters: dict[str, Path], args: argparse.Namespace, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._prompt, self._tokens = prompt, tokens
+        self._prompt, self._tokens = args.prompt, args.tokens
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
         for digest, folder in adapters.items():
             if isinstance(model, PeftModel):
@@ -151,17 +190,16 @@ def main() -> int:
     dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
     with tempfile.TemporaryDirectory(prefix="multi-lora-") as folder:
         base = make_base(Path(folder) / "base", args.layers, args.hidden, args.vocabulary)
-        adapters = make_adapters(base, Path(folder), args.rows, args.rank)
-        digests = list(adapters)
-        loop = asyncio.new_event_loop()
-        section = Torch(max_batch=args.rows, max_context=512, num_threads=args.threads, dtype=args.dtype, prefix_mib=0)
-        engine = loop.run_until_complete(section.open(str(base)))
-        for digest, path in adapters.items():
-            loop.run_until_complete(engine.load_adapter(digest, path))
-        ours, peft = Ours(engine, loop, args.prompt, args.tokens), Peft(base, adapters, args.prompt, args.tokens, dtype)
-        rows = args.rows
+        adapters = make_adapters(base, Path(folder), max(args.rows, 256), args.rank)
+        digests = list(adapters)[: args.rows]
+        loop, rows = asyncio.new_event_loop(), args.rows
+        bare, engine = (loop.run_until_complete(section_of(args).open(str(base))) for _ in range(2))
+        for digest in digests:
+            loop.run_until_complete(engine.load_adapter(digest, adapters[digest]))
+        ours, peft = Ours(engine, loop, args.prompt, args.tokens), Peft(base, {each: adapters[each] for each in digests}, args, dtype)
         cases: dict[str, tuple[Callable[[list[str]], float], list[str]]] = {
-            "engine, base only": (ours, [""] * rows),
+            "engine without adapters": (Ours(bare, loop, args.prompt, args.tokens), [""] * rows),
+            "engine, base rows": (ours, [""] * rows),
             "engine, 1 adapter": (ours, digests[:1] * rows),
             "engine, 4 adapters": (ours, [digests[i % 4] for i in range(rows)]),
             f"engine, {rows} adapters": (ours, digests),
@@ -175,14 +213,28 @@ def main() -> int:
                 if turn:  # the first warms up
                     found[name].append(speed)
         speeds = {name: statistics.median(each) for name, each in found.items()}
-        floor = floor_s(base, rows, dtype)
-        loop.run_until_complete(engine.close())
-    many = speeds[f"engine, {rows} adapters"]
-    print(f"{'':28}{'tokens/s':>9}{'engine is':>12}   ({rows} rows, {args.threads} threads, {args.dtype})")
-    for name, speed in speeds.items():
-        print(f"{name:28}{speed:9.0f}{many / speed:11.2f}x")
-    print(f"{'floor: bare linears':28}{rows / floor:9.0f}{many * floor / rows:11.2f}x")
+        steps = step_over_linears(engine, rows, digests, args.rounds)
+        for each in (bare, engine):
+            loop.run_until_complete(each.close())
+        del peft, ours, bare, engine
+        drawn = residents(base, adapters, args, loop)
+    report(speeds, steps, drawn, args)
     return 0
+
+
+def report(speeds: dict[str, float], steps: dict[str, float], drawn: dict[int, float], args: argparse.Namespace) -> None:
+    many = speeds[f"engine, {args.rows} adapters"]
+    print(f"{'':28}{'tokens/s':>9}{f'{args.rows} adapters are':>18}   ({args.rows} rows, {args.threads} threads, {args.dtype})")
+    for name, speed in speeds.items():
+        print(f"{name:28}{speed:9.0f}{many / speed:17.2f}x")
+    print(f"1 adapter over base rows {speeds['engine, 1 adapter'] / speeds['engine, base rows']:.2f}, ", end="")
+    print(f"base rows over an engine without adapters {speeds['engine, base rows'] / speeds['engine without adapters']:.2f}")
+    print(f"\n{'':28}{'ms':>9}{'over the linears':>18}")
+    for name, seconds in steps.items():
+        print(f"{name:28}{seconds * 1e3:9.1f}{seconds / steps['bare linears']:17.2f}x")
+    print(f"\n{'8 adapters of':28}{'tokens/s':>9}{'over 8 of 8':>18}")
+    for count, speed in drawn.items():
+        print(f"{f'{count} resident':28}{speed:9.0f}{speed / drawn[8]:17.2f}x")
 
 
 if __name__ == "__main__":
