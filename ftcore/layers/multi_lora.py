@@ -11,13 +11,15 @@ whoever has how many rows. A chunk of prompt belongs to one adapter. Rows withou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from ftcore.layers.packed import packed
 
 
 @dataclass(frozen=True)
@@ -135,26 +137,33 @@ class Group:
     """Linear layers that read the same input (q, k, v; gate, up): one matrix multiplication for all."""
 
     def __init__(self, modules: Sequence[nn.Linear], rows: Rows, dtype: torch.dtype) -> None:
-        """The layers' own weights become views of the joint one; a single layer, or one of another class, is called as it is."""
+        """A layer of a class of its own (quantised) comes alone, and is called as it is."""
         self.modules, self.rows = tuple(modules), rows
         self.in_features = modules[0].in_features
         ends = list(accumulate(module.out_features for module in modules))
         self.slices = [slice(end - module.out_features, end) for end, module in zip(ends, modules, strict=True)]
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        if len(modules) > 1:
-            self.weight = torch.cat([module.weight.data for module in modules])
-            self.bias = None if modules[0].bias is None else torch.cat([module.bias.data for module in modules])
-            for module, part in zip(modules, self.slices, strict=True):
-                module.weight.data = self.weight[part]
-                if self.bias is not None:
-                    module.bias.data = self.bias[part]
+        self._base: Callable[[Tensor], Tensor] = modules[0]
+        if all(type(module) is nn.Linear for module in modules):
+            self._join()
         self.dtype = dtype
         self.shelves: dict[int, Shelf] = {}
         """By width, made when the first adapter of a width comes."""
         self.calls: list[int] = []
         """Rows of each call while the engine proves itself: what does not see each token of a step once cannot be adapted by row."""
         self._made: tuple[Tensor, Tensor] | None = None
+
+    def _join(self) -> None:
+        """One weight for all; the layers' own become views of it, or empty where it is packed."""
+        modules = self.modules
+        weight = modules[0].weight.data if len(modules) == 1 else torch.cat([module.weight.data for module in modules])
+        own = None if modules[0].bias is None else modules[0].bias.data
+        bias = own if own is None or len(modules) == 1 else torch.cat([module.bias.data for module in modules])
+        fast = packed(weight, bias)
+        self._base = fast or (lambda x: linear(x, weight, bias))
+        for module, part in zip(modules, self.slices, strict=True):
+            module.weight.data = weight[part] if fast is None else weight.new_empty(0, self.in_features)
+            if bias is not None:
+                module.bias.data = bias[part]
 
     def part(self, number: int, x: Tensor) -> Tensor:
         """Layer `number` of x [..., in]. The first call for an input computes the whole group."""
@@ -167,7 +176,7 @@ class Group:
 
     def compute(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out of all layers]."""
-        y = self.modules[0](x) if self.weight is None else linear(x, self.weight, self.bias)
+        y = self._base(x)
         rows = self.rows
         if rows.proving:
             self.calls.append(x.numel() // self.in_features)

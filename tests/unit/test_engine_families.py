@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], bool]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "rope_parameters": LLAMA3}, True),
     "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 7, "head_dim": 16}, True),
     "qwen2-some-windows": (Qwen2ForCausalLM, Qwen2Config, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, True),
+    "llama-wide": (LlamaForCausalLM, LlamaConfig, {"intermediate_size": 1100, "vocab_size": 2100}, True),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}, True),
     "llama-gelu": (LlamaForCausalLM, LlamaConfig, {"hidden_act": "gelu"}, False),
     "gemma": (GemmaForCausalLM, GemmaConfig, {"head_dim": 16}, False),
