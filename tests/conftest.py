@@ -67,6 +67,7 @@ def make_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, layers: in
 LONG_FILES = ("test_zero.py", "test_exact_resume.py", "test_demo.py", "test_invariants.py", "test_serving_api.py", "test_torch_engine.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`make test` runs two at a time (pytest-xdist): what needs Ray or network namespaces in one process, the rest beside it by file."""
 
