@@ -40,7 +40,7 @@ demo: $(DEMO_STAMP)
 	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)$(if $(HISTORY),, && $(RUN) -m serving.demo $(ARGS))
 
 test: $(DEV_STAMP) $(S3_STAMP)
-	@$(RUN) -m pytest -q --durations=15 -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not proof and not gpu" $(ARGS)
+	@$(RUN) -m pytest -q --durations=15 -n $(JOBS) --dist loadscope --no-loadscope-reorder -m "not proof and not gpu" $(ARGS)
 
 gpu: $(DEV_STAMP)
 	@$(RUN) -m pytest -q --durations=15 -m gpu $(ARGS)

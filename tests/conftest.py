@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,19 +68,25 @@ def make_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, layers: in
 LONG_FILES = ("test_zero.py", "test_exact_resume.py", "test_demo.py", "test_invariants.py", "test_serving_api.py", "test_torch_engine.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` runs two at a time (pytest-xdist): what needs Ray or network namespaces in one process, the rest beside it by file."""
+    """What takes longest first, so that both of `make test`'s processes end at the same time."""
+    items.sort(key=lambda item: 0 if in_one_process(item.nodeid) else 1 if item.path.name in LONG_FILES else 2)
 
-    def place(item: pytest.Item) -> tuple[int, str]:
-        path = item.path.as_posix()
-        if "/tests/ray/" in path or path.endswith("test_netns.py"):
-            return 0, "ray"
-        return (1 if path.endswith(LONG_FILES) else 2), path
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(place(item)[1]))
-    items.sort(key=lambda item: place(item)[0])
+def in_one_process(nodeid: str) -> bool:
+    return nodeid.startswith("tests/ray/") or "test_netns.py" in nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`make test` runs two at a time: what needs Ray or network namespaces in one process, in order, the rest beside it by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if in_one_process(nodeid) else nodeid.partition("::")[0]
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")
