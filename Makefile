@@ -25,8 +25,8 @@ S3_STAMP := $(S3_VENV)/.installed-$(shell cat tests/s3-server.txt 2>/dev/null | 
 # The vllm engine's tests want vLLM's own torch: an environment of its own, too.
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell cat tests/vllm.txt 2>/dev/null | cksum | tr ' ' -)
-# Tests at a time: those on Ray one after another in one process, all others in the rest.
-JOBS ?= 2
+# Tests at a time (`make test JOBS=2`, on 4 cores or more): those on Ray one after another in one process, all others in the rest.
+JOBS ?= 1
 # One compute thread a process unless told otherwise: tests and the demo run several workers on a small machine.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -40,7 +40,7 @@ demo: $(DEMO_STAMP)
 	@$(RUN) -m pipelines.demo $(if $(HISTORY),--history "$(HISTORY:~%=$(HOME)%)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)$(if $(HISTORY),, && $(RUN) -m serving.demo $(ARGS))
 
 test: $(DEV_STAMP) $(S3_STAMP)
-	@$(RUN) -m pytest -q --durations=15 -n $(JOBS) --dist loadscope --no-loadscope-reorder -m "not proof and not gpu" $(ARGS)
+	@$(RUN) -m pytest -q --durations=15 $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadscope --no-loadscope-reorder) -m "not proof and not gpu" $(ARGS)
 
 gpu: $(DEV_STAMP)
 	@$(RUN) -m pytest -q --durations=15 -m gpu $(ARGS)

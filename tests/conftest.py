@@ -69,8 +69,9 @@ LONG_FILES = ("test_zero.py", "test_exact_resume.py", "test_demo.py", "test_inva
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest first, so that both of `make test`'s processes end at the same time."""
-    items.sort(key=lambda item: 0 if in_one_process(item.nodeid) else 1 if item.path.name in LONG_FILES else 2)
+    """What takes longest first, so that the processes of `make test JOBS=...` end at the same time."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: 0 if in_one_process(item.nodeid) else 1 if item.path.name in LONG_FILES else 2)
 
 
 def in_one_process(nodeid: str) -> bool:
@@ -79,7 +80,7 @@ def in_one_process(nodeid: str) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`make test` runs two at a time: what needs Ray or network namespaces in one process, in order, the rest beside it by file."""
+    """`make test JOBS=2` runs two at a time: what needs Ray or network namespaces in one process, in order, the rest beside it by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
