@@ -1,6 +1,6 @@
 """Generating: the work of `ftcore generate`: rows to answers, window by window, over Ray Data's actors.
 
-In: what is wanted. Out: `part-<piece>-<window>.parquet` with the row's place, prompt, answer, tokens and the version that answered, or the
+In: what is wanted. Out: `rows/part-<piece>-<window>.parquet` with the row's place, prompt, answer, tokens and the version that answered, or the
 reason why there is no answer; sealed at the end. Runs in: the driver (orders and counts), Ray Data actors (an engine each).
 
 A window that lies there is not made again, so the same command goes on where it was stopped.
@@ -111,7 +111,7 @@ def generate(wanted: Wanted, *, workers: int = 1, gpus: float = 0) -> int:
     seconds = time.monotonic() - started
     done = f"{counts['rows']:,} rows in {seconds:.0f} s ({counts['found']:,} were there), {counts['failed']:,} without answer"
     print(f"\n{wanted.voice}: {done}")
-    print(f"{out}: read it with pandas.read_parquet or ray.data.read_parquet; column `error` says why a row has no answer")
+    print(f"{out}/rows: read it with pandas.read_parquet or ray.data.read_parquet; column `error` says why a row has no answer")
     return 0
 
 
@@ -126,7 +126,7 @@ class _Worker:
     def __call__(self, order: dict[str, Any]) -> Iterator[dict[str, int]]:
         rows = read(Piece(**json.loads(order["piece"])))
         for number, window in enumerate(_windows(rows)):
-            key = f"part-{order['number']:05d}-{number:05d}.parquet"
+            key = f"rows/part-{order['number']:05d}-{number:05d}.parquet"
             found = self.out.exists(key)
             table = pq.read_table(io.BytesIO(self.out.read(key))) if found else self._answered(window, key)
             failed = len(table) - table["error"].null_count

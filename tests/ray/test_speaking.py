@@ -85,20 +85,20 @@ def test_rows_are_answered_and_a_stopped_job_goes_on(
     command = ["acme/support", str(tmp_path / "rows.jsonl"), "--out", str(out), "--store", str(store), "--base", str(tiny_model_dir)]
     command += ["--max-tokens", "3", "--context", "128"]
     assert generate.main(command) == 0
-    told = pq.read_table(out).sort_by("row").to_pylist()
-    answers = {record["row"].rpartition(":")[2].strip(): record for record in told}
+    told = pq.read_table(out / "rows").sort_by("row").to_pylist()
+    answers = {record["row"].rpartition(" ")[2]: record for record in told}
     assert len(told) == 300 and {record["adapter"] for record in told} == {ref.full}
     assert [number for number, record in answers.items() if record["error"]] == sorted(["10", "12"], key=list(answers).index)
     for line in ("1", "8", "300"):
         assert answers[line]["answer"] == greedy(truth, ref.digest, tiny_model_dir, f"question {int(line) - 1}", 3)
-    files = sorted(out.glob("*.parquet"))
+    files = sorted((out / "rows").glob("*.parquet"))
     assert len(files) == 2
     before = files[0].stat().st_mtime_ns
     files[1].unlink()
     (out / "manifest.json").unlink()
     assert generate.main(command) == 0
     assert files[0].stat().st_mtime_ns == before and "256 were there" in capsys.readouterr().out
-    assert pq.read_table(out).num_rows == 300
+    assert pq.read_table(out / "rows").num_rows == 300
     assert generate.main(command) == 0 and "made before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="another job"):
         generate.main([*command, "--temperature", "1"])
