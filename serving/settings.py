@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from ftcore.card import Name
+from ftcore.card import Digest, Name
 from ftcore.engines.base import EngineChoice
 from ftcore.errors import ConfigError
 from ftcore.recipe_errors import explain
@@ -51,6 +51,17 @@ class Metrics(Section):
     """SHA-256 of the key that may (`ftcore serve --new-metrics-key` makes one); empty: this machine, or nobody where there are tenants."""
     labels: int = Field(100, ge=2, le=10_000)
     """Pairs of tenant and adapter that get figures of their own; the rest is counted together as `_other`."""
+
+
+class Admin(Section):
+    """The API by which operators look after tenants, keys and adapters: on a port of its own, with keys of its own."""
+
+    port: int | None = Field(None, ge=0, le=65535)
+    """None: there is none."""
+    host: str = "127.0.0.1"
+    keys: dict[Name, Digest] = Field(default_factory=dict)
+    """Who may -> SHA-256 of their key (`ftcore serve --new-admin-key` makes one). The name stands in the audit log beside each change.
+    Empty: only this machine may ask."""
 
 
 ALL = "all"
@@ -131,6 +142,7 @@ class ServeSettings(Section):
     preload: tuple[Desired, ...] = ()
     """Adapters (`tenant/name`) that a replica holds before it takes requests, and goes on holding; `all`: every name, while they fit."""
     metrics: Metrics = Metrics()
+    admin: Admin = Admin()
     otel_endpoint: str = Field("", pattern=r"^(https?://[^\s@]+)?$")
     """Where traces go (OTLP over HTTP, like `http://localhost:4318/v1/traces`); empty: nowhere."""
 
@@ -146,6 +158,12 @@ class ServeSettings(Section):
     @property
     def preloads_all(self) -> bool:
         return ALL in self.preload
+
+
+def settings_of(words: Sequence[str]) -> ServeSettings:
+    """From a command line: a YAML file or none, then `path=value`. Raises as `load_settings` does."""
+    named = words and "=" not in words[0]
+    return load_settings(Path(words[0]) if named else None, words[1:] if named else words)
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:

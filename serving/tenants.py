@@ -86,24 +86,30 @@ class TenantStore:
 
     def new_key(self, name: str, *, days: float | None = None) -> tuple[str, Key]:
         """(the key in the clear, its record). It is never to be had again."""
-        clear = new_clear_key()
-        expires = None if days is None else time.time() + days * 86400
-        key = Key(id=secrets.token_hex(4), sha256=key_hash(clear), created=utc_now(), expires=expires)
+        clear, key = _made(days)
         self._change(name, lambda tenant: tenant.model_copy(update={"keys": (*tenant.keys, key)}))
+        return clear, key
+
+    def rotate_key(self, name: str, key_id: str, *, overlap_s: float, days: float | None = None) -> tuple[str, Key]:
+        """As `new_key`, in one change with the end of an old key: that one is taken for `overlap_s` more, or until it ends by itself."""
+        clear, key = _made(days)
+        until = time.time() + overlap_s
+
+        def change(tenant: Tenant) -> Tenant:
+            old = _key(tenant, key_id)
+            if old.revoked or (old.expires is not None and old.expires <= time.time()):
+                raise ConfigError("this key has ended: there is nothing to rotate", got=key_id, remedy=f"ftcore tenants key FOLDER {name}")
+            ended = _with_key(tenant, key_id, expires=min(until, old.expires or until))
+            return ended.model_copy(update={"keys": (*ended.keys, key)})
+
+        self._change(name, change)
         return clear, key
 
     def change_limits(self, name: str, change: Callable[[Limits | None], Limits | None]) -> None:
         self._change(name, lambda tenant: tenant.model_copy(update={"limits": change(tenant.limits)}))
 
     def revoke_key(self, name: str, key_id: str) -> None:
-        if key_id not in {key.id for key in self.read(name).keys}:
-            raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show FOLDER {name}")
-
-        def change(tenant: Tenant) -> Tenant:
-            keys = tuple(key.model_copy(update={"revoked": True}) if key.id == key_id else key for key in tenant.keys)
-            return tenant.model_copy(update={"keys": keys})
-
-        self._change(name, change)
+        self._change(name, lambda tenant: _with_key(tenant, key_id, revoked=True))
 
     def snapshot(self, limits: Limits) -> KeyTable:
         """Every usable key now. A damaged file takes out its own tenant's keys alone. Raises StorageError when the folder is away."""
@@ -178,6 +184,26 @@ def bearer(header: str | None) -> str:
 
 def key_hash(clear: str) -> str:
     return hashlib.sha256(clear.encode()).hexdigest()
+
+
+def _made(days: float | None) -> tuple[str, Key]:
+    """(a new key in the clear, its record)."""
+    clear = new_clear_key()
+    expires = None if days is None else time.time() + days * 86400
+    return clear, Key(id=secrets.token_hex(4), sha256=key_hash(clear), created=utc_now(), expires=expires)
+
+
+def _key(tenant: Tenant, key_id: str) -> Key:
+    for key in tenant.keys:
+        if key.id == key_id:
+            return key
+    raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show FOLDER {tenant.name}")
+
+
+def _with_key(tenant: Tenant, key_id: str, **facts: object) -> Tenant:
+    """The tenant with other facts about one of its keys. Raises ConfigError where it has none of that id."""
+    old = _key(tenant, key_id)
+    return tenant.model_copy(update={"keys": tuple(key.model_copy(update=facts) if key is old else key for key in tenant.keys)})
 
 
 def _unknown(name: str) -> ConfigError:
