@@ -19,6 +19,7 @@ from ftcore.recipe_file import Tree, by_line, override, read_tree
 from ftcore.section import Section, leaf_paths
 
 S = TypeVar("S", bound=Section)
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 METERS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
 
 
@@ -62,6 +63,25 @@ class Admin(Section):
     keys: dict[Name, Digest] = Field(default_factory=dict)
     """Who may -> SHA-256 of their key (`ftcore serve --new-admin-key` makes one). The name stands in the audit log beside each change.
     Empty: only this machine may ask."""
+
+
+class Jwt(Section):
+    """Tokens of an issuer elsewhere, taken beside keys: each names a tenant that `tenants` holds, whose limits are its own."""
+
+    jwks: str = Field(pattern=r"^(https://[^\s@]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?/[^\s@]*|[^:]+)$")
+    """Where the issuer's public keys are: an https address (http on this machine alone), or a file."""
+    issuer: str = Field(min_length=1)
+    """What `iss` has to be."""
+    audience: str = Field(min_length=1)
+    """What `aud` has to be, or hold."""
+    tenant_claim: str = Field("tenant", min_length=1)
+    """The claim that names the tenant."""
+    algorithms: tuple[Algorithm, ...] = Field(("RS256", "ES256", "EdDSA"), min_length=1)
+    """All with a public key: nothing that this server holds could sign a token."""
+
+    @property
+    def is_file(self) -> bool:
+        return "://" not in self.jwks
 
 
 ALL = "all"
@@ -143,6 +163,8 @@ class ServeSettings(Section):
     """Adapters (`tenant/name`) that a replica holds before it takes requests, and goes on holding; `all`: every name, while they fit."""
     metrics: Metrics = Metrics()
     admin: Admin = Admin()
+    jwt: Jwt | None = None
+    """None: keys alone."""
     otel_endpoint: str = Field("", pattern=r"^(https?://[^\s@]+)?$")
     """Where traces go (OTLP over HTTP, like `http://localhost:4318/v1/traces`); empty: nowhere."""
 
@@ -150,6 +172,12 @@ class ServeSettings(Section):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _tokens_name_tenants(self) -> ServeSettings:
+        if self.jwt is not None and not self.tenants:
+            raise ValueError("jwt needs tenants=FOLDER: a token names one of them")
+        return self
 
     @property
     def is_local_only(self) -> bool:

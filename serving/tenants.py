@@ -112,18 +112,18 @@ class TenantStore:
         self._change(name, lambda tenant: _with_key(tenant, key_id, revoked=True))
 
     def snapshot(self, limits: Limits) -> KeyTable:
-        """Every usable key now. A damaged file takes out its own tenant's keys alone. Raises StorageError when the folder is away."""
-        table = {}
+        """Every tenant and usable key now. A damaged file takes out its own tenant alone. Raises StorageError when the folder is away."""
+        table: dict[str, tuple[Caller, float | None]] = {}
+        tenants: dict[str, Limits] = {}
         for name in self.names():
             try:
                 tenant = self.read(name)
             except (IntegrityError, ConfigError) as error:
                 log.warning("the keys of tenant %s are not served: %s", name, error.what)
                 continue
-            for key in tenant.keys:
-                if not key.revoked:
-                    table[key.sha256] = (Caller(tenant.name, key.id, tenant.limits or limits), key.expires)
-        return KeyTable(table)
+            own = tenants[tenant.name] = tenant.limits or limits
+            table |= {key.sha256: (Caller(tenant.name, key.id, own), key.expires) for key in tenant.keys if not key.revoked}
+        return KeyTable(table, tenants)
 
     def _change(self, name: str, change: Callable[[Tenant], Tenant]) -> None:
         key = _file(name)
@@ -150,6 +150,8 @@ class KeyTable:
     """Usable keys by hash."""
 
     keys: Mapping[str, tuple[Caller, float | None]]
+    tenants: Mapping[str, Limits]
+    """All there are, also those without a key."""
 
     def caller(self, header: str | None) -> Caller | None:
         """Whose key an `Authorization` header holds; None when it holds none that is good now."""
