@@ -29,6 +29,7 @@ from ftcore.cli import guarded
 from ftcore.errors import ConfigError
 from serving.admin_routes import Desk, build_routes, refused
 from serving.api import read_body, replayed
+from serving.exposure import require_guarded
 from serving.gate import Refusal, is_here
 from serving.settings import Admin, ServeSettings, settings_of
 from serving.tenants import bearer, is_key
@@ -82,23 +83,21 @@ def admin_running(settings: ServeSettings) -> Iterator[str]:
     if admin.port is None:
         yield ""
         return
-    if not admin.keys and not is_here(admin.host):
-        raise ConfigError(
-            "without admin keys only this machine may ask", where="admin.host", got=admin.host, wanted="127.0.0.1, or a key",
-            remedy="make one: ftcore serve --new-admin-key",
-        )  # fmt: skip
+    require_guarded(settings, "admin.host", admin.host, has_keys=bool(admin.keys), make_one="ftcore serve --new-admin-key")
     listening = _listen(admin.host, admin.port)
     desk = Desk(settings)
     desk.audit.open()
-    web = uvicorn.Server(
-        uvicorn.Config(build_admin(desk), log_level="warning", lifespan="off", proxy_headers=False, timeout_graceful_shutdown=5)
-    )
+    config = uvicorn.Config(
+        build_admin(desk), log_level="warning", lifespan="off", proxy_headers=False, timeout_graceful_shutdown=5,
+        ssl_certfile=settings.tls.cert if settings.tls else None, ssl_keyfile=settings.tls.key if settings.tls else None,
+    )  # fmt: skip
+    web = uvicorn.Server(config)
     thread = threading.Thread(target=web.run, args=([listening],), name="admin")
     thread.start()
     try:
         while not web.started and thread.is_alive():
             time.sleep(0.01)
-        yield f"http://{admin.host}:{listening.getsockname()[1]}"
+        yield f"http{'s' if settings.tls else ''}://{admin.host}:{listening.getsockname()[1]}"
     finally:
         web.should_exit = True
         thread.join()

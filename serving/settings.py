@@ -62,7 +62,7 @@ class Admin(Section):
     host: str = "127.0.0.1"
     keys: dict[Name, Digest] = Field(default_factory=dict)
     """Who may -> SHA-256 of their key (`ftcore serve --new-admin-key` makes one). The name stands in the audit log beside each change.
-    Empty: only this machine may ask."""
+    Empty: only this machine may ask, so that no proxy may be before it."""
 
 
 class Jwt(Section):
@@ -82,6 +82,15 @@ class Jwt(Section):
     @property
     def is_file(self) -> bool:
         return "://" not in self.jwks
+
+
+class Tls(Section):
+    """PEM files, on every machine where this server listens."""
+
+    cert: str = Field(min_length=1)
+    """The certificate, and after it those between it and the root."""
+    key: str = Field(min_length=1)
+    """Its private key, without a password."""
 
 
 ALL = "all"
@@ -139,10 +148,16 @@ class ServeSettings(Section):
     num_gpus: float = Field(0, ge=0)
     """GPUs of a replica."""
     host: str = "127.0.0.1"
+    """Any other than this machine's own is refused without keys, and in the clear: it takes `tls` or `behind_proxy`."""
     port: int = Field(8000, ge=0, le=65535)
     haproxy: bool = False
     """HAProxy in front, in place of Ray Serve's own proxy: several times its requests/s. Its statistics, which name no
     tenant, are shown to whoever reaches this machine, so it is for servers with keys."""
+    tls: Tls | None = None
+    """HTTPS, here and on the admin API's port. None: plain HTTP."""
+    behind_proxy: bool = False
+    """TLS ends in a proxy before this server, so it may listen in the clear. It takes keys, since every client comes from the proxy's
+    address then; nothing here believes what a header like X-Forwarded-For says of another."""
     queue: int = Field(256, ge=1)
     """Requests a replica takes at most, under way and waiting; further ones get 503 with Retry-After."""
     adapter_mib: int = Field(4096, ge=1)
@@ -177,6 +192,12 @@ class ServeSettings(Section):
     def _tokens_name_tenants(self) -> ServeSettings:
         if self.jwt is not None and not self.tenants:
             raise ValueError("jwt needs tenants=FOLDER: a token names one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _a_proxy_hides_who_asks(self) -> ServeSettings:
+        if self.behind_proxy and not self.tenants:
+            raise ValueError("behind_proxy needs tenants=FOLDER: behind a proxy everybody seems to be on this machine")
         return self
 
     @property
