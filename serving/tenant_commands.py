@@ -1,4 +1,4 @@
-"""`ftcore tenants`: make, rotate and revoke tenants' keys, and say what each tenant may ask.
+"""`ftcore tenants`: make, rotate and revoke tenants' keys, say what each tenant may ask, and whose adapters are served to it.
 
 In: a command line. Out: keys on the terminal. Runs in: a person's terminal; no Ray, no torch.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ftcore.card import printable
+from ftcore.errors import ConfigError
 from ftcore.section import leaf_paths
+from ftcore.signing import read_public
 from serving.settings import Limits, changed_limits
 from serving.tenants import Key, TenantStore
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`ftcore tenants add|key|rotate|revoke|list|show|limits FOLDER ...`"""
+    """`ftcore tenants add|key|rotate|revoke|list|show|limits|publishers FOLDER ...`"""
     parser = argparse.ArgumentParser(
         prog="ftcore tenants", description="make and revoke tenants' keys; a running server follows in seconds"
     )
@@ -42,6 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     add(_show, "show", "its keys and limits", "name")
     limits = add(_limit, "limits", "what it may ask, of its own instead of the server's", "name")
     limits.add_argument("changes", nargs="+", metavar="KEY=VALUE", help=f"KEY=null: no such limit; keys: {', '.join(leaf_paths(Limits))}")
+    publishers = add(_publishers, "publishers", "whose signature its adapters need; what is not signed so is not served", "name")
+    publishers.add_argument("what", choices=("list", "add", "remove", "any"), help="`any`: no signature is asked for")
+    publishers.add_argument("key", nargs="?", default="", help="add: a .pub.pem file; remove: a key id")
     parsed = parser.parse_args(list(arguments))
     parsed.run(TenantStore(parsed.folder), parsed)
     return 0
@@ -88,3 +94,23 @@ def _show(store: TenantStore, parsed: argparse.Namespace) -> None:
 def _limit(store: TenantStore, parsed: argparse.Namespace) -> None:
     store.change_limits(parsed.name, lambda limits: changed_limits(limits or Limits(), parsed.changes))
     print(f"{parsed.name} has limits of its own: ftcore tenants show {parsed.folder} {parsed.name}")
+
+
+def _publishers(store: TenantStore, parsed: argparse.Namespace) -> None:
+    if parsed.what in ("add", "remove") and not parsed.key:
+        raise ConfigError(
+            "which key?", wanted="a .pub.pem file to add, a key id to remove", remedy="ftcore adapters keygen FILE makes a pair"
+        )
+    if parsed.what == "add":
+        store.add_publisher(parsed.name, read_public(Path(parsed.key)))
+    elif parsed.what == "remove":
+        store.remove_publisher(parsed.name, parsed.key)
+    elif parsed.what == "any":
+        store.ask_no_signature(parsed.name)
+    listed = store.read(parsed.name).publishers
+    told = (
+        "is served whoever published it" if listed is None else "is served if one of these signed it" if listed else "is not served at all"
+    )
+    print(f"what is {parsed.name}'s {told}")
+    for publisher in listed or ():
+        print(publisher)

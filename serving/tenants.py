@@ -17,18 +17,23 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import StringConstraints, ValidationError
 
 from ftcore.adapters import PART
 from ftcore.card import Digest, Name, Text, utc_now
 from ftcore.errors import ConfigError, IntegrityError
 from ftcore.section import Section
+from ftcore.signing import key_id, public_key
 from ftcore.storage import Folder
 from serving.settings import Limits, ServeSettings
 
 log = logging.getLogger(__name__)
 KEY = re.compile(r"ft_[A-Za-z0-9_-]{43}")
+
+
+KeyId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 
 
 class Key(Section):
@@ -49,6 +54,9 @@ class Tenant(Section):
     keys: tuple[Key, ...] = ()
     limits: Limits | None = None
     """None: the server's own."""
+    publishers: dict[KeyId, Text] | None = None
+    """Key id -> public key (PEM) of those whose signature a version of its adapters has to carry. None: no signature is asked for; empty:
+    nobody's will do."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,26 @@ class TenantStore:
 
     def change_limits(self, name: str, change: Callable[[Limits | None], Limits | None]) -> None:
         self._change(name, lambda tenant: tenant.model_copy(update={"limits": change(tenant.limits)}))
+
+    def add_publisher(self, name: str, pem: str) -> str:
+        """From now on every version needs a signature by this key, or by another that is listed. Returns its id."""
+        publisher = key_id(public_key(pem.encode(), name))
+        self._change(name, lambda tenant: tenant.model_copy(update={"publishers": {**(tenant.publishers or {}), publisher: pem}}))
+        return publisher
+
+    def remove_publisher(self, name: str, publisher: str) -> None:
+        """The last one leaves an empty list, under which nothing is served."""
+
+        def change(tenant: Tenant) -> Tenant:
+            listed = dict(tenant.publishers or {})
+            if listed.pop(publisher, None) is None:
+                raise ConfigError("this tenant lists no such publisher", got=ascii(publisher)[:40], wanted=", ".join(listed))
+            return tenant.model_copy(update={"publishers": listed})
+
+        self._change(name, change)
+
+    def ask_no_signature(self, name: str) -> None:
+        self._change(name, lambda tenant: tenant.model_copy(update={"publishers": None}))
 
     def revoke_key(self, name: str, key_id: str) -> None:
         self._change(name, lambda tenant: _with_key(tenant, key_id, revoked=True))
