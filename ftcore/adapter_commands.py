@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftcore.adapters import AdapterRef, AdapterStore, split_ref
+from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.card import Card, printable
-from ftcore.errors import ConfigError, IntegrityError
+from ftcore.errors import IntegrityError
 from ftcore.signing import keygen, verify_card
 
 Command = Callable[[argparse.Namespace], int]
@@ -60,7 +60,7 @@ def list_adapters(arguments: argparse.Namespace) -> int:
 def show(arguments: argparse.Namespace) -> int:
     """The card, as a list of facts or as JSON; control characters of what others wrote are shown, not obeyed."""
     store = _store(arguments)
-    ref = _ref(store, arguments.ref)
+    ref = store.find(arguments.ref)
     card = store.card(ref)
     if arguments.json:
         print(json.dumps(card.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=True))
@@ -127,7 +127,7 @@ def rollback(arguments: argparse.Namespace) -> int:
 def revoke(arguments: argparse.Namespace) -> int:
     """Takes a version out of use for good; says when its name still points at it."""
     store = _store(arguments)
-    ref = _ref(store, arguments.ref)
+    ref = store.find(arguments.ref)
     store.revoke(ref, arguments.reason)
     print(f"{ref} is revoked: it will not be served, fetched or published again")
     if ref in store.targets(ref.tenant, ref.name):
@@ -246,22 +246,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _store(arguments: argparse.Namespace) -> AdapterStore:
     return AdapterStore(arguments.store)
-
-
-def _ref(store: AdapterStore, text: str) -> AdapterRef:
-    """Like `resolve`, for commands that must also reach revoked versions."""
-    tenant, name, version = split_ref(text)
-    pointed = store.pointer(tenant, name).pick(version)
-    found = [
-        ref
-        for ref in store.list(tenant)
-        if ref.name == name and (ref.digest == pointed or (not pointed and version and ref.digest.startswith(version)))
-    ]
-    if len(found) != 1:
-        raise ConfigError(
-            "no such version" if not found else "this fits several versions", where=store, got=text, remedy="ftcore adapters list"
-        )
-    return found[0]
 
 
 def _facts(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:

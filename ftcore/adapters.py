@@ -217,6 +217,18 @@ class AdapterStore:
             )
         return ref
 
+    def find(self, text: str) -> AdapterRef:
+        """Like `resolve`, for what must also reach revoked versions."""
+        tenant, name, version = split_ref(text)
+        pointed = self.pointer(tenant, name).pick(version)
+        sealed = [ref for ref in self._versions(tenant, name) if self.is_sealed(ref)]
+        found = [ref for ref in sealed if ref.digest == pointed or (not pointed and version and ref.digest.startswith(version))]
+        if len(found) != 1:
+            raise ConfigError(
+                "this fits several versions" if found else "no such version", where=self, got=text, remedy="ftcore adapters list"
+            )
+        return found[0]
+
     def pointer(self, tenant: str, name: str) -> Pointer:
         key = f"{tenant}/{name}/{POINTER}"
         return Pointer.from_json(self.folder.read(key), f"{self}/{key}") if self.folder.exists(key) else Pointer()

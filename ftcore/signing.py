@@ -63,11 +63,16 @@ def sign_card(card: Card, key_path: str | Path) -> Card:
 
 def verify_card(card: Card, public_keys: Iterable[str | Path]) -> str:
     """Returns the id of the trusted key that signed. Raises IntegrityError without a signature, for an unknown key, or an altered card."""
+    return require_signed(card, [public_key(*_file(Path(path))) for path in public_keys])
+
+
+def require_signed(card: Card, public_keys: Iterable[Ed25519PublicKey]) -> str:
+    """As `verify_card`, with keys that were read already."""
     if card.signature is None:
         raise IntegrityError(
             "this card is not signed", where=f"{card.tenant}/{card.name}@{card.digest[:12]}", remedy="publish with output.sign_key"
         )
-    trusted = {key_id(key): key for key in map(_public, map(Path, public_keys))}
+    trusted = {key_id(key): key for key in public_keys}
     key = trusted.get(card.signature.key_id)
     if key is None or card.signature.algorithm != "ed25519":
         raise IntegrityError(
@@ -86,25 +91,42 @@ def verify_card(card: Card, public_keys: Iterable[str | Path]) -> str:
 
 
 def _private(path: Path) -> Ed25519PrivateKey:
-    key = _pem(path, lambda data: load_pem_private_key(data, None))
+    key = _pem(*_file(path), lambda data: load_pem_private_key(data, None))
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError("this is not an Ed25519 private key", where=path, remedy="make one: ftcore adapters keygen FILE")
     return key
 
 
-def _public(path: Path) -> Ed25519PublicKey:
-    key = _pem(path, load_pem_public_key)
+def read_public(path: Path) -> str:
+    """The PEM text of a public key file. Raises ConfigError for anything else."""
+    pem, _ = _file(path)
+    public_key(pem, path)
+    return pem.decode()
+
+
+def public_key(pem: bytes, where: object) -> Ed25519PublicKey:
+    """From a PEM text. Raises ConfigError that names `where` for anything else."""
+    key = _pem(pem, where, load_pem_public_key)
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError(
-            "this is not an Ed25519 public key", where=path, remedy="give the .pub.pem file that `ftcore adapters keygen` wrote"
+            "this is not an Ed25519 public key", where=where, remedy="give the .pub.pem file that `ftcore adapters keygen` wrote"
         )
     return key
 
 
-def _pem(path: Path, load: Callable[[bytes], object]) -> object:
+def _file(path: Path) -> tuple[bytes, Path]:
     try:
-        return load(path.read_bytes())
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # the message of a bad key never holds the key
-        raise ConfigError(
-            "this key file cannot be read", where=path, got=type(error).__name__, wanted="a PEM file without a password"
-        ) from error
+        return path.read_bytes(), path
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _pem(pem: bytes, where: object, load: Callable[[bytes], object]) -> object:
+    try:
+        return load(pem)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # the message of a bad key never holds the key
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: object, error: Exception) -> ConfigError:
+    return ConfigError("this key cannot be read", where=where, got=type(error).__name__, wanted="a PEM file without a password")

@@ -211,25 +211,20 @@ class Door:
             if not (length.isascii() and length.isdigit()) or int(length) > gate.settings.max_body_kib << 10:
                 raise _too_large(gate.settings.max_body_kib)
             with gate.uploading(caller):
-                body = await _body(receive, gate.settings.max_body_kib, gate.settings.body_s)
+                body = await read_body(receive, gate.settings.max_body_kib, gate.settings.body_s)
         except Refusal as refusal:
             await self._refuse(refusal, scope, receive, send)
             return
         except ClientDisconnect:
             return
-        rest = iter([{"type": "http.request", "body": body}])
-
-        async def replayed() -> Any:
-            return next(rest, None) or await receive()  # after the body: whether the client is still there
-
-        await self._app(scope, replayed, send)
+        await self._app(scope, replayed(body, receive), send)
 
     async def _refuse(self, refusal: Refusal, scope: Any, receive: Any, send: Any) -> None:
         self._service().seeing.metrics.refused(_tenant(Request(scope)), refusal.code)
         await _refused(refusal)(scope, receive, send)
 
 
-async def _body(receive: Any, max_kib: int, within_s: float) -> bytes:
+async def read_body(receive: Any, max_kib: int, within_s: float) -> bytes:
     """The whole body. Raises Refusal for one that is too large, or that takes too long to come: it would hold a place of the ingress."""
     body = bytearray()
     try:
@@ -245,6 +240,16 @@ async def _body(receive: Any, max_kib: int, within_s: float) -> bytes:
                     return bytes(body)
     except TimeoutError:
         raise Refusal(408, f"the request did not come within {within_s:g} s", "request_timeout") from None
+
+
+def replayed(body: bytes, receive: Any) -> Any:
+    """What tells an application of a body that was read already; after that, whether the client is still there."""
+    rest = iter([{"type": "http.request", "body": body}])
+
+    async def again() -> Any:
+        return next(rest, None) or await receive()
+
+    return again
 
 
 def _too_large(max_kib: int) -> Refusal:

@@ -22,7 +22,8 @@ from ray.serve.handle import DeploymentHandle
 
 from ftcore.errors import ConfigError
 from serving.api import Service, build_api
-from serving.gate import Gate, is_here
+from serving.exposure import require_guarded
+from serving.gate import Gate
 from serving.jobs import Event, Job
 from serving.replica import Replica
 from serving.router import AdapterRouter
@@ -33,17 +34,19 @@ TRIES = 3
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The builder for `serve run` and Serve config files; `arguments` are ServeSettings' keys."""
-    return application(ServeSettings.model_validate(arguments))
+    """The builder for `serve run` and Serve config files; `arguments` are ServeSettings' keys. Where Serve listens then, and with which
+    certificate, its own `http_options` say."""
+    settings = ServeSettings.model_validate(arguments)
+    if settings.tls is not None:
+        raise ConfigError(
+            "this certificate would not be used", where="tls", remedy="name it in Serve's own http_options: ssl_certfile, ssl_keyfile"
+        )
+    return application(settings)
 
 
 def application(settings: ServeSettings) -> serve.Application:
-    """Raises ConfigError for what would be unsafe: an open door beyond this machine."""
-    if settings.is_local_only and not is_here(settings.host):
-        raise ConfigError(
-            "without keys only this machine may ask", where="host", got=settings.host, wanted="127.0.0.1, or tenants=FOLDER",
-            remedy="make a key: ftcore tenants add FOLDER NAME",
-        )  # fmt: skip
+    """Raises ConfigError for what would be unsafe: a door beyond this machine that is open, or of glass."""
+    require_guarded(settings, "host", settings.host, has_keys=not settings.is_local_only, make_one="ftcore tenants add FOLDER NAME")
     tree = settings.model_dump(mode="json")
     engine = EngineReplica.options(  # type: ignore[attr-defined]
         **_copies(settings.replicas),

@@ -1,6 +1,7 @@
-"""Audit: what was asked and what became of it, one line an answer, no content. Append-only; a line altered or taken out is found.
+"""Audit: what was asked or changed, and what became of it. No content; append-only; a line altered or taken out is found.
 
-In: entries. Out: segments, sealed into the store. Runs in: the ingress, on a thread of its own; the command line reads.
+In: entries, changes. Out: segments, sealed into the store. Runs in: the ingress and the admin API, on a thread of its own; the command
+line reads.
 
     SPOOL/ID.jsonl              lines of a process that runs (it holds a lock on the file) or was killed
     STORE/_audit/DAY/ID.jsonl   a sealed segment
@@ -71,6 +72,23 @@ class Entry:
     time: str
 
 
+@dataclass(frozen=True)
+class Change:
+    """What an operator changed, or tried to, over the admin API."""
+
+    admin: str
+    """Whose key; empty where there are none, and this machine alone may ask."""
+    change: str
+    """`key.new`, `adapter.promote` and so on."""
+    of: str
+    """The tenant, or `tenant/name`."""
+    detail: str
+    """What it was changed to; never key material."""
+    result: str
+    """done | refused | failed."""
+    time: str
+
+
 class Seal(Section):
     """What stands behind a segment."""
 
@@ -90,14 +108,14 @@ class Seal(Section):
 
 
 class AuditLog:
-    """One for each ingress process. `write` never blocks; a thread does the rest."""
+    """One for each process that writes. `write` never blocks; a thread does the rest."""
 
     def __init__(self, store: str, spool: str = "", *, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S) -> None:
         self.spool = spool_of(store, spool)
         self._store, self._max_bytes, self._max_age_s = store, max_bytes, max_age_s
         self._signer = Signer()
         self._published = False
-        self._entries: queue.SimpleQueue[Entry] = queue.SimpleQueue()
+        self._entries: queue.SimpleQueue[Entry | Change] = queue.SimpleQueue()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
         self._segment: _Segment | None = None
@@ -118,7 +136,7 @@ class AuditLog:
     def is_full(self) -> bool:
         return self._entries.qsize() >= MAX_WAITING
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: Entry | Change) -> None:
         if self._entries.qsize() < 2 * MAX_WAITING:
             self._entries.put(entry)
         else:  # refusals: nothing is answered any more; how many were lost is written down

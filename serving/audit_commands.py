@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             for line in _entries(lines):
                 print(json.dumps(line))
     else:
-        _print_usage([line for _, _, lines in segments for line in _entries(lines)])
+        _print_usage([line for _, _, lines in segments for line in lines if "outcome" in line])
     return 0
 
 
@@ -98,7 +98,8 @@ def _open(spool: Path) -> Iterator[tuple[str, Seal | None, list[Line]]]:
 
 
 def _entries(lines: Sequence[Line]) -> list[Line]:
-    return [line for line in lines if "outcome" in line]
+    """Answers and changes, without what begins and ends a segment."""
+    return [line for line in lines if "outcome" in line or "change" in line]
 
 
 def _print_usage(lines: Sequence[Line]) -> None:

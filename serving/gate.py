@@ -18,6 +18,7 @@ from ipaddress import ip_address
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.errors import FtcoreError
 from serving.directory import Directory
+from serving.jwts import Issuer, token_of
 from serving.settings import ServeSettings
 from serving.tenants import Caller, KeyTable, TenantStore, bearer, is_key, tenant_names
 
@@ -44,7 +45,8 @@ class Gate:
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         self._tenants = TenantStore(settings.tenants) if settings.tenants else None
-        self._keys, self._keys_read = KeyTable({}), 0.0
+        self._keys, self._keys_read = KeyTable({}, {}), 0.0
+        self._issuer = Issuer(settings.jwt) if settings.jwt is not None else None
         self.directory = Directory(AdapterStore(settings.store), tenant_names(settings))
         self._under_way: Counter[str] = Counter()
         self._uploads: Counter[str] = Counter()
@@ -52,7 +54,7 @@ class Gate:
 
     async def open(self) -> None:
         """Reads keys and names once, then again and again."""
-        for read in (self._read_keys, self.directory.refresh):
+        for read in (self._read_keys, self.directory.refresh, *([self._issuer.refresh] if self._issuer is not None else [])):
             await asyncio.to_thread(read)
             self._watches.append(asyncio.create_task(self._again(read)))  # apart: a slow store does not make keys old
 
@@ -72,6 +74,10 @@ class Gate:
         if time.monotonic() - self._keys_read > STALE_KEYS_S:
             raise Refusal(503, "the keys cannot be read at the moment", "keys_unavailable", kind="server_error", retry_after_s=5)
         caller = self._keys.caller(header)
+        if caller is None and self._issuer is not None and (token := token_of(header)):
+            if self._issuer.is_stale:
+                raise Refusal(503, "tokens cannot be checked at the moment", "keys_unavailable", kind="server_error", retry_after_s=5)
+            caller = self._issuer.caller(token, self._keys.tenants)
         if caller is None:
             raise Refusal(401, "no valid key: send `Authorization: Bearer ft_...`", "invalid_api_key", kind="authentication_error")
         return caller

@@ -28,6 +28,7 @@ from ftcore.tool_calls import CallPart, CallStream, ToolFormat, call_constraint,
 from serving.desired import Desired
 from serving.jobs import Closing, Event, Finish, Job, Opening, Piece, TokenInfo
 from serving.published_keys import publish_key
+from serving.publishers import Publishers
 from serving.settings import ServeSettings
 from serving.slots import Slots
 
@@ -55,14 +56,14 @@ class Replica:
         self.settings, self.engine, self.base = settings, engine, base
         self._cache = cache
         self.store = AdapterStore(settings.store)
-        self.slots = Slots(engine, self.store, cache, self._prove, max_bytes=settings.adapter_mib << 20)
+        self.slots = Slots(engine, self.store, cache, Publishers(settings).require, self._prove, max_bytes=settings.adapter_mib << 20)
         self.signer = Signer()
         self.desired = Desired(settings, self.store, self.slots)
         self.num_answers = 0
         self.grammars = Grammars(base.tokenizer, base.stop_ids, engine.vocabulary)
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
         self._watches = [
-            asyncio.create_task(self._again(self.slots.drop_revoked, "looking for revoked versions")),
+            asyncio.create_task(self._again(self.slots.drop_refused, "looking for versions that may not be served any more")),
             asyncio.create_task(self._again(self.desired.follow, "bringing in what is desired")),
         ]
 

@@ -14,6 +14,7 @@ from ray import serve
 
 from cluster.connect import connect
 from serving.app import application
+from serving.exposure import require_served
 from serving.settings import ServeSettings
 
 NAME = "ftcore"
@@ -22,7 +23,7 @@ QUIET = {"log_level": "WARNING"}
 
 @contextmanager
 def running(settings: ServeSettings) -> Iterator[str]:
-    """Yields `http://host:port` once every replica is ready. Raises ConfigError for settings that would be unsafe.
+    """Yields `http://host:port` (or `https://`) once every replica is ready. Raises ConfigError for settings that would be unsafe.
 
     On a cluster that others use, their Serve applications stay; a Ray that was started here ends.
     """
@@ -31,10 +32,15 @@ def running(settings: ServeSettings) -> Iterator[str]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connection = connect(local_cpus=settings.num_cpus * settings.replicas.max + 1)
     try:
-        serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
+        options = {"host": settings.host, "port": settings.port}
+        if settings.tls is not None:
+            options |= {"ssl_certfile": settings.tls.cert, "ssl_keyfile": settings.tls.key}
+        serve.start(http_options=options, logging_config=QUIET)
         serve.run(app, name=NAME, route_prefix="/", logging_config=QUIET)
         try:
-            yield f"http://{settings.host}:{settings.port}"
+            if settings.tls is not None:
+                require_served(settings.tls, settings.host, settings.port)
+            yield f"http{'s' if settings.tls else ''}://{settings.host}:{settings.port}"
         finally:
             serve.delete(NAME)  # waits for answers under way
             if not connection.started and not serve.status().applications:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from ftcore.card import Name
+from ftcore.card import Digest, Name
 from ftcore.engines.base import EngineChoice
 from ftcore.errors import ConfigError
 from ftcore.recipe_errors import explain
@@ -19,6 +19,7 @@ from ftcore.recipe_file import Tree, by_line, override, read_tree
 from ftcore.section import Section, leaf_paths
 
 S = TypeVar("S", bound=Section)
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 METERS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
 
 
@@ -51,6 +52,45 @@ class Metrics(Section):
     """SHA-256 of the key that may (`ftcore serve --new-metrics-key` makes one); empty: this machine, or nobody where there are tenants."""
     labels: int = Field(100, ge=2, le=10_000)
     """Pairs of tenant and adapter that get figures of their own; the rest is counted together as `_other`."""
+
+
+class Admin(Section):
+    """The API by which operators look after tenants, keys and adapters: on a port of its own, with keys of its own."""
+
+    port: int | None = Field(None, ge=0, le=65535)
+    """None: there is none."""
+    host: str = "127.0.0.1"
+    keys: dict[Name, Digest] = Field(default_factory=dict)
+    """Who may -> SHA-256 of their key (`ftcore serve --new-admin-key` makes one). The name stands in the audit log beside each change.
+    Empty: only this machine may ask, so that no proxy may be before it."""
+
+
+class Jwt(Section):
+    """Tokens of an issuer elsewhere, taken beside keys: each names a tenant that `tenants` holds, whose limits are its own."""
+
+    jwks: str = Field(pattern=r"^(https://[^\s@]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?/[^\s@]*|[^:]+)$")
+    """Where the issuer's public keys are: an https address (http on this machine alone), or a file."""
+    issuer: str = Field(min_length=1)
+    """What `iss` has to be."""
+    audience: str = Field(min_length=1)
+    """What `aud` has to be, or hold."""
+    tenant_claim: str = Field("tenant", min_length=1)
+    """The claim that names the tenant."""
+    algorithms: tuple[Algorithm, ...] = Field(("RS256", "ES256", "EdDSA"), min_length=1)
+    """All with a public key: nothing that this server holds could sign a token."""
+
+    @property
+    def is_file(self) -> bool:
+        return "://" not in self.jwks
+
+
+class Tls(Section):
+    """PEM files, on every machine where this server listens."""
+
+    cert: str = Field(min_length=1)
+    """The certificate, and after it those between it and the root."""
+    key: str = Field(min_length=1)
+    """Its private key, without a password."""
 
 
 ALL = "all"
@@ -108,10 +148,16 @@ class ServeSettings(Section):
     num_gpus: float = Field(0, ge=0)
     """GPUs of a replica."""
     host: str = "127.0.0.1"
+    """Any other than this machine's own is refused without keys, and in the clear: it takes `tls` or `behind_proxy`."""
     port: int = Field(8000, ge=0, le=65535)
     haproxy: bool = False
     """HAProxy in front, in place of Ray Serve's own proxy: several times its requests/s. Its statistics, which name no
     tenant, are shown to whoever reaches this machine, so it is for servers with keys."""
+    tls: Tls | None = None
+    """HTTPS, here and on the admin API's port. None: plain HTTP."""
+    behind_proxy: bool = False
+    """TLS ends in a proxy before this server, so it may listen in the clear. It takes keys, since every client comes from the proxy's
+    address then; nothing here believes what a header like X-Forwarded-For says of another."""
     queue: int = Field(256, ge=1)
     """Requests a replica takes at most, under way and waiting; further ones get 503 with Retry-After."""
     adapter_mib: int = Field(4096, ge=1)
@@ -131,6 +177,9 @@ class ServeSettings(Section):
     preload: tuple[Desired, ...] = ()
     """Adapters (`tenant/name`) that a replica holds before it takes requests, and goes on holding; `all`: every name, while they fit."""
     metrics: Metrics = Metrics()
+    admin: Admin = Admin()
+    jwt: Jwt | None = None
+    """None: keys alone."""
     otel_endpoint: str = Field("", pattern=r"^(https?://[^\s@]+)?$")
     """Where traces go (OTLP over HTTP, like `http://localhost:4318/v1/traces`); empty: nowhere."""
 
@@ -139,6 +188,18 @@ class ServeSettings(Section):
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _tokens_name_tenants(self) -> ServeSettings:
+        if self.jwt is not None and not self.tenants:
+            raise ValueError("jwt needs tenants=FOLDER: a token names one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _a_proxy_hides_who_asks(self) -> ServeSettings:
+        if self.behind_proxy and not self.tenants:
+            raise ValueError("behind_proxy needs tenants=FOLDER: behind a proxy everybody seems to be on this machine")
+        return self
+
     @property
     def is_local_only(self) -> bool:
         return not self.tenants
@@ -146,6 +207,12 @@ class ServeSettings(Section):
     @property
     def preloads_all(self) -> bool:
         return ALL in self.preload
+
+
+def settings_of(words: Sequence[str]) -> ServeSettings:
+    """From a command line: a YAML file or none, then `path=value`. Raises as `load_settings` does."""
+    named = words and "=" not in words[0]
+    return load_settings(Path(words[0]) if named else None, words[1:] if named else words)
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ftcore.adapter_files import WEIGHTS
 from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.card import Card
 from ftcore.engines.base import EngineEnded, LiveEngine
 from ftcore.errors import FtcoreError, IntegrityError, ModelError, StorageError
 
@@ -32,6 +33,8 @@ LOAD_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 Prove = Callable[[AdapterRef, Path], Awaitable[None]]
 """Holds a fetched version to its card on this base, once the engine has it. Raises with the reason."""
+Admit = Callable[[Card], None]
+"""Blocks. Raises IntegrityError for a version that may not be served, before it is fetched and for as long as it is loaded."""
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Slot:
     """One version in this replica."""
 
     ref: AdapterRef
+    card: Card
     folder: Path
     pins: int = 0
     used: float = field(default_factory=time.monotonic)
@@ -70,9 +74,11 @@ class Counts:
 class Slots:
     """The versions of one replica."""
 
-    def __init__(self, engine: LiveEngine, store: AdapterStore, cache: Path, prove: Prove, *, max_bytes: int, num_loads: int = 4) -> None:
+    def __init__(
+        self, engine: LiveEngine, store: AdapterStore, cache: Path, admit: Admit, prove: Prove, *, max_bytes: int, num_loads: int = 4
+    ) -> None:
         """`cache`: where versions are fetched to; `max_bytes`: of all loaded adapters, as the engine counts them."""
-        self._engine, self._store, self._cache, self._prove, self._max_bytes = engine, store, cache, prove, max_bytes
+        self._engine, self._store, self._cache, self._admit, self._prove, self._max_bytes = engine, store, cache, admit, prove, max_bytes
         self._slots: dict[AdapterRef, Slot] = {}
         self._loading: dict[AdapterRef, asyncio.Task[Slot]] = {}
         self._refused: dict[AdapterRef, tuple[float, FtcoreError]] = {}
@@ -149,21 +155,23 @@ class Slots:
         started = time.monotonic()
         async with self._digests.setdefault(ref.digest, asyncio.Lock()), self._room:
             try:
-                folder = await self._bring(ref)
+                card, folder = await self._bring(ref)
             except (FtcoreError, OSError, asyncio.CancelledError):
                 raise
             except Exception as error:  # whatever a library says of a hostile file: it is refused as any other, and remembered
                 raise IntegrityError("this version cannot be loaded", where=ref, got=f"{type(error).__name__}: {error}"[:300]) from error
             is_swap = any((other.tenant, other.name) == (ref.tenant, ref.name) for other in self._slots)
-            slot = self._slots[ref] = Slot(ref, folder, load_s=time.monotonic() - started)
+            slot = self._slots[ref] = Slot(ref, card, folder, load_s=time.monotonic() - started)
             self.counts.loaded(slot.load_s, is_swap)
         self._make_room(ref)
         log.info("loaded %s in %.2f s", ref, slot.load_s)
         return slot
 
-    async def _bring(self, ref: AdapterRef) -> Path:
-        """Fetches a version, has the engine load it, and proves it. What the limit could never hold is not even fetched."""
-        weights = (await asyncio.to_thread(self._store.card, ref)).files.get(WEIGHTS)
+    async def _bring(self, ref: AdapterRef) -> tuple[Card, Path]:
+        """Fetches a version, has the engine load it, and proves it. What may not be served, or could never fit, is not fetched."""
+        card = await asyncio.to_thread(self._store.card, ref)
+        await asyncio.to_thread(self._admit, card)
+        weights = card.files.get(WEIGHTS)
         if weights is not None and (size := weights.bytes) > self._max_bytes:
             wanted = f"at most {self._max_bytes >> 20} MiB (adapter_mib)"
             raise ModelError("this adapter is larger than the memory for all adapters", where=ref, got=f"{size >> 20} MiB", wanted=wanted)
@@ -176,7 +184,7 @@ class Slots:
                 await self._engine.unload_adapter(ref.digest)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
             raise
-        return folder
+        return card, folder
 
     def drop(self, ref: AdapterRef) -> None:
         """Takes a version out at once: no new answer begins with it. The engine forgets it when the last one has ended."""
@@ -212,18 +220,24 @@ class Slots:
         if over > 0:
             log.warning("loaded adapters exceed %d MiB, and every one is in use or kept", self._max_bytes >> 20)
 
-    async def drop_revoked(self) -> list[AdapterRef]:
-        """Asks the store about every resident version; drops what was revoked. A store that is away drops nothing."""
+    async def drop_refused(self) -> list[AdapterRef]:
+        """Drops every resident version that was revoked, or may not be served any more. A store that is away drops nothing."""
         found = []
-        for ref in list(self._slots):
+        for ref, slot in self.resident.items():
             try:
-                reason = await asyncio.to_thread(self._store.revocation, ref)
+                await asyncio.to_thread(self._require_still, slot)
             except StorageError:
                 continue
             except Exception as error:  # somebody wrote there, and not something that can be read: better safe
-                reason = f"its revocation cannot be read ({type(error).__name__})"
-            if reason is not None:
+                if not isinstance(error, FtcoreError):
+                    error = IntegrityError("whether this may be served cannot be read", where=ref, got=type(error).__name__)
                 found.append(ref)
-                self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, IntegrityError("this version was revoked", where=ref, got=reason))
+                self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, error)
                 self.drop(ref)
         return found
+
+    def _require_still(self, slot: Slot) -> None:
+        reason = self._store.revocation(slot.ref)
+        if reason is not None:
+            raise IntegrityError("this version was revoked", where=slot.ref, got=reason)
+        self._admit(slot.card)

@@ -17,18 +17,23 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import StringConstraints, ValidationError
 
 from ftcore.adapters import PART
 from ftcore.card import Digest, Name, Text, utc_now
 from ftcore.errors import ConfigError, IntegrityError
 from ftcore.section import Section
+from ftcore.signing import key_id, public_key
 from ftcore.storage import Folder
 from serving.settings import Limits, ServeSettings
 
 log = logging.getLogger(__name__)
 KEY = re.compile(r"ft_[A-Za-z0-9_-]{43}")
+
+
+KeyId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 
 
 class Key(Section):
@@ -49,6 +54,9 @@ class Tenant(Section):
     keys: tuple[Key, ...] = ()
     limits: Limits | None = None
     """None: the server's own."""
+    publishers: dict[KeyId, Text] | None = None
+    """Key id -> public key (PEM) of those whose signature a version of its adapters has to carry. None: no signature is asked for; empty:
+    nobody's will do."""
 
 
 @dataclass(frozen=True)
@@ -86,38 +94,64 @@ class TenantStore:
 
     def new_key(self, name: str, *, days: float | None = None) -> tuple[str, Key]:
         """(the key in the clear, its record). It is never to be had again."""
-        clear = new_clear_key()
-        expires = None if days is None else time.time() + days * 86400
-        key = Key(id=secrets.token_hex(4), sha256=key_hash(clear), created=utc_now(), expires=expires)
+        clear, key = _made(days)
         self._change(name, lambda tenant: tenant.model_copy(update={"keys": (*tenant.keys, key)}))
+        return clear, key
+
+    def rotate_key(self, name: str, key_id: str, *, overlap_s: float, days: float | None = None) -> tuple[str, Key]:
+        """As `new_key`, in one change with the end of an old key: that one is taken for `overlap_s` more, or until it ends by itself."""
+        clear, key = _made(days)
+        until = time.time() + overlap_s
+
+        def change(tenant: Tenant) -> Tenant:
+            old = _key(tenant, key_id)
+            if old.revoked or (old.expires is not None and old.expires <= time.time()):
+                raise ConfigError("this key has ended: there is nothing to rotate", got=key_id, remedy=f"ftcore tenants key FOLDER {name}")
+            ended = _with_key(tenant, key_id, expires=min(until, old.expires or until))
+            return ended.model_copy(update={"keys": (*ended.keys, key)})
+
+        self._change(name, change)
         return clear, key
 
     def change_limits(self, name: str, change: Callable[[Limits | None], Limits | None]) -> None:
         self._change(name, lambda tenant: tenant.model_copy(update={"limits": change(tenant.limits)}))
 
-    def revoke_key(self, name: str, key_id: str) -> None:
-        if key_id not in {key.id for key in self.read(name).keys}:
-            raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show FOLDER {name}")
+    def add_publisher(self, name: str, pem: str) -> str:
+        """From now on every version needs a signature by this key, or by another that is listed. Returns its id."""
+        publisher = key_id(public_key(pem.encode(), name))
+        self._change(name, lambda tenant: tenant.model_copy(update={"publishers": {**(tenant.publishers or {}), publisher: pem}}))
+        return publisher
+
+    def remove_publisher(self, name: str, publisher: str) -> None:
+        """The last one leaves an empty list, under which nothing is served."""
 
         def change(tenant: Tenant) -> Tenant:
-            keys = tuple(key.model_copy(update={"revoked": True}) if key.id == key_id else key for key in tenant.keys)
-            return tenant.model_copy(update={"keys": keys})
+            listed = dict(tenant.publishers or {})
+            if listed.pop(publisher, None) is None:
+                raise ConfigError("this tenant lists no such publisher", got=ascii(publisher)[:40], wanted=", ".join(listed))
+            return tenant.model_copy(update={"publishers": listed})
 
         self._change(name, change)
 
+    def ask_no_signature(self, name: str) -> None:
+        self._change(name, lambda tenant: tenant.model_copy(update={"publishers": None}))
+
+    def revoke_key(self, name: str, key_id: str) -> None:
+        self._change(name, lambda tenant: _with_key(tenant, key_id, revoked=True))
+
     def snapshot(self, limits: Limits) -> KeyTable:
-        """Every usable key now. A damaged file takes out its own tenant's keys alone. Raises StorageError when the folder is away."""
-        table = {}
+        """Every tenant and usable key now. A damaged file takes out its own tenant alone. Raises StorageError when the folder is away."""
+        table: dict[str, tuple[Caller, float | None]] = {}
+        tenants: dict[str, Limits] = {}
         for name in self.names():
             try:
                 tenant = self.read(name)
             except (IntegrityError, ConfigError) as error:
                 log.warning("the keys of tenant %s are not served: %s", name, error.what)
                 continue
-            for key in tenant.keys:
-                if not key.revoked:
-                    table[key.sha256] = (Caller(tenant.name, key.id, tenant.limits or limits), key.expires)
-        return KeyTable(table)
+            own = tenants[tenant.name] = tenant.limits or limits
+            table |= {key.sha256: (Caller(tenant.name, key.id, own), key.expires) for key in tenant.keys if not key.revoked}
+        return KeyTable(table, tenants)
 
     def _change(self, name: str, change: Callable[[Tenant], Tenant]) -> None:
         key = _file(name)
@@ -144,6 +178,8 @@ class KeyTable:
     """Usable keys by hash."""
 
     keys: Mapping[str, tuple[Caller, float | None]]
+    tenants: Mapping[str, Limits]
+    """All there are, also those without a key."""
 
     def caller(self, header: str | None) -> Caller | None:
         """Whose key an `Authorization` header holds; None when it holds none that is good now."""
@@ -178,6 +214,26 @@ def bearer(header: str | None) -> str:
 
 def key_hash(clear: str) -> str:
     return hashlib.sha256(clear.encode()).hexdigest()
+
+
+def _made(days: float | None) -> tuple[str, Key]:
+    """(a new key in the clear, its record)."""
+    clear = new_clear_key()
+    expires = None if days is None else time.time() + days * 86400
+    return clear, Key(id=secrets.token_hex(4), sha256=key_hash(clear), created=utc_now(), expires=expires)
+
+
+def _key(tenant: Tenant, key_id: str) -> Key:
+    for key in tenant.keys:
+        if key.id == key_id:
+            return key
+    raise ConfigError("this tenant has no such key", got=ascii(key_id)[:40], remedy=f"ftcore tenants show FOLDER {tenant.name}")
+
+
+def _with_key(tenant: Tenant, key_id: str, **facts: object) -> Tenant:
+    """The tenant with other facts about one of its keys. Raises ConfigError where it has none of that id."""
+    old = _key(tenant, key_id)
+    return tenant.model_copy(update={"keys": tuple(key.model_copy(update=facts) if key is old else key for key in tenant.keys)})
 
 
 def _unknown(name: str) -> ConfigError:

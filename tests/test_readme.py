@@ -66,7 +66,7 @@ def test_an_ftcore_command_parses(command: str) -> None:
     if name.startswith("-"):
         return
     assert name in COMMANDS
-    command_words = [name, rest.pop(0)] if name == "adapters" else [name]
+    command_words = [name, rest.pop(0)] if name in ("adapters", "tenants") else [name]
     text = help_of(*command_words)
     for flag in (word for word in rest if word.startswith("--")):
         assert flag in text, f"`ftcore {' '.join(command_words)}` has no {flag}"
@@ -92,7 +92,8 @@ def test_overrides_shown_with_a_placeholder_are_real_keys(command: str) -> None:
 @pytest.mark.parametrize("command", [line for line in COMMAND_LINES if " python " in f" {line} "])
 def test_a_script_that_is_run_exists(command: str) -> None:
     arguments = words(command)
-    assert (REPO / arguments[arguments.index("python") + 1]).is_file()
+    script, *rest = arguments[arguments.index("python") + 1 :]
+    assert (REPO / (rest[0].replace(".", "/") + ".py" if script == "-m" else script)).is_file()
 
 
 def test_pip_extras_exist() -> None:

@@ -1,10 +1,11 @@
-"""`ftcore serve` as a person runs it: says where it answers, asks nobody beyond this machine, finishes what is under way as it ends."""
+"""`ftcore serve` as a person runs it, over TLS: says where it answers, asks nobody else's machine, ends in order."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from ftcore.recipe import Model
 from ftcore.storage import Folder
 from serving.audit import Seal
 from serving.ledger import Ledger
+from tests.certificates import make_pair
 from tests.oracles import make_adapter
 
 pytestmark = pytest.mark.ray
@@ -32,6 +34,7 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
     made = make_adapter(tiny_model_dir, tmp_path / "made", 0)
     ref = import_adapter(made, "demo/support", Model(path=str(tiny_model_dir)), store, log=lambda _: None)
     store.promote(ref)
+    pair = make_pair(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,6 +49,7 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
         "num_cpus=0.5",
     ]
     command += ["engine.max_context=512", "engine.num_threads=1", "limits.tokens_per_month=1000000"]
+    command += [f"tls.cert={pair.cert}", f"tls.key={pair.key}", "admin.port=0"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "FTCORE_LOCAL_CPUS": "2"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
     lines: list[str] = []
@@ -54,7 +58,10 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
     try:
         _wait(lambda: any("ready in" in line for line in lines), server, lines)
         assert any("no keys: only this machine may ask" in line for line in lines)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        (admin,) = (line.split()[2] for line in lines if line.startswith("admin API: https://127.0.0.1:"))
+        ours = ssl.create_default_context(cafile=pair.cert)
+        assert httpx.get(f"{admin}/adapters/demo/support", verify=ours).json()["versions"][0]["ref"] == ref.full
+        with httpx.Client(base_url=f"https://127.0.0.1:{port}", timeout=60, verify=ours) as http:
             assert [row["id"] for row in http.get("/v1/models").json()["data"]] == ["base", "support"]
             assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
             never_ends = {str(token): -100 for token in range(3)}
