@@ -1,7 +1,7 @@
 """Generating: the work of `ftcore generate`: rows to answers, window by window, over Ray Data's actors.
 
-In: what is wanted. Out: `rows/part-<piece>-<window>.parquet` with the row's place, prompt, answer, tokens and the version that answered, or the
-reason why there is no answer; sealed at the end. Runs in: the driver (orders and counts), Ray Data actors (an engine each).
+In: what is wanted. Out: `rows/part-<piece>-<window>.parquet` with the row's place, prompt, answer, tokens and the version that answered, or
+the reason why there is no answer; sealed at the end. Runs in: the driver (orders and counts), Ray Data actors (an engine each).
 
 A window that lies there is not made again, so the same command goes on where it was stopped.
 """

@@ -14,7 +14,7 @@ from serving.app import TRIES, Handle
 from serving.jobs import Event, Job, Opening, Piece
 
 JOB = Job("1", "acme", None, None, "a", 1, Sampling())
-EVENTS: list[Event] = [Opening("", "base", "replica", False), Piece(0, "yes", finish="length")]
+EVENTS: list[Event] = [Opening("", "base", "replica", False, 3), Piece(0, "yes", finish="length")]
 
 
 class Dying:
