@@ -98,8 +98,11 @@ class Directory:
         self._store.folder.require_something()  # the replicas' receipt keys are there before the first adapter
         return picture
 
-    def _names(self, tenant: str) -> dict[str, Name]:
-        """One listing, and one small file for each name. A damaged pointer takes its own name out, and no other's."""
+    def _names(self, tenant: str, tries: int = 2) -> dict[str, Name]:
+        """One listing, and one small file for each name. A damaged pointer takes its own name out, and no other's.
+
+        A pointer may mean a version that was sealed after the listing: then both are read once more.
+        """
         versions: dict[str, set[str]] = {}
         revoked: dict[str, set[str]] = {}
         pointed = set()
@@ -119,7 +122,8 @@ class Directory:
                 log.warning("%s/%s is not served: %s", tenant, name, error.what)
                 continue
             names[name] = Name(pointer, frozenset(versions[name]), frozenset(revoked.get(name, ())))
-        return names
+        is_behind = any(target.digest not in known.versions for known in names.values() for target in known.pointer.targets)
+        return self._names(tenant, tries - 1) if is_behind and tries > 1 else names
 
 
 def _num_moved(before: Picture, after: Picture) -> int:
