@@ -181,6 +181,17 @@ class Peft:
         return rows * self._tokens / (time.perf_counter() - started)
 
 
+def in_turn(cases: dict[str, tuple[Callable[[list[str]], float], list[str]]], num_rounds: int) -> dict[str, list[float]]:
+    """Tokens/s of each case in each round, one case after another so that a slow minute meets them all; one round before warms up."""
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(num_rounds + 1):
+        for name, (work, rows) in cases.items():
+            speed = work(rows)
+            if turn:
+                found[name].append(speed)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"layers": 12, "hidden": 768, "vocabulary": 8192, "rows": 16, "prompt": 16, "tokens": 32, "rank": 8, "rounds": 3, "threads": 1}
@@ -209,12 +220,7 @@ def main() -> int:
             f"PEFT mixed, {rows} adapters": (peft.mixed, digests),
             f"PEFT swap, {rows} adapters": (peft.swap, digests),
         }
-        found: dict[str, list[float]] = {name: [] for name in cases}
-        for turn in range(args.rounds + 1):
-            for name, (work, rows_of) in cases.items():
-                speed = work(rows_of)
-                if turn:  # the first warms up
-                    found[name].append(speed)
+        found = in_turn(cases, args.rounds)
         speeds = {name: statistics.median(each) for name, each in found.items()}
         steps = step_over_linears(engine, base, rows, digests, args.rounds)
         for each in (bare, engine):

@@ -31,7 +31,7 @@ def parsed() -> argparse.Namespace:
 def compare(args: argparse.Namespace) -> dict[str, list[float]]:
     """Tokens/s of each round, by case."""
     import torch
-    from multi_lora import Ours, make_adapters, make_base
+    from multi_lora import Ours, in_turn, make_adapters, make_base
 
     from ftcore.engines.base import Engine
     from ftcore.engines.torch import Torch
@@ -62,12 +62,7 @@ def compare(args: argparse.Namespace) -> dict[str, list[float]]:
             "8 adapters, ftcore": (works["ftcore"], many),
             "8 adapters, vLLM": (works["vLLM"], many),
         }
-        found: dict[str, list[float]] = {name: [] for name in cases}
-        for turn in range(args.rounds + 1):
-            for name, (work, rows) in cases.items():
-                speed = work(rows)
-                if turn:  # the first warms up
-                    found[name].append(speed)
+        found = in_turn(cases, args.rounds)
         for engine in engines.values():
             loop.run_until_complete(engine.close())
     return found

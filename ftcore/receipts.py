@@ -13,7 +13,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -25,14 +25,27 @@ from ftcore.section import Section
 from ftcore.signing import key_id
 from ftcore.storage import canonical_json
 
-PREFIX = b"ftcore receipt v1\n"
+S = TypeVar("S", bound="Statement")
 Said = str | dict[str, Any]
 """One choice: its text; or what `said` gives where it calls tools."""
 
 
-class Receipt(Section):
+class Statement(Section):
+    """What a process says under its key. The prefix stands before the signed bytes: a signature for one kind is none for another."""
+
+    PREFIX: ClassVar[bytes]
+    time: Text
+    key: Text
+    signature: Text = ""
+
+    def signed_bytes(self) -> bytes:
+        return self.PREFIX + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+
+
+class Receipt(Statement):
     """What was answered by what."""
 
+    PREFIX = b"ftcore receipt v1\n"
     request: Text
     tenant: Text
     adapter: Text
@@ -40,12 +53,6 @@ class Receipt(Section):
     base: Digest
     output: Digest
     """SHA-256 over the canonical JSON of the list of the choices."""
-    time: Text
-    key: Text
-    signature: Text = ""
-
-    def signed_bytes(self) -> bytes:
-        return PREFIX + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
 
 
 def said(content: str, calls: Sequence[tuple[str, str]]) -> Said:
@@ -69,27 +76,29 @@ class Signer:
         receipt = Receipt(
             request=request, tenant=tenant, adapter=adapter, base=base, output=output_digest(texts), time=utc_now(), key=self.key_id
         )
-        return receipt.model_copy(update={"signature": self.signature(receipt.signed_bytes())})
+        return self.signed(receipt)
 
-    def signature(self, data: bytes) -> str:
-        """`data` begins with a prefix that says what it is."""
-        return base64.b64encode(self._key.sign(data)).decode()
+    def signed(self, statement: S) -> S:
+        return statement.model_copy(update={"signature": base64.b64encode(self._key.sign(statement.signed_bytes())).decode()})
 
 
 def verify_receipt(receipt: Receipt, texts: Sequence[Said], public_keys: Mapping[str, str]) -> None:
     """`public_keys`: key id -> PEM. Raises IntegrityError when the answer, any field or the signature is not what was signed."""
     if output_digest(texts) != receipt.output:
         raise IntegrityError("this is not the answer that the receipt is for", got=output_digest(texts)[:12], wanted=receipt.output[:12])
-    require_signature(receipt.signed_bytes(), receipt.signature, receipt.key, public_keys, f"receipt {receipt.request[:80]}")
+    require_signature(receipt, public_keys, f"receipt {receipt.request[:80]}")
 
 
-def require_signature(data: bytes, signature: str, signer: str, public_keys: Mapping[str, str], what: str) -> None:
-    """Raises IntegrityError unless the key with the id `signer` is among `public_keys` and signed these bytes."""
-    pem = public_keys.get(signer)
+def require_signature(statement: Statement, public_keys: Mapping[str, str], what: str) -> None:
+    """Raises IntegrityError unless the key that the statement names is among `public_keys` and signed it."""
+    pem = public_keys.get(statement.key)
     key = load_pem_public_key(pem.encode()) if pem is not None else None
-    if not isinstance(key, Ed25519PublicKey) or key_id(key) != signer:
-        raise IntegrityError("this is signed by a key that is not known", where=what, got=signer[:32], wanted="a key of /v1/receipt-keys")
+    if not isinstance(key, Ed25519PublicKey) or key_id(key) != statement.key:
+        raise IntegrityError(
+            "this is signed by a key that is not known", where=what, got=statement.key[:32],
+            wanted="a key of /v1/receipt-keys",
+        )  # fmt: skip
     try:
-        key.verify(base64.b64decode(signature, validate=True), data)
+        key.verify(base64.b64decode(statement.signature, validate=True), statement.signed_bytes())
     except (InvalidSignature, binascii.Error, ValueError) as error:
         raise IntegrityError("this was altered after it was signed", where=what) from error

@@ -188,6 +188,13 @@ class Folder:
         if not self.names():
             raise StorageError("there is nothing here", where=self, wanted="a folder that holds something", remedy="is it mounted?")
 
+    @contextmanager
+    def there(self) -> Iterator[None]:
+        """Around what would mistake a folder that is away for an empty one. Looks before and after: it may come back, or go, meanwhile."""
+        self.require_something()
+        yield
+        self.require_something()
+
     def files(self, key: str = "") -> list[str]:
         """Every file under `key`, as keys relative to it, sorted."""
         return sorted(self.sizes(key))

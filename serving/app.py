@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayActorError
@@ -25,9 +26,11 @@ from serving.api import Service, build_api
 from serving.exposure import require_guarded
 from serving.gate import Gate
 from serving.jobs import Event, Job
-from serving.replica import Replica
 from serving.router import AdapterRouter
 from serving.settings import Replicas, ServeSettings
+
+if TYPE_CHECKING:
+    from serving.replica import Replica
 
 TRIES = 3
 """How many replicas may die before a request is given up."""
@@ -80,12 +83,14 @@ class EngineReplica:
     """A Replica in an actor of its own."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
-        self._settings = ServeSettings.model_validate(tree)
+        from serving.replica import Replica  # here, and in no process of the driver or the ingress: it brings torch and transformers
+
+        self._open = partial(Replica.open, ServeSettings.model_validate(tree))
         self._opening: asyncio.Task[Replica] | None = None
 
     async def _replica(self) -> Replica:
         if self._opening is None:
-            self._opening = asyncio.create_task(Replica.open(self._settings))
+            self._opening = asyncio.create_task(self._open())
         return await asyncio.shield(self._opening)
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:

@@ -34,15 +34,13 @@ from pydantic import ValidationError
 
 from ftcore.card import Digest, Text, utc_now
 from ftcore.errors import FtcoreError, IntegrityError, StorageError
-from ftcore.receipts import Signer, require_signature
-from ftcore.section import Section
+from ftcore.receipts import Signer, Statement, require_signature
 from ftcore.storage import Folder, canonical_json, explain_oserror
 from serving.published_keys import publish_key
 
 log = logging.getLogger(__name__)
 HOME, OPEN = "_audit", "open"
 """No tenant can have the first name; no day the second."""
-PREFIX = b"ftcore audit segment v1\n"
 FLUSH_S, LOOK_S = 0.5, 30.0
 """How often lines reach the disk, and how often the spool is looked through for segments to seal."""
 MAX_BYTES, MAX_AGE_S = 8 << 20, 3600.0
@@ -89,9 +87,10 @@ class Change:
     time: str
 
 
-class Seal(Section):
+class Seal(Statement):
     """What stands behind a segment."""
 
+    PREFIX = b"ftcore audit segment v1\n"
     segment: Text
     sha256: Digest
     lines: int
@@ -99,12 +98,6 @@ class Seal(Section):
     """The segment before it of the same process; empty: none."""
     ended: bool
     """By its own process; False: that was killed, and its last half second may be missing."""
-    time: Text
-    key: Text
-    signature: Text = ""
-
-    def signed_bytes(self) -> bytes:
-        return PREFIX + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
 
 
 class AuditLog:
@@ -215,7 +208,7 @@ class AuditLog:
                 segment=path.stem, sha256=hashlib.sha256(raw).hexdigest(), lines=len(lines), before=lines[0]["before"], ended=ended,
                 time=utc_now(), key=self._signer.key_id,
             )  # fmt: skip
-            seal = unsigned.model_copy(update={"signature": self._signer.signature(unsigned.signed_bytes())})
+            seal = self._signer.signed(unsigned)
             folder = Folder(self._store) / f"{HOME}/{day_of(path.stem)}"
             folder.create(path.name, raw)  # False, here and below: it was sealed by a process that was killed before it removed this file
             folder.create(f"{path.stem}.json", seal.model_dump_json(indent=1).encode())
@@ -324,7 +317,7 @@ def read_segment(folder: Folder, segment: str, public_keys: Mapping[str, str]) -
         seal = Seal.model_validate_json(folder.read(f"{key}.json"))
     except (ValidationError, StorageError) as error:
         raise IntegrityError("this audit segment has no seal that can be read", where=f"{folder}/{key}.json") from error
-    require_signature(seal.signed_bytes(), seal.signature, seal.key, public_keys, f"audit segment {segment}")
+    require_signature(seal, public_keys, f"audit segment {segment}")
     try:
         raw = folder.read(f"{key}.jsonl")
     except FtcoreError as error:

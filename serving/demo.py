@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,29 @@ class Client:
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[dict[str, str], Any]:
         """(headers, body) of an answer."""
-        headers, lines = self._asked("POST", path, body)
-        return headers, json.loads(b"".join(lines))
+        with self._asked("POST", path, body) as reply:
+            return {name.lower(): value for name, value in reply.getheaders()}, json.loads(reply.read())
 
     def get(self, path: str) -> Any:
-        return json.loads(b"".join(self._asked("GET", path, None)[1]))
+        with self._asked("GET", path, None) as reply:
+            return json.loads(reply.read())
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a stream as they come."""
-        for line in self._asked("POST", path, {**body, "stream": True})[1]:
-            if line.startswith(b"data: {"):
-                yield json.loads(line[6:])
+        with self._asked("POST", path, {**body, "stream": True}) as reply:
+            for line in iter(reply.readline, b""):
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])
 
-    def _asked(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[dict[str, str], Iterator[bytes]]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        reply = connection.getresponse()
-        if reply.status != 200:
-            raise ConfigError("the server refuses", where=path, got=f"{reply.status}: {reply.read(500).decode(errors='replace')}")
-        return {name.lower(): value for name, value in reply.getheaders()}, iter(reply.readline, b"")
+    @contextmanager
+    def _asked(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[HTTPResponse]:
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            reply = connection.getresponse()
+            if reply.status != 200:
+                raise ConfigError("the server refuses", where=path, got=f"{reply.status}: {reply.read(500).decode(errors='replace')}")
+            yield reply
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,7 +185,7 @@ def _until(client: Client, ref: AdapterRef) -> None:
 
 
 def _key(tenants: TenantStore, name: str) -> str:
-    if name not in tenants.names():
+    if not tenants.has(name):
         tenants.add(name)
     return tenants.new_key(name)[0]
 

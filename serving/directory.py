@@ -94,9 +94,8 @@ class Directory:
         return self.picture
 
     def _take(self) -> Picture:
-        picture = Picture({tenant: self._names(tenant) for tenant in self._tenants()})
-        self._store.folder.require_something()  # the replicas' receipt keys are there before the first adapter
-        return picture
+        with self._store.folder.there():  # the replicas' receipt keys are in it before the first adapter
+            return Picture({tenant: self._names(tenant) for tenant in self._tenants()})
 
     def _names(self, tenant: str, tries: int = 2) -> dict[str, Name]:
         """One listing, and one small file for each name. A damaged pointer takes its own name out, and no other's.

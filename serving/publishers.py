@@ -34,7 +34,7 @@ class Publishers:
             return None
         until, listed = self._read.get(tenant, (0.0, None))
         if time.monotonic() >= until:
-            self._tenants.folder.require_something()  # a folder that is gone is no tenant that is gone
-            listed = self._tenants.read(tenant).publishers
+            with self._tenants.folder.there():  # one that is gone is no tenant that is gone
+                listed = self._tenants.read(tenant).publishers
             self._read[tenant] = (time.monotonic() + self._poll_s, listed)
         return listed

@@ -77,13 +77,16 @@ class TenantStore:
 
     def names(self) -> list[str]:
         """Raises StorageError when the folder is away: that does not mean that there are no tenants."""
-        found = [name.removesuffix(".json") for name in self.folder.files() if name.endswith(".json")]
-        self.folder.require_something()
+        with self.folder.there():
+            found = [name.removesuffix(".json") for name in self.folder.files() if name.endswith(".json")]
         return sorted(name for name in found if PART.fullmatch(name))
+
+    def has(self, name: str) -> bool:
+        return self.folder.exists(_file(name))
 
     def read(self, name: str) -> Tenant:
         key = _file(name)
-        if not self.folder.exists(key):
+        if not self.has(name):
             raise _unknown(name)
         return self._parse(self.folder.read(key), key)
 
@@ -143,14 +146,15 @@ class TenantStore:
         """Every tenant and usable key now. A damaged file takes out its own tenant alone. Raises StorageError when the folder is away."""
         table: dict[str, tuple[Caller, float | None]] = {}
         tenants: dict[str, Limits] = {}
-        for name in self.names():
-            try:
-                tenant = self.read(name)
-            except (IntegrityError, ConfigError) as error:
-                log.warning("the keys of tenant %s are not served: %s", name, error.what)
-                continue
-            own = tenants[tenant.name] = tenant.limits or limits
-            table |= {key.sha256: (Caller(tenant.name, key.id, own), key.expires) for key in tenant.keys if not key.revoked}
+        with self.folder.there():
+            for name in self.names():
+                try:
+                    tenant = self.read(name)
+                except (IntegrityError, ConfigError) as error:
+                    log.warning("the keys of tenant %s are not served: %s", name, error.what)
+                    continue
+                own = tenants[tenant.name] = tenant.limits or limits
+                table |= {key.sha256: (Caller(tenant.name, key.id, own), key.expires) for key in tenant.keys if not key.revoked}
         return KeyTable(table, tenants)
 
     def _change(self, name: str, change: Callable[[Tenant], Tenant]) -> None:

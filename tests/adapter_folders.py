@@ -36,4 +36,4 @@ def make_card(folder: Path, name: str = "support", tenant: str = "acme", **chang
         "stage": "sft", "seed": 0, "world_size": 1, "probes": {"fp32": ProbeFacts(device="cpu", effect=1.0)}, "packages": {"torch": "2"},
         "created": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
-    return Card(**{**facts, **changes})  # type: ignore[arg-type]
+    return Card(**{**facts, **changes})

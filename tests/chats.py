@@ -53,7 +53,7 @@ def inline_chat(template: str, **kwargs: str) -> Chat:
     """A tokenizer that carries this template itself."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    return open_chat("auto", tokenizer=tokenizer, **kwargs)  # type: ignore[arg-type]
+    return open_chat("auto", tokenizer=tokenizer, **kwargs)
 
 
 def marked(example: Example, tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ftcore.engines.base import LiveEngine, Request, Sampling, Token
 from ftcore.engines.torch import Torch
+from ftcore.errors import ConfigError
 from tests.oracles import Truth, make_adapter
 
 NUM_ADAPTERS = 8
@@ -54,6 +55,48 @@ def some_request(rng: random.Random, number: int, adapter: str, **keys: Any) -> 
     prompt = tuple(rng.randrange(3, 250) for _ in range(rng.randrange(1, 60)))
     sampling = Sampling(temperature=rng.choice([0.0, 1.0]), seed=number, num_logprobs=0)
     return Request(f"r{number}", prompt, adapter, **{"max_tokens": rng.randrange(1, 12), "sampling": sampling, **keys})
+
+
+async def mixed(engine: LiveEngine, rng: random.Random) -> list[tuple[Request, list[Token]]]:
+    """36 rows at once, in turn of no adapter and of each."""
+    requests = [some_request(rng, i, ["", *DIGESTS][i % 9], max_tokens=10) for i in range(36)]
+    answers = await asyncio.gather(*(answer(engine, request) for request in requests))
+    return list(zip(requests, answers, strict=True))
+
+
+async def come_and_go(
+    engine: LiveEngine, adapters: dict[str, Path], num_requests: int, pause_s: float
+) -> list[tuple[Request, list[Token]]]:
+    """Eight clients, while two others load and unload adapters at random, each with a pause of at most `pause_s` between."""
+    done: list[tuple[Request, list[Token]]] = []
+    over = asyncio.Event()
+
+    async def churn(seed: int) -> None:
+        own = random.Random(seed)
+        while not over.is_set():
+            digest = own.choice(DIGESTS)
+            await engine.load_adapter(digest, adapters[digest])
+            await asyncio.sleep(own.random() * pause_s)
+            await engine.unload_adapter(digest)
+
+    async def client(seed: int) -> None:
+        own = random.Random(seed)
+        for i in range(num_requests // 8):
+            request = some_request(own, seed * 100_000 + i, own.choice(["", *DIGESTS]))
+            while True:
+                try:
+                    if request.adapter:
+                        await engine.load_adapter(request.adapter, adapters[request.adapter])
+                    done.append((request, await answer(engine, request)))
+                    break
+                except ConfigError as error:
+                    assert "not loaded" in str(error)
+
+    churning = [asyncio.create_task(churn(seed)) for seed in (101, 102)]
+    await asyncio.gather(*(client(seed) for seed in range(1, 9)))
+    over.set()
+    await asyncio.gather(*churning)
+    return done
 
 
 def require_own(truth: Truth, request: Request, tokens: list[Token]) -> None:

@@ -32,7 +32,7 @@ def loop_thread() -> Iterator[Do]:
 @contextmanager
 def on_a_port(server: Server, do: Do) -> Iterator[int]:
     """The routes of `server` under uvicorn, as Ray Serve's proxy runs them."""
-    app = server.http._transport.app  # type: ignore[attr-defined]
+    app = server.http._transport.app
     web = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off", timeout_keep_alive=5))
 
     async def begin() -> asyncio.Task[None]:
@@ -45,7 +45,7 @@ def on_a_port(server: Server, do: Do) -> Iterator[int]:
         web.should_exit = True
         await task
 
-    web.install_signal_handlers = lambda: None  # type: ignore[method-assign, attr-defined]
+    web.install_signal_handlers = lambda: None
     task = do(begin())
     try:
         yield web.servers[0].sockets[0].getsockname()[1]

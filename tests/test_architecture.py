@@ -176,6 +176,7 @@ def test_modules_that_define_a_section_import_torch_only_inside_functions() -> N
 # Where a late import of our own is right all the same, and why.
 LATE: dict[str, str] = {
     "ftcore.adapter_commands": "`adapters list` and `show` answer without torch",
+    "serving.app": "the driver and the ingress load no torch: only engine replicas do",
     "serving.commands": "`--help` and wrong settings are answered without ray and torch",
     "pipelines.prepare": "a cache hit starts at once, without what building needs",
     "pipelines.build": "small data is prepared without ray",

@@ -68,7 +68,7 @@ def test_every_dependency_is_pinned() -> None:
     """What pyproject.toml asks for by name has an exact version in constraints.txt, the optional trackers and vLLM apart."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = [line for name, lines in project["optional-dependencies"].items() if name not in ("tracking", "vllm") for line in lines]
-    wanted = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in [*project["dependencies"], *extras]}  # type: ignore[index]
+    wanted = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in [*project["dependencies"], *extras]}
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line}
     assert wanted <= pinned
 

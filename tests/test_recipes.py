@@ -96,7 +96,7 @@ def test_a_recipe_stays_small_enough_to_learn() -> None:
 def test_every_key_is_documented() -> None:
     def undocumented(schema: dict[str, object]) -> list[str]:
         found = []
-        for name, section in dict(schema["$defs"]).items():  # type: ignore[call-overload]
+        for name, section in dict(schema["$defs"]).items():
             found += [f"{name}.{key}" for key, drawn in section.get("properties", {}).items() if not drawn.get("description")]
         return found
 

@@ -72,8 +72,8 @@ def test_doctor_finds_three_good_nodes_runnable(nodes: NetnsCluster, root: Path)
 
 
 def test_three_nodes_one_worker_each_end_in_a_published_adapter(nodes: NetnsCluster, root: Path) -> None:
-    words = ["pipelines/sft.py", str(root / "recipe.yaml"), "resources.workers=3", "resources.placement=STRICT_SPREAD"]
-    done = nodes.run([sys.executable, *words], cwd=REPO)
+    words = ["pipelines/sft.py", str(root / "recipe.yaml"), "name=three", "optim.max_steps=40"]
+    done = nodes.run([sys.executable, *words, "resources.workers=3", "resources.placement=STRICT_SPREAD"], cwd=REPO)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 workers on 3 nodes: " in done.stdout and all(f" on {address}" in done.stdout for address in nodes.addresses)
     store = AdapterStore(root / "store")
@@ -82,8 +82,8 @@ def test_three_nodes_one_worker_each_end_in_a_published_adapter(nodes: NetnsClus
 
 @pytest.mark.proof
 def test_a_node_killed_in_mid_run_is_replaced_and_the_losses_are_the_same(nodes: NetnsCluster, root: Path) -> None:
-    if not (root / "runs" / "whole" / "final").exists():  # the long proofs run without the test that makes it
-        test_three_nodes_one_worker_each_end_in_a_published_adapter(nodes, root)
+    undisturbed = nodes.run([sys.executable, "pipelines/sft.py", str(root / "recipe.yaml"), "resources.workers=2"], cwd=REPO)
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     words = ["pipelines/sft.py", str(root / "recipe.yaml"), "name=killed", "resources.workers=2", "resources.placement=SPREAD"]
     driver = nodes.popen([sys.executable, *words], cwd=REPO, stderr=subprocess.STDOUT)
     while driver.poll() is None and not list((root / "runs" / "killed").glob("checkpoints/step-*/manifest.json")):

@@ -32,7 +32,7 @@ def test_two_workers_train_a_quantised_base_to_a_verified_adapter(
     }
     said: list[str] = []
     outcome = fit(Recipe.model_validate(tree), log=said.append)
-    card = AdapterStore(tree["output"]["store"]).verify(outcome.ref)  # type: ignore[arg-type]
+    card = AdapterStore(tree["output"]["store"]).verify(outcome.ref)
     assert card.world_size == 2 and card.method.kind == "qlora"
     assert set(card.probes) == {held, f"{held} in fp32", "fp32"}
     assert card.quantisation is not None and card.quantisation.how.startswith(held) and card.quantisation.difference_bare > 0

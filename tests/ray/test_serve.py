@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from serving.settings import ServeSettings
 from serving.tenants import TenantStore, key_hash, new_clear_key
 from serving.top import Sample
 from tests.oracles import Truth, make_adapter
+from tests.serve_command import free_port
 
 pytestmark = pytest.mark.ray
 NUM_ADAPTERS = 8
@@ -61,9 +61,7 @@ def place(local_ray: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPa
     for name in ("acme", "bolt"):
         tenants.add(name)
         keys[name], _ = tenants.new_key(name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = ServeSettings.model_validate(
         {"base": str(tiny_model_dir), "store": str(home / "adapters"), "tenants": str(home / "tenants"), "replicas": 2, "num_cpus": 0.5,
          "port": port, "poll_s": 0.2, "queue": 32, "preload": ["acme/a0"],

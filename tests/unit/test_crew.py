@@ -68,7 +68,7 @@ def a_rank_0_that_cannot(rank: int, size: int, runs: str) -> list[str]:
         (folder / f"part-{rank}").write_text("part")
 
     for make, before in ((full, lambda: None), (building, unwritten), (building, lambda: None)):
-        run.building = make  # type: ignore[method-assign]
+        run.building = make
         try:
             seal_together(run, KEY, {}, crew, draft(run, KEY, crew, write), before)
             told.append("sealed")

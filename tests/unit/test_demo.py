@@ -25,6 +25,7 @@ from ftcore.evals.metrics import Interval
 from ftcore.evals.tasks.next_operation import Line, Table, judge
 from ftcore.recipe import Model
 from pipelines.demo import main, parse, two_tenants
+from serving.demo import main as serve
 
 COMMITTED = Path(__file__).resolve().parents[2] / "ftcore/demo/base"
 SMALL = ["--sessions", "12", "--held-out", "4", "--set", "optim.max_steps=4", "--set", "optim.warmup=1"]
@@ -164,6 +165,12 @@ def test_the_demo_runs_end_to_end_and_trains_nothing_twice(tmp_path: Path, local
     assert main(["--out", str(out), *SMALL]) == 0
     assert capsys.readouterr().out.count("already finished") == 3
     assert json.loads((out / "table.json").read_text()) == tables
+    store = AdapterStore(out / "adapters")
+    for ref in sorted(store.list("acme"), key=lambda ref: store.card(ref).created):
+        store.promote(ref)  # so few steps need not make a better second version
+    assert serve(["--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert all(told in shown for told in ("signed by", "after its promotion", "kept version 1")), shown
 
 
 @pytest.mark.ray

@@ -34,3 +34,30 @@ def test_a_version_promoted_while_the_picture_is_taken_does_not_take_its_name_ou
     monkeypatch.setattr(store, "pointer", late)
     picture = Directory(store, lambda: ["acme"]).refresh()
     assert picture.find("acme", "support") == refs[1] != refs[0]
+
+
+@pytest.mark.parametrize("is_away_first", [True, False])
+def test_a_store_that_goes_or_comes_back_while_it_is_listed_is_not_taken_for_an_empty_one(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_away_first: bool
+) -> None:
+    store = AdapterStore(tmp_path / "adapters")
+    made = make_adapter(tiny_model_dir, tmp_path / "made", 0)
+    ref = import_adapter(made, "acme/support", Model(path=str(tiny_model_dir)), store, log=lambda _: None)
+    store.promote(ref)
+    directory = Directory(store, lambda: ["acme"])
+    assert directory.refresh().find("acme", "support") == ref
+    places = [tmp_path / "adapters", tmp_path / "elsewhere"]
+    if is_away_first:
+        places[0].rename(places[1])
+        places.reverse()
+    files = store.folder.files
+
+    def moved_meanwhile(key: str) -> list[str]:
+        places[0].rename(places[1]) if not is_away_first else None
+        found = files(key)
+        places[0].rename(places[1]) if is_away_first else None
+        return found
+
+    monkeypatch.setattr(store.folder, "files", moved_meanwhile)
+    assert directory.refresh().find("acme", "support") == ref
+    assert directory.problem == "there is nothing here"

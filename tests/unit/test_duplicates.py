@@ -26,7 +26,7 @@ WORDS = np.array([f"word{i}" for i in range(500)])
 
 def chat(*turns: str, row: int = 1, weight: int | None = None) -> Conversation:
     roles = ("user", "assistant")
-    messages = tuple(Message(roles[at % 2], text, weight) for at, text in enumerate(turns))  # type: ignore[arg-type]
+    messages = tuple(Message(roles[at % 2], text, weight) for at, text in enumerate(turns))
     return Conversation(messages, Origin("a.jsonl", row))
 
 

@@ -78,7 +78,7 @@ def test_a_mixed_batch_of_any_family_is_plain_pefts(kind: str, tmp_path: Path) -
                 for row, digest in enumerate(("", *folders))
             ]
             answers = await asyncio.gather(*(answer(engine, request) for request in requests))
-            return engine._thread.decoder.flat is not None, list(zip(requests, answers, strict=True))  # type: ignore[attr-defined]
+            return engine._thread.decoder.flat is not None, list(zip(requests, answers, strict=True))
 
     used_flat, told = run(go())
     assert used_flat == is_flat

@@ -77,7 +77,7 @@ def test_weights_that_were_swapped_in_a_slot_are_found(tiny_model_dir: Path, ada
                 await engine.load_adapter(digest, adapters[digest])
             request = Request("a", (5, 6, 7), DIGESTS[1], max_tokens=3, sampling=Sampling(0, num_logprobs=0))
             require_own(truth, request, await answer(engine, request))
-            lora = engine._thread.decoder.lora  # type: ignore[attr-defined]
+            lora = engine._thread.decoder.lora
             slot = lora.held_slots[DIGESTS[1]]
             next(iter(lora.groups.values())).shelves[slot.width].a[0][slot.number, 0, 0] += 0.5
             assert (await answer(engine, request))[-1].finish == "abort"

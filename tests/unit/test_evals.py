@@ -21,7 +21,7 @@ from ftcore.recipe import Data, Model, Source
 
 def talk(*turns: str, user: str = "ada") -> Conversation:
     roles = ("user", "assistant")
-    said = tuple(Message(roles[i % 2], turn) for i, turn in enumerate(turns))  # type: ignore[arg-type]
+    said = tuple(Message(roles[i % 2], turn) for i, turn in enumerate(turns))
     return Conversation((Message("system", f"user {user}"), *said), Origin("test", 1))
 
 
@@ -176,4 +176,4 @@ def test_the_table_reads_in_three_forms() -> None:
     table = judge("t", [Fixed("a|b", [[True, False], [False, False]], math.nan)], TALKS[:2])
     assert "25.0" in table.text() and "-" in table.text()
     assert "| a\\|b | 25.0 |" in table.markdown()
-    assert "perplexity" not in table.to_json()["lines"][0]  # type: ignore[index]
+    assert "perplexity" not in table.to_json()["lines"][0]

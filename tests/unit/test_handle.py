@@ -43,7 +43,7 @@ class Dying:
 
 
 async def _asked(handle: Dying) -> list[Event]:
-    return [event async for event in Handle(handle).answer(JOB)]  # type: ignore[arg-type]
+    return [event async for event in Handle(handle).answer(JOB)]
 
 
 @pytest.mark.parametrize("num_deaths", range(TRIES))

@@ -165,7 +165,7 @@ def test_no_damage_ends_in_anything_but_a_refusal(live: Live, tmp_path: Path, na
             damaged[at : at + kind] = rng.choice([b'"', b"{", b"]", b"9", b"-", b"\x00", b"\xff", bytes([rng.randrange(256)]), b"1e9"])
         (tmp_path / "a" / name).write_bytes(damaged)
         try:
-            engine._read(tmp_path / "a")  # type: ignore[attr-defined]
+            engine._read(tmp_path / "a")
             told["read"] += 1
         except (ModelError, IntegrityError):
             told["refused"] += 1

@@ -63,7 +63,7 @@ def _completion(model: str, **more: Any) -> dict[str, Any]:
 
 
 def test_every_route_there_is_asks_for_a_key(web: Web) -> None:
-    app = web.server.http._transport.app  # type: ignore[attr-defined]
+    app = web.server.http._transport.app
     routes = [(method, route.path) for route in app.routes for method in getattr(route, "methods", ())]
     assert len([route for route in app.routes if isinstance(route, APIRoute)]) >= 6
     asked = [(method, path) for method, path in routes if path not in OPEN_ROUTES]
@@ -253,7 +253,7 @@ def test_who_waits_for_a_replica_that_never_comes_is_told_so(web: Web, monkeypat
 
     gate = web.server.gate
     monkeypatch.setattr(gate, "settings", gate.settings.model_copy(update={"begin_s": 0.1}))
-    app = build_api(lambda: Service(gate, Silent()))  # type: ignore[arg-type]
+    app = build_api(lambda: Service(gate, Silent()))
 
     async def go() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x") as http:

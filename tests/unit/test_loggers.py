@@ -95,10 +95,10 @@ def test_a_validation_of_a_step_is_not_taken_for_a_repeat_of_it(run: RunDir, mon
 def test_mlflow_gets_flat_parameters_and_metrics(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
     module = ModuleType("mlflow")
-    module.start_run = lambda run_name: said.append(run_name)  # type: ignore[attr-defined]
-    module.log_params = said.append  # type: ignore[attr-defined]
-    module.log_metrics = lambda numbers, step: said.append((numbers, step))  # type: ignore[attr-defined]
-    module.end_run = lambda: said.append("end")  # type: ignore[attr-defined]
+    module.start_run = lambda run_name: said.append(run_name)
+    module.log_params = said.append
+    module.log_metrics = lambda numbers, step: said.append((numbers, step))
+    module.end_run = lambda: said.append("end")
     monkeypatch.setitem(sys.modules, "mlflow", module)
     logger = MLflow(run, {"optim": {"lr": 0.1}})
     logger.log(3, {"loss": 0.5}, 0.0)

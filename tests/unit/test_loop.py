@@ -299,7 +299,7 @@ def chooses_a_step_that_is_not_the_last(rank: int, size: int, recipe: Recipe) ->
         put(*arguments)
 
     if rank == 0:
-        run.put_in_place = slowly  # type: ignore[method-assign]
+        run.put_in_place = slowly
     training = Training(recipe, World(rank=rank, size=size, local_rank=rank), BLOCKS, run, None, None)
     training.restore()
     training._step()

@@ -9,7 +9,7 @@ from ftcore.evals.ngram import BackoffNgram, answers, kind_of
 def session(user: str, *turns: str) -> Conversation:
     """Turns alternate: seen, done, seen, done..."""
     roles = ("user", "assistant")
-    said = tuple(Message(roles[i % 2], turn) for i, turn in enumerate(turns))  # type: ignore[arg-type]
+    said = tuple(Message(roles[i % 2], turn) for i, turn in enumerate(turns))
     return Conversation((Message("system", f"user {user}"), *said), Origin("test", 1))
 
 

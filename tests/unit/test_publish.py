@@ -195,13 +195,13 @@ def test_a_run_is_published_promoted_and_signed(tiny_model_dir: Path, tmp_path: 
     with run.sealing("final", {"step": 3}) as folder:
         train_something(recipe, folder)
         (folder / "result.json").write_text(json.dumps({"metrics": {"validation_loss": 1.5}, "world_size": 3}))
-    ref = publish_run(run, recipe, SimpleNamespace(manifest=MANIFEST), log=lambda line: None)  # type: ignore[arg-type]
+    ref = publish_run(run, recipe, SimpleNamespace(manifest=MANIFEST), log=lambda line: None)
     store = AdapterStore(recipe.output.store)
     assert store.resolve("acme/support") == ref
     card = store.card(ref)
     assert card.parent == "acme/support@" + "0" * 64 and card.metrics["validation_loss"] == 1.5
     verify_card(card, [tmp_path / "key.pub.pem"])
-    assert publish_run(run, recipe, SimpleNamespace(manifest=MANIFEST), log=lambda line: None) == ref  # type: ignore[arg-type]
+    assert publish_run(run, recipe, SimpleNamespace(manifest=MANIFEST), log=lambda line: None) == ref
 
 
 def test_a_plain_peft_adapter_is_imported_with_probes_recorded_now(tiny_model_dir: Path, tmp_path: Path) -> None:

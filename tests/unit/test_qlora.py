@@ -209,7 +209,7 @@ def test_a_form_that_does_not_exist_is_refused(base: Path, method: dict[str, Any
 
 def test_eight_bits_need_no_other_key(base: Path) -> None:
     method = recipe_for(base, Path("x"), "x", bits=8).method
-    assert method.quantisation("bf16") == "int8, computed in bf16" and method.held("bf16") == "int8"  # type: ignore[attr-defined]
+    assert method.quantisation("bf16") == "int8, computed in bf16" and method.held("bf16") == "int8"
 
 
 @pytest.mark.parametrize("name", ["down_proj", "mlp", "layers"])

@@ -22,7 +22,7 @@ def shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry
     for kind in ("circle", "square"):
         (package / f"{kind}.py").write_text(f"from shapes_for_a_test.base import SHAPES\n@SHAPES.register({kind!r})\nclass It: ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    import shapes_for_a_test.base as base  # type: ignore[import-not-found]
+    import shapes_for_a_test.base as base
 
     yield base.SHAPES
     for name in [name for name in sys.modules if name.startswith("shapes_for_a_test")]:

@@ -34,7 +34,7 @@ def folder(s3: str) -> Folder:
 
 def refused(action: object, *arguments: object) -> StorageError:
     with pytest.raises(StorageError) as caught:
-        action(*arguments)  # type: ignore[operator]
+        action(*arguments)
     assert SECRET not in str(caught.value) and KEY_ID not in str(caught.value)
     return caught.value
 

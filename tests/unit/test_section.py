@@ -35,7 +35,7 @@ class Dog(Animal):
 class Farm(Section):
     """A place."""
 
-    animal: chosen(Animal, ANIMALS)  # type: ignore[valid-type]
+    animal: chosen(Animal, ANIMALS)
     """Who lives there."""
     acres: float = 1
     """How large."""

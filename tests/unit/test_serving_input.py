@@ -108,7 +108,7 @@ def test_a_body_that_is_too_large_or_no_json_is_refused(store: Store, tmp_path: 
 def test_without_keys_only_this_machine_may_ask(store: Store, tmp_path: Path, client: str, host: str, status: int) -> None:
     async def go() -> None:
         async with served(store, tmp_path, tenants="", local_tenant="acme") as server:
-            transport = httpx.ASGITransport(app=server.http._transport.app, client=(client, 5))  # type: ignore[attr-defined]
+            transport = httpx.ASGITransport(app=server.http._transport.app, client=(client, 5))
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
                 assert (await http.get("/v1/models", headers={"host": host})).status_code == status
 

@@ -141,7 +141,7 @@ def test_the_model_reads_the_tools_the_calls_and_their_results(store: Store, tmp
             base, prompts = server.replica.base, []
             chat_prompt = base.chat_prompt
             monkeypatch.setattr(base, "chat_prompt", lambda *given: prompts.append(chat_prompt(*given)) or prompts[-1])
-            strict = {"type": "function", "function": {**PAINT["function"], "strict": True}}  # type: ignore[dict-item]
+            strict = {"type": "function", "function": {**PAINT["function"], "strict": True}}
             call = {"id": "abc", "type": "function", "function": {"name": "paint", "arguments": '{"colour": "red", "level": 1}'}}
             turns = [
                 ASK,

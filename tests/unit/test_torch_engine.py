@@ -13,7 +13,7 @@ import torch
 from ftcore.engines.base import ENGINES, Request, Sampling, Token
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, IntegrityError, ModelError
-from tests.live_engines import DIGESTS, NUM_ADAPTERS, answer, opened, require_own, run, some_request, spoiled
+from tests.live_engines import DIGESTS, NUM_ADAPTERS, answer, come_and_go, mixed, opened, require_own, run, some_request, spoiled
 from tests.live_engines import adapters as adapters
 from tests.live_engines import truth as truth
 from tests.oracles import KINDS, Truth
@@ -21,16 +21,14 @@ from tests.oracles import KINDS, Truth
 
 def test_every_row_of_a_mixed_batch_is_its_own_adapters(tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth) -> None:
     async def go() -> list[tuple[Request, list[Token]]]:
-        rng = random.Random(0)
         async with opened(tiny_model_dir) as engine:
             await asyncio.gather(*(engine.load_adapter(digest, folder) for digest, folder in adapters.items()))
-            requests = [some_request(rng, i, ["", *DIGESTS][i % 9], max_tokens=10) for i in range(36)]
-            answers = await asyncio.gather(*(answer(engine, request) for request in requests))
+            done = await mixed(engine, random.Random(0))
             stats = engine.stats()
             assert stats.num_running == stats.num_waiting == stats.cache_tokens == 0
             assert stats.num_tokens == 360
             assert stats.num_steps < 200  # together, not one after another
-            return list(zip(requests, answers, strict=True))
+            return done
 
     for request, tokens in run(go()):
         assert [token.finish for token in tokens] == [None] * 9 + ["length"]
@@ -44,37 +42,8 @@ def test_no_answer_is_wrong_while_adapters_come_and_go(
     """Few slots, so that adapters move and take turns; unloading waits for the rows that use it."""
 
     async def go() -> list[tuple[Request, list[Token]]]:
-        rng = random.Random(1)
-        done: list[tuple[Request, list[Token]]] = []
         async with opened(tiny_model_dir, max_lanes=24, prefix_mib=1) as engine:
-            over = asyncio.Event()
-
-            async def churn(seed: int) -> None:
-                own = random.Random(seed)
-                while not over.is_set():
-                    digest = own.choice(DIGESTS)
-                    await engine.load_adapter(digest, adapters[digest])
-                    await asyncio.sleep(own.random() * 0.01)
-                    await engine.unload_adapter(digest)
-
-            async def client(seed: int) -> None:
-                own = random.Random(seed)
-                for i in range(num_requests // 8):
-                    request = some_request(own, seed * 100_000 + i, own.choice(["", *DIGESTS]))
-                    while True:
-                        try:
-                            if request.adapter:
-                                await engine.load_adapter(request.adapter, adapters[request.adapter])
-                            done.append((request, await answer(engine, request)))
-                            break
-                        except ConfigError as error:
-                            assert "not loaded" in str(error)
-
-            churning = [asyncio.create_task(churn(rng.randrange(10**6))) for _ in range(2)]
-            await asyncio.gather(*(client(seed) for seed in range(1, 9)))
-            over.set()
-            await asyncio.gather(*churning)
-        return done
+            return await come_and_go(engine, adapters, num_requests, pause_s=0.01)
 
     done = run(go(), num_requests)
     assert len(done) == num_requests

@@ -24,7 +24,7 @@ from ftcore.models import load_base
 from ftcore.probes import compare, record
 from ftcore.recipe import Model
 from tests.conftest import make_tiny_model
-from tests.live_engines import DIGESTS, answer, require_own, some_request, spoiled
+from tests.live_engines import DIGESTS, answer, come_and_go, mixed, require_own, some_request, spoiled
 from tests.live_engines import adapters as adapters
 from tests.live_engines import truth as truth
 from tests.oracles import Truth
@@ -55,10 +55,8 @@ async def load_all(engine: LiveEngine, adapters: dict[str, Path]) -> None:
 
 def test_every_row_of_a_mixed_batch_is_its_own_adapters(use: Run, adapters: dict[str, Path], truth: Truth) -> None:
     async def go(engine: LiveEngine) -> list[tuple[Request, list[Token]]]:
-        rng = random.Random(0)
         await load_all(engine, adapters)
-        requests = [some_request(rng, i, ["", *DIGESTS][i % 9], max_tokens=10) for i in range(36)]
-        return list(zip(requests, await asyncio.gather(*(answer(engine, request) for request in requests)), strict=True))
+        return await mixed(engine, random.Random(0))
 
     for request, tokens in use(go):
         assert [token.finish for token in tokens] == [None] * 9 + ["length"]
@@ -67,38 +65,7 @@ def test_every_row_of_a_mixed_batch_is_its_own_adapters(use: Run, adapters: dict
 
 @pytest.mark.parametrize("num_requests", [200, pytest.param(2000, marks=pytest.mark.proof)])
 def test_no_answer_is_wrong_while_adapters_come_and_go(use: Run, adapters: dict[str, Path], truth: Truth, num_requests: int) -> None:
-    async def go(engine: LiveEngine) -> list[tuple[Request, list[Token]]]:
-        done: list[tuple[Request, list[Token]]] = []
-        over = asyncio.Event()
-
-        async def churn(seed: int) -> None:
-            own = random.Random(seed)
-            while not over.is_set():
-                digest = own.choice(DIGESTS)
-                await engine.load_adapter(digest, adapters[digest])
-                await asyncio.sleep(own.random() * 0.05)
-                await engine.unload_adapter(digest)
-
-        async def client(seed: int) -> None:
-            own = random.Random(seed)
-            for i in range(num_requests // 8):
-                request = some_request(own, seed * 100_000 + i, own.choice(["", *DIGESTS]))
-                while True:
-                    try:
-                        if request.adapter:
-                            await engine.load_adapter(request.adapter, adapters[request.adapter])
-                        done.append((request, await answer(engine, request)))
-                        break
-                    except ConfigError as error:
-                        assert "not loaded" in str(error)
-
-        churning = [asyncio.create_task(churn(seed)) for seed in (101, 102)]
-        await asyncio.gather(*(client(seed) for seed in range(1, 9)))
-        over.set()
-        await asyncio.gather(*churning)
-        return done
-
-    done = use(go)
+    done = use(lambda engine: come_and_go(engine, adapters, num_requests, pause_s=0.05))
     assert len(done) == num_requests
     for request, tokens in done:
         require_own(truth, request, tokens)
