@@ -92,6 +92,7 @@ def test_a_worker_that_dies_too_often_ends_the_run_and_names_worker_and_logs(
     assert "ActorDiedError" not in str(failed.value)
 
 
+@pytest.mark.proof  # the command itself is interrupted in test_script.py
 def test_ctrl_c_seals_a_checkpoint_and_the_same_command_goes_on(
     uninterrupted: Outcome, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,8 @@ from pipelines.demo import main, parse, two_tenants
 from serving.demo import main as serve
 
 COMMITTED = Path(__file__).resolve().parents[2] / "ftcore/demo/base"
-SMALL = ["--sessions", "12", "--held-out", "4", "--set", "optim.max_steps=4", "--set", "optim.warmup=1"]
+SMALL = ["--sessions", "12", "--held-out", "4"]
+SMALL += [word for key in ("optim.max_steps=4", "optim.warmup=1", "resources.workers=1") for word in ("--set", key)]
 
 
 # ---- the base
@@ -186,7 +187,7 @@ def test_the_demo_takes_a_history_and_a_base_of_the_users_own(
         str(tmp_path / "demo"),
         *SMALL,
     ]
-    assert main([*arguments, "--set", "resources.workers=1"]) == 0
+    assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in (BASE, NGRAM, OWN))
     assert str(AdapterStore(tmp_path / "demo/adapters").resolve("me/shell")) in shown

@@ -134,7 +134,14 @@ def test_our_own_stage_method_and_backend_pass_every_check(tiny_model_dir: Path,
     assert found["checkpoint -> resume"].text.startswith("losses identical")
 
 
-@pytest.mark.parametrize("method", ["full", {"kind": "qlora", "rank": 4}, {"kind": "qlora", "bits": 8}], ids=["full", "nf4", "int8"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("full", id="full"),
+        pytest.param({"kind": "qlora", "rank": 4}, id="nf4"),
+        pytest.param({"kind": "qlora", "bits": 8}, id="int8", marks=pytest.mark.proof),
+    ],
+)
 def test_other_methods_pass_too(tiny_model_dir: Path, tmp_path: Path, method: Any) -> None:
     recipe = recipe_for(tiny_model_dir, tmp_path, method=method, model={"path": str(tiny_model_dir), "dtype": "bf16"}, output={})
     recipe = recipe.model_copy(update={"output": recipe_for(tiny_model_dir, tmp_path).output}) if method != "full" else recipe
