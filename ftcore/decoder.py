@@ -88,10 +88,15 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, part: Sequence[int], start: int, digest: str, place: int) -> Tensor:
-        """[V] logits after a part of a prompt that is read at `place`, as any other chunk is."""
+        """[1, H] the last hidden state of a part of a prompt that is read at `place`, as any other chunk is."""
         self.lora.set_rows([], [(digest, len(part))])
         plan = self.cache.plan([], [(place, start, len(part))])
-        return self.head(self._hidden(torch.tensor(list(part), device=self.device), plan)[-1:])[0]
+        return self._hidden(torch.tensor(list(part), device=self.device), plan)[-1:]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[1, H] -> [V]"""
+        return self.head(hidden)[0]
 
     def _hidden(self, ids: Tensor, plan: slot_cache.StepPlan) -> Tensor:
         """ids [T] -> [T, H]."""

@@ -15,11 +15,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import normalize
 
 from ftcore.batching import Batcher, Row, Step
 from ftcore.decoder import Decoder, cores
@@ -27,6 +28,7 @@ from ftcore.engines.base import EngineEnded, FinishReason, Request, Stats, Token
 from ftcore.errors import ConfigError, FtcoreError, ModelError
 from ftcore.fairness import Fairness
 from ftcore.layers.multi_lora import LayerUpdate
+from ftcore.orders import Order
 from ftcore.prefixes import Prefixes
 from ftcore.sampling import Asked, Drawn, sample
 
@@ -53,10 +55,11 @@ class LoadedAdapter:
 
 @dataclass
 class Probe:
-    """A prompt whose next logits are asked; read a chunk a step, beside everybody's tokens."""
+    """A prompt whose next logits, or embedding, is asked; read a chunk a step, beside everybody's tokens."""
 
     prompt: Sequence[int]
     digest: str
+    is_embedding: bool
     done: Future[Any]
     num_read: int = 0
 
@@ -67,25 +70,6 @@ class Counts:
     tokens: int = 0
     prompt: int = 0
     reused: int = 0
-
-
-@dataclass
-class Order:
-    """Something to do between two steps."""
-
-    do: Callable[[], Any]
-    done: Future[Any] = field(default_factory=Future)
-
-    def run(self) -> None:
-        if self.done.set_running_or_notify_cancel():  # a caller that went away wants nothing any more
-            try:
-                self.done.set_result(self.do())
-            except Exception as error:
-                self.done.set_exception(error)
-
-    def refuse(self, error: BaseException) -> None:
-        if self.done.set_running_or_notify_cancel():
-            self.done.set_exception(error)
 
 
 class EngineThread:
@@ -168,13 +152,13 @@ class EngineThread:
             self._forget_unused(digest)
         return gone
 
-    def probe(self, prompt: Sequence[int], digest: str) -> Future[Any]:
-        """Done with the [V] logits after a prompt."""
+    def probe(self, prompt: Sequence[int], digest: str, is_embedding: bool) -> Future[Any]:
+        """Done with the [V] logits after a prompt, or its [H] embedding."""
         if digest and (digest not in self.adapters or digest in self._leaving):
             raise ConfigError("this adapter is not loaded", where="adapter", got=digest[:80], remedy="load it first")
         done: Future[Any] = Future()
         done.set_running_or_notify_cancel()
-        self._probes.append(Probe(prompt, digest, done))
+        self._probes.append(Probe(prompt, digest, is_embedding, done))
         return done
 
     def publish(self) -> None:
@@ -292,10 +276,26 @@ class EngineThread:
         if not self._has_slot(probe.digest, self._needed()):
             return
         part = probe.prompt[probe.num_read : probe.num_read + self._section.chunk_tokens]
-        logits = self.decoder.read(part, probe.num_read, probe.digest, self._batcher.spare + 1)
+        hidden = self.decoder.read(part, probe.num_read, probe.digest, self._batcher.spare + 1)
         probe.num_read += len(part)
-        if probe.num_read == len(probe.prompt):
-            self._probes.popleft().done.set_result(logits.float().cpu().numpy())
+        if probe.num_read < len(probe.prompt):
+            return
+        self._probes.popleft()
+        bad, doomed = self._withdraw({probe.digest} - {""})
+        for key, _ in doomed:
+            self._remove(key)
+        self._deliver(doomed)
+        if bad:
+            probe.done.set_exception(EngineEnded("the slot of this adapter held other weights than were loaded", got=probe.digest[:12]))
+            return
+        if probe.is_embedding and not bool(torch.isfinite(hidden).all()):
+            probe.done.set_exception(
+                ModelError("it gives numbers that are not finite", where="adapter", got=probe.digest[:12] or "the base")
+            )
+            return
+        self._counts.prompt += probe.num_read * probe.is_embedding
+        value = normalize(hidden.float())[0] if probe.is_embedding else self.decoder.logits(hidden)
+        probe.done.set_result(value.float().cpu().numpy())
 
     def _step(self) -> None:
         step = self._batcher.step()
@@ -339,19 +339,19 @@ class EngineThread:
 
     def _withdrawn(self, made: Made) -> Made:
         """`made`, unless an answer that ends here came from a slot that holds other weights than were loaded: then all its rows end."""
+        bad, doomed = self._withdraw({token.adapter for _, token in made if token.finish in ("stop", "length")} - {""})
+        return [(key, token) for key, token in made if token.adapter not in bad] + doomed
+
+    def _withdraw(self, digests: set[str]) -> tuple[set[str], Made]:
+        """Those of the digests whose slots hold other weights than were loaded, and the ends of the rows that used them."""
         lora = self.decoder.lora
-        ending = {token.adapter for _, token in made if token.finish in ("stop", "length")} - {""}
-        bad = {digest for digest in ending if lora.held(digest) != self.adapters[digest].fingerprint}
-        if not bad:
-            return made
+        bad = {digest for digest in digests if lora.held(digest) != self.adapters[digest].fingerprint}
+        doomed = [row for row in self._batcher.rows if row.request.adapter in bad]
         for digest in bad:
             log.error("the slot of adapter %s holds other weights than were loaded: its answers are withdrawn", digest[:12])
             self._prefixes.forget(digest)
-        doomed = [row for row in self._batcher.rows if row.request.adapter in bad]
-        kept = [(key, token) for key, token in made if token.adapter not in bad]
-        for digest in bad:
             lora.deactivate(digest)
-        return kept + [(row.key, Token(-1, row.request.adapter, finish="abort")) for row in doomed]
+        return bad, [(row.key, Token(-1, row.request.adapter, finish="abort")) for row in doomed]
 
     def _spoiled(self, row: Row) -> tuple[int, Token]:
         """A row whose numbers are not finite ends; nothing of it stays in the cache."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from ftcore.adapters import AdapterRef, AdapterStore, split_ref
 from ftcore.errors import ConfigError, IntegrityError
-from ftcore.receipts import Receipt, Said, said, verify_receipt
+from ftcore.receipts import Receipt, Said, said, said_vector, verify_receipt
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,7 +28,10 @@ def main(arguments: Sequence[str]) -> int:
     body, keys = _json(parsed.answer), _json(parsed.keys)
     try:
         receipt = Receipt.model_validate(body["ftcore_receipt"])
-        texts = [_text(place, choice, body["object"]) for place, choice in enumerate(body["choices"])]
+        if body["object"] == "list":
+            texts = [_vector(place, row) for place, row in enumerate(body["data"])]
+        else:
+            texts = [_text(place, choice, body["object"]) for place, choice in enumerate(body["choices"])]
         pems = {row["id"]: row["pem"] for row in keys["data"]}
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError("this is not an answer with a receipt, or not a list of keys", got=str(error)[:200]) from error
@@ -40,6 +44,14 @@ def main(arguments: Sequence[str]) -> int:
             raise IntegrityError("the version that answered was revoked since", where=ref, got=reason)
     print(f"sound: {receipt.adapter or 'the bare base'} on base {receipt.base[:12]} answered request {receipt.request} at {receipt.time}")
     return 0
+
+
+def _vector(place: int, row: dict[str, Any]) -> Said:
+    """An embedding, as numbers or as base64: either holds all bits of fp32."""
+    if row["object"] != "embedding" or row["index"] != place:
+        raise ConfigError("this answer is not as it was sent", where=f"data[{place}]", wanted="an embedding")
+    values = row["embedding"]
+    return values if isinstance(values, str) else said_vector(struct.pack(f"<{len(values)}f", *values))
 
 
 def _text(place: int, choice: dict[str, Any], kind: str) -> Said:

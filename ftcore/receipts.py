@@ -60,6 +60,11 @@ def said(content: str, calls: Sequence[tuple[str, str]]) -> Said:
     return {"content": content, "tool_calls": [list(call) for call in calls]} if calls else content
 
 
+def said_vector(values: bytes) -> Said:
+    """An embedding: its fp32 values, little-endian, in base64."""
+    return base64.b64encode(values).decode()
+
+
 def output_digest(texts: Sequence[Said]) -> str:
     return hashlib.sha256(canonical_json(list(texts))).hexdigest()
 

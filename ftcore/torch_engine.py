@@ -101,10 +101,16 @@ class TorchEngine(LiveEngine):
             await self._ordered(partial(self._thread.end, key))
 
     async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
+        return await self._probed(prompts, digest, is_embedding=False)
+
+    async def embed(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
+        return await self._probed(prompts, digest, is_embedding=True)
+
+    async def _probed(self, prompts: Sequence[Sequence[int]], digest: str, is_embedding: bool) -> Sequence[Any]:
         found = []
         for prompt in prompts:
             check_prompt(prompt, self.max_context, self.vocabulary)
-            found.append(await asyncio.wrap_future(await self._ordered(partial(self._thread.probe, list(prompt), digest))))
+            found.append(await asyncio.wrap_future(await self._ordered(partial(self._thread.probe, list(prompt), digest, is_embedding))))
         return found
 
     def stats(self) -> Stats:

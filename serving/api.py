@@ -23,7 +23,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import ftcore
-from ftcore.engines.base import EngineEnded
+from ftcore.adapters import AdapterRef
+from ftcore.engines.base import EngineEnded, Sampling
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
 from serving.audit import AuditLog
 from serving.gate import Gate, Refusal
@@ -31,9 +32,9 @@ from serving.jobs import Event, Job, Opening
 from serving.metering import Account, audit_refusal
 from serving.published_keys import published_keys
 from serving.quotas import Quotas
-from serving.schema import MAX_LOGPROBS, ChatAsked, TextAsked, error_body
+from serving.schema import MAX_LOGPROBS, ChatAsked, EmbeddingsAsked, TextAsked, error_body
 from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
-from serving.shapes import Shape, chat_shape, text_shape
+from serving.shapes import Shape, chat_shape, embeddings_body, text_shape
 from serving.tenants import Caller
 from serving.traces import Asker
 
@@ -91,6 +92,10 @@ def build_api(service: Callable[[], Service]) -> FastAPI:
         prompt = asked.prompt if isinstance(asked.prompt, str) else tuple(asked.prompt)
         return await _answer(service(), request, asked, prompt, text_shape)
 
+    @api.post("/v1/embeddings")
+    async def embed(asked: EmbeddingsAsked, request: Request) -> Response:
+        return await _embed(service(), request, asked)
+
     api.add_middleware(Door, service=service)
     return api
 
@@ -112,11 +117,20 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
         return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
 
 
+async def _embed(service: Service, request: Request, asked: EmbeddingsAsked) -> Response:
+    caller: Caller = request.state.caller
+    ref, fallback = _found(service, request, caller, asked.model)
+    job = Job(uuid.uuid4().hex, caller.tenant, ref, fallback, "", None, Sampling(), inputs=asked.inputs)
+    opening, events = await _begun(service, request, caller, job, asked.model)
+    async with aclosing(events):
+        body = embeddings_body([event async for event in events], asked.model, asked.encoding_format)
+    return JSONResponse(body, headers=_headers(service, caller, job, opening))
+
+
 async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsked, prompt: Any, shape: Shape) -> Response:
     caller: Caller = request.state.caller
     num_logprobs, limit = asked.num_logprobs, asked.limit
-    ref = service.gate.find(caller, asked.model, request.headers.get(SESSION, "")[:256])
-    fallback = service.gate.directory.picture.before(ref) if ref is not None and "@" not in asked.model else None
+    ref, fallback = _found(service, request, caller, asked.model)
     if asked.n > caller.limits.max_choices:
         raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
     if limit is not None and limit > caller.limits.max_tokens:
@@ -129,20 +143,8 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
         uuid.uuid4().hex, caller.tenant, ref, fallback, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n, constraint, tools,
     )  # fmt: skip
-    request.state.job = job.id
-    events = _admitted(service, caller, job, Asker(asked.model, request.headers.get("traceparent", "")[:64]))
-    try:
-        async with asyncio.timeout(service.gate.settings.begin_s):
-            opening = await anext(events)  # whatever refuses does so before a header is sent
-    except TimeoutError:
-        await events.aclose()
-        raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
-    except BaseException:
-        await events.aclose()
-        raise
-    assert isinstance(opening, Opening)
-    headers = {"x-ftcore-request": job.id, "x-ftcore-base": opening.base, "x-ftcore-adapter": opening.adapter, "cache-control": "no-store"}
-    headers |= {"x-ftcore-replica": opening.replica} | ({"x-ftcore-cold": "1"} if opening.was_cold else {}) | service.quotas.headers(caller)
+    opening, events = await _begun(service, request, caller, job, asked.model)
+    headers = _headers(service, caller, job, opening)
     fingerprint = f"{opening.base[:12]}-{opening.adapter.rpartition('@')[2][:12] or 'base'}"
     writer = shape(job.id, asked.model, int(time.time()), fingerprint)
     if not asked.stream:
@@ -151,6 +153,37 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
         return JSONResponse(body, headers=headers)
     usage = asked.stream_options is not None and asked.stream_options.include_usage
     return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
+
+
+def _found(service: Service, request: Request, caller: Caller, model: str) -> tuple[AdapterRef | None, AdapterRef | None]:
+    """(what answers, what answers while that is not in). Raises Refusal."""
+    ref = service.gate.find(caller, model, request.headers.get(SESSION, "")[:256])
+    return ref, service.gate.directory.picture.before(ref) if ref is not None and "@" not in model else None
+
+
+async def _begun(
+    service: Service, request: Request, caller: Caller, job: Job, model: str
+) -> tuple[Opening, AsyncGenerator[Event, None]]:  # fmt: skip
+    """The first event and the rest. Whatever refuses does so here, before a header is sent."""
+    request.state.job = job.id
+    events = _admitted(service, caller, job, Asker(model, request.headers.get("traceparent", "")[:64]))
+    try:
+        async with asyncio.timeout(service.gate.settings.begin_s):
+            opening = await anext(events)
+    except TimeoutError:
+        await events.aclose()
+        raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
+    except BaseException:
+        await events.aclose()
+        raise
+    assert isinstance(opening, Opening)
+    return opening, events
+
+
+def _headers(service: Service, caller: Caller, job: Job, opening: Opening) -> dict[str, str]:
+    headers = {"x-ftcore-request": job.id, "x-ftcore-base": opening.base, "x-ftcore-adapter": opening.adapter, "cache-control": "no-store"}
+    cold = {"x-ftcore-cold": "1"} if opening.was_cold else {}
+    return headers | {"x-ftcore-replica": opening.replica} | cold | service.quotas.headers(caller)
 
 
 async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) -> AsyncGenerator[Event, None]:

@@ -35,6 +35,8 @@ class Job:
     num_choices: int = 1
     constraint: Constraint | None = None
     tools: Tools | None = None
+    inputs: tuple[tuple[int, ...] | str, ...] = ()
+    """What is to be embedded: then there is no prompt and no answer."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,15 @@ class Opening:
 
 
 @dataclass(frozen=True)
+class Vector:
+    """The embedding of one input."""
+
+    index: int
+    values: bytes
+    """fp32, little-endian."""
+
+
+@dataclass(frozen=True)
 class Closing:
     """The last thing: what was used, and the receipt."""
 
@@ -82,4 +93,4 @@ class Closing:
     receipt: dict[str, str]
 
 
-Event = Opening | Piece | Closing
+Event = Opening | Piece | Vector | Closing

@@ -37,7 +37,7 @@ class Account:
         """Raises Refusal."""
         if self._audit.is_full:
             raise Refusal(503, "the audit log cannot be written at the moment", "audit_unavailable", kind="server_error", retry_after_s=5)
-        self._reservation = await self._quotas.reserve(self._caller, self._most(min(_guessed(self._job.prompt), self._max_context)))
+        self._reservation = await self._quotas.reserve(self._caller, self._most(self._guess()))
 
     async def saw(self, event: Event) -> None:
         """Raises Refusal when the prompt turns out longer than the tenant's quota allows."""
@@ -63,8 +63,14 @@ class Account:
         told = (self._job.id, self._caller.tenant, self._caller.key, self._adapter, self._base, self._outcome, self._code)
         self._audit.write(Entry(*told, self._prompt_tokens, self._completion_tokens, duration_s, self._time))
 
+    def _guess(self) -> int:
+        """Tokens of what is to be read."""
+        return sum(min(_guessed(each), self._max_context) for each in self._job.inputs or (self._job.prompt,))
+
     def _most(self, prompt_tokens: int) -> int:
         """What the answer can come to use, in all its choices."""
+        if self._job.inputs:
+            return prompt_tokens
         longest = min(self._job.max_tokens or self._max_context, max(1, self._max_context - prompt_tokens))
         return prompt_tokens + longest * self._job.num_choices
 

@@ -121,7 +121,7 @@ class Answer:
             self.opening = event
             if event.was_cold:
                 self._row.cold.inc()
-        else:
+        elif isinstance(event, Closing):
             self.closing = event
 
     def ended(self, was_aborted: bool) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,14 +19,14 @@ from typing import Any
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.constraints import Grammar, Grammars
 from ftcore.data.types import Message
-from ftcore.engines.base import EngineEnded, LiveEngine, Request, Token, check_request
+from ftcore.engines.base import EngineEnded, LiveEngine, Request, Token, check_prompt, check_request
 from ftcore.errors import ConfigError, IntegrityError, ModelError
-from ftcore.receipts import Signer, said
+from ftcore.receipts import Said, Signer, said, said_vector
 from ftcore.served_base import ServedBase
 from ftcore.text_stream import TextStream
 from ftcore.tool_calls import CallPart, CallStream, ToolFormat, call_constraint, marks_are_special, whole_calls
 from serving.desired import Desired
-from serving.jobs import Closing, Event, Finish, Job, Opening, Piece, TokenInfo
+from serving.jobs import Closing, Event, Finish, Job, Opening, Piece, TokenInfo, Vector
 from serving.published_keys import publish_key
 from serving.publishers import Publishers
 from serving.settings import ServeSettings
@@ -87,6 +87,33 @@ class Replica:
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         """Streams the events of one job; closing the iterator aborts it. Raises FtcoreError for what cannot be answered."""
+        async with aclosing(self._embedded(job) if job.inputs else self._answered(job)) as events:
+            async for event in events:
+                yield event
+
+    async def _embedded(self, job: Job) -> AsyncGenerator[Event, None]:
+        loop = asyncio.get_running_loop()
+        prompts = [await loop.run_in_executor(self._tokenising, self._tokens, each) for each in job.inputs]
+        for prompt in prompts:
+            check_prompt(prompt, self.engine.max_context, self.engine.vocabulary)
+        async with self._held(job) as (ref, was_cold):
+            digest, name = (ref.digest, ref.full) if ref else ("", "")
+            total, outputs = sum(map(len, prompts)), []
+            for index, prompt in enumerate(prompts):
+                (vector,) = await self.engine.embed([prompt], digest)
+                if not index:  # what an engine refuses, it refuses before
+                    yield Opening(name, self.base.weights, self.signer.key_id, was_cold, total)
+                values = vector.astype("<f4").tobytes()
+                outputs.append(said_vector(values))
+                yield Vector(index, values)
+            yield self._closing(job, name, total, 0, outputs)
+
+    def _closing(self, job: Job, name: str, prompt_tokens: int, used: int, outputs: Sequence[Said]) -> Closing:
+        receipt = self.signer.sign(job.id, job.tenant, name, self.base.weights, outputs)
+        self.num_answers += 1
+        return Closing(prompt_tokens, used, {key: str(value) for key, value in receipt.model_dump().items()})
+
+    async def _answered(self, job: Job) -> AsyncGenerator[Event, None]:
         format = self.base.tool_format(self.settings.tool_format) if job.tools else None
         prompt = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._prompt, job)
         grammar = await self._grammar(job, format)
@@ -113,9 +140,7 @@ class Replica:
             outputs = [
                 said(text, [(call.name, call.arguments) for call in whole_calls(own)]) for text, own in zip(texts, calls, strict=True)
             ]
-            receipt = self.signer.sign(job.id, job.tenant, name, self.base.weights, outputs)
-            self.num_answers += 1
-            yield Closing(len(prompt), used, {key: str(value) for key, value in receipt.model_dump().items()})
+            yield self._closing(job, name, len(prompt), used, outputs)
 
     async def _grammar(self, job: Job, format: ToolFormat | None) -> Grammar | None:
         """What the answer is held to, compiled. Raises ConfigError where it cannot be."""
@@ -203,15 +228,21 @@ class Replica:
     def _prompt(self, job: Job) -> tuple[int, ...]:
         tools = job.tools.shown if job.tools else ()
         turns = [turn for turn in job.prompt if isinstance(turn, Message)] if not isinstance(job.prompt, str) else []
-        size = len(job.prompt) if isinstance(job.prompt, str) else sum(len(turn.content) + len(str(turn.tool_calls)) for turn in turns)
-        size += len(str(tools))
-        if size > MAX_CHARACTERS_A_TOKEN * self.engine.max_context:
-            raise ConfigError("the prompt does not fit the context", where="prompt", got=f"{size} characters", wanted="a shorter one")
-        if isinstance(job.prompt, str):
-            return self.base.text_prompt(job.prompt)
-        if turns:
-            return self.base.chat_prompt(turns, tools)
-        return tuple(token for token in job.prompt if isinstance(token, int))
+        if not turns:
+            return self._tokens(job.prompt if isinstance(job.prompt, str) else [token for token in job.prompt if isinstance(token, int)])
+        self._require_short(sum(len(turn.content) + len(str(turn.tool_calls)) for turn in turns) + len(str(tools)))
+        return self.base.chat_prompt(turns, tools)
+
+    def _tokens(self, text: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(text, str):
+            return tuple(text)
+        self._require_short(len(text))
+        return self.base.text_prompt(text)
+
+    def _require_short(self, num_characters: int) -> None:
+        if num_characters > MAX_CHARACTERS_A_TOKEN * self.engine.max_context:
+            got = f"{num_characters} characters"
+            raise ConfigError("the prompt does not fit the context", where="prompt", got=got, wanted="a shorter one")
 
     @asynccontextmanager
     async def _held(self, job: Job) -> AsyncIterator[tuple[AdapterRef | None, bool]]:

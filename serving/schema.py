@@ -22,6 +22,9 @@ from serving.tool_schema import MAX_CALLS, MAX_TOOLS, CallId, NamedTool, Respons
 Model = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(encodable)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(encodable)]
 MAX_STOPS, MAX_BIAS, MAX_MESSAGES, MAX_PARTS, MAX_IDS = 16, 1024, 2048, 64, 131_072
+MAX_INPUTS = 256
+INPUTS: Any = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
+Ids = Annotated[list[int], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 NAMED_OTHERWISE = {
     "guided_json": "structured_outputs: {json: ...}", "guided_regex": "structured_outputs: {regex: ...}",
     "guided_choice": "structured_outputs: {choice: [...]}", "functions": "tools", "function_call": "tool_choice",
@@ -183,7 +186,7 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """POST /v1/completions"""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
+    prompt: Text | Ids
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
 
@@ -194,6 +197,26 @@ class TextAsked(Asked):
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_tokens is not None else 16
+
+
+class EmbeddingsAsked(Strict):
+    """POST /v1/embeddings"""
+
+    model: Model
+    input: Text | Ids | Annotated[list[Text], INPUTS] | Annotated[list[Ids], INPUTS]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None
+    """A base has one."""
+    user: str | None = Field(None, max_length=512)
+    """Taken and not used."""
+
+    @property
+    def inputs(self) -> tuple[str | tuple[int, ...], ...]:
+        if isinstance(self.input, str):
+            return (self.input,)
+        if isinstance(self.input[0], int):
+            return (tuple(token for token in self.input if isinstance(token, int)),)
+        return tuple(each if isinstance(each, str) else tuple(each) for each in self.input if not isinstance(each, int))
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from ftcore.receipts import said_vector
 from ftcore.tool_calls import CallPart, whole_calls
-from serving.jobs import Closing, Event, Piece, TokenInfo
+from serving.jobs import Closing, Event, Piece, TokenInfo, Vector
 
 Shape = Callable[[str, str, int, str], "Writer"]
 
@@ -96,6 +97,18 @@ def chat_shape(job: str, model: str, created: int, fingerprint: str) -> Writer:
 
 def text_shape(job: str, model: str, created: int, fingerprint: str) -> Writer:
     return _Text(job, model, created, fingerprint)
+
+
+def embeddings_body(events: Sequence[Event], model: str, encoding: str) -> dict[str, Any]:
+    """OpenAI's clients ask for base64 and show numbers."""
+    rows = []
+    for event in events:
+        if isinstance(event, Vector):
+            values: Any = said_vector(event.values) if encoding == "base64" else list(memoryview(event.values).cast("f"))
+            rows.append({"object": "embedding", "index": event.index, "embedding": values})
+    closing = next(event for event in events if isinstance(event, Closing))
+    usage = {"prompt_tokens": closing.prompt_tokens, "total_tokens": closing.prompt_tokens}
+    return {"object": "list", "data": rows, "model": model, "usage": usage, "ftcore_receipt": closing.receipt}
 
 
 def _call(part: CallPart) -> dict[str, Any]:

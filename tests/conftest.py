@@ -74,6 +74,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: 0 if in_one_process(item.nodeid) else 1 if item.path.name in LONG_FILES else 2)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Names that are no text are logged by tests of them; between the processes of `make test JOBS=...` reports travel as UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 def in_one_process(nodeid: str) -> bool:
     return nodeid.startswith("tests/ray/") or "test_netns.py" in nodeid
 

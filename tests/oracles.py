@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
 from ftcore.lean_imports import LoraConfig, PeftModel, get_peft_model
@@ -64,6 +66,15 @@ class Truth:
             return self.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
         with self.model.disable_adapter():
             return self.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+
+    @torch.no_grad()
+    def embedding(self, digest: str, tokens: Sequence[int]) -> Tensor:
+        """[H], of length 1: the final hidden state of the last token."""
+        ids = torch.tensor([list(tokens)])
+        with self.model.disable_adapter() if not digest else nullcontext():
+            if digest:
+                self.model.set_adapter(digest)
+            return normalize(self.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1], dim=0)
 
     def answer_logps(self, digest: str, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         """[len(answer), V]: what each token of the answer was drawn from."""

@@ -140,6 +140,10 @@ class LiveEngine(ABC):
     async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
         """Logits after each prompt, P arrays [V] in fp32, through the very path that answers: what probes are compared with."""
 
+    async def embed(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
+        """Each prompt's last token's final hidden state, of length 1: P arrays [H] in fp32. Raises ConfigError where none are given."""
+        raise ConfigError("this engine gives no embeddings", where="engine", wanted="torch")
+
     @abstractmethod
     def stats(self) -> Stats: ...
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftcore.engines.base import Request, Sampling, Token
+from ftcore.engines.base import EngineEnded, Request, Sampling, Token
 from ftcore.engines.torch import Torch
 from ftcore.errors import ModelError
 from tests.live_engines import DIGESTS, answer, opened, require_own, run, some_request, spoiled
@@ -82,6 +82,15 @@ def test_weights_that_were_swapped_in_a_slot_are_found(tiny_model_dir: Path, ada
             next(iter(lora.groups.values())).shelves[slot.width].a[0][slot.number, 0, 0] += 0.5
             assert (await answer(engine, request))[-1].finish == "abort"
             require_own(truth, request, await answer(engine, request))  # written anew
+            next(iter(lora.groups.values())).shelves[slot.width].a[0][lora.held_slots[DIGESTS[1]].number, 0, 0] += 0.5
+            under_way = asyncio.create_task(answer(engine, Request("b", (5, 6, 7), DIGESTS[1], max_tokens=80)))
+            while not engine.stats().num_running:
+                await asyncio.sleep(0.001)
+            with pytest.raises(EngineEnded, match="held other weights"):
+                await engine.embed([[5, 6, 7]], DIGESTS[1])
+            assert (await under_way)[-1].finish == "abort"
+            (vector,) = await engine.embed([[5, 6, 7]], DIGESTS[1])
+            assert float((torch.as_tensor(vector) - truth.embedding(DIGESTS[1], (5, 6, 7))).abs().max()) <= 1e-5
 
     run(go())
 

@@ -162,6 +162,10 @@ def test_the_engine_says_what_plain_peft_says_after_a_prompt(tiny_model_dir: Pat
                 got = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(prompts, name)]).log_softmax(-1)
                 want = torch.stack([truth.logps(name, prompt)[-1] for prompt in prompts])
                 assert float((got - want).abs().max()) <= 1e-4
+                vectors = torch.stack([torch.as_tensor(row) for row in await engine.embed(prompts, name)])
+                want = torch.stack([truth.embedding(name, prompt) for prompt in prompts])
+                assert float((vectors - want).abs().max()) <= 1e-5
+                assert float((vectors - truth.embedding(DIGESTS[0], prompts[0])).abs().max()) > 1e-2
 
     run(go())
 
