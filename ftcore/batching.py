@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftcore.constraints import Walk
 from ftcore.engines.base import Request
@@ -35,6 +36,8 @@ class Row:
     num_passed: int = 0
     """Rows that came later and were let in before it."""
     came: float = field(default_factory=time.monotonic)
+    kept: Any = None
+    """Its keys and values while it stepped back for another owner's row."""
     walk: Walk | None = None
     """Its way through the request's constraint."""
 
@@ -105,8 +108,9 @@ class Batcher:
         row.place = next(place for place in range(self.num_places - 1, -1, -1) if place not in taken)
         assert row.place >= len(self.decoding)
         self.reading.append(row)
-        self.num_admitted += 1
-        self.waited_s += time.monotonic() - row.came
+        if row.kept is None:
+            self.num_admitted += 1
+            self.waited_s += time.monotonic() - row.came
 
     def step(self) -> Step:
         """The next step; call after `settle`."""

@@ -12,7 +12,7 @@ import logging
 import queue
 import secrets
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from ftcore.decoder import Decoder, cores
 from ftcore.engines.base import EngineEnded, FinishReason, Request, Stats, Token
 from ftcore.errors import ConfigError, FtcoreError, ModelError
 from ftcore.fairness import Fairness
-from ftcore.layers.multi_lora import LayerUpdate
-from ftcore.orders import Order
+from ftcore.lora_updates import LoadedAdapter
+from ftcore.orders import Order, Probe
 from ftcore.prefixes import Prefixes
 from ftcore.sampling import Asked, Drawn, sample
 
@@ -41,35 +41,13 @@ PATIENCE = 32
 Made = list[tuple[int, Token]]
 
 
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """An adapter in this process's memory."""
-
-    updates: dict[str, LayerUpdate]
-    rank: int
-    """Its largest."""
-    num_bytes: int
-    fingerprint: int
-    """Of the weights as they were read and checked; what slots hold is compared with it."""
-
-
-@dataclass
-class Probe:
-    """A prompt whose next logits, or embedding, is asked; read a chunk a step, beside everybody's tokens."""
-
-    prompt: Sequence[int]
-    digest: str
-    is_embedding: bool
-    done: Future[Any]
-    num_read: int = 0
-
-
 @dataclass
 class Counts:
     steps: int = 0
     tokens: int = 0
     prompt: int = 0
     reused: int = 0
+    preempted: int = 0
 
 
 class EngineThread:
@@ -167,6 +145,7 @@ class EngineThread:
             len(batcher.rows), len(batcher.waiting), counts.steps, counts.tokens, counts.prompt, counts.reused, tuple(self.adapters),
             sum(adapter.num_bytes for adapter in self.adapters.values()), sum(row.num_cached for row in batcher.rows),
             self._section.max_batch * self.decoder.max_context, batcher.num_admitted, batcher.waited_s,
+            counts.preempted,
         )  # fmt: skip
 
     # ---- the loop
@@ -228,10 +207,10 @@ class EngineThread:
                 return False
             order.run()
 
-    def _needed(self) -> set[str]:
+    def _needed(self, but: Row | None = None) -> set[str]:
         """Digests whose slots somebody is using."""
         probing = {self._probes[0].digest} if self._probes and self._probes[0].num_read else set()
-        return ({row.request.adapter for row in self._batcher.rows} | probing) - {""}
+        return ({row.request.adapter for row in self._batcher.rows if row is not but} | probing) - {""}
 
     def _has_slot(self, digest: str, needed: set[str]) -> bool:
         """Makes an adapter active beside `needed`, if there is room; joins `needed` then."""
@@ -246,7 +225,7 @@ class EngineThread:
     def _admit(self) -> None:
         """Lets waiting rows in while there are places and slots for them, in the order of fairness between their owners."""
         batcher = self._batcher
-        if not batcher.waiting or not batcher.has_room:
+        if not batcher.waiting or not (batcher.has_room or self._made_room()):
             return
         needed, blocked, oldest = self._needed(), set[str](), None
         for row in self._fair.order(list(batcher.waiting)):
@@ -261,12 +240,34 @@ class EngineThread:
                 oldest.num_passed += 1
             batcher.waiting.remove(row)
             batcher.admit(row)
+            if row.kept is not None:
+                self.decoder.cache.restore(row.place, row.kept)
+                row.kept = None
+                continue
             self._fair.read(row.request.salt, row.num_prompt)
             saved = self._prefixes.longest((digest, row.request.salt), row.tokens[:-1])
             if saved is not None:
                 self.decoder.cache.restore(row.place, saved)
                 row.num_cached = saved.shape[-2]
                 self._counts.reused += row.num_cached
+
+    def _made_room(self) -> bool:
+        """Has a row of an owner with too many places step back for one with too few. Its keys and values are kept meanwhile: of fewer rows
+        than there are places, for it comes in again before its owner's others."""
+        batcher = self._batcher
+        first = next(self._fair.order(batcher.waiting))
+        owner = self._fair.gives_way(first.request.salt, Counter(row.request.salt for row in batcher.rows))
+        back = min((row for row in batcher.decoding if row.request.salt == owner), key=lambda row: len(row.tokens), default=None)
+        if back is None or self._withdraw({back.request.adapter} - {""}):  # asked now: its slot may be another's when it ends
+            return back is not None
+        if not self._has_slot(first.request.adapter, self._needed(but=back)):
+            return False
+        back.kept = self.decoder.cache.saved(back.place, back.num_cached)
+        lengths = {row.place: row.num_cached for row in batcher.rows}
+        self._move(batcher.remove(back), lengths)
+        batcher.waiting.appendleft(back)
+        self._counts.preempted += 1
+        return True
 
     def _read_probe(self) -> None:
         """One chunk of the first probe, if there is a slot for it now."""
@@ -281,11 +282,7 @@ class EngineThread:
         if probe.num_read < len(probe.prompt):
             return
         self._probes.popleft()
-        bad, doomed = self._withdraw({probe.digest} - {""})
-        for key, _ in doomed:
-            self._remove(key)
-        self._deliver(doomed)
-        if bad:
+        if self._withdraw({probe.digest} - {""}):
             probe.done.set_exception(EngineEnded("the slot of this adapter held other weights than were loaded", got=probe.digest[:12]))
             return
         if probe.is_embedding and not bool(torch.isfinite(hidden).all()):
@@ -339,19 +336,23 @@ class EngineThread:
 
     def _withdrawn(self, made: Made) -> Made:
         """`made`, unless an answer that ends here came from a slot that holds other weights than were loaded: then all its rows end."""
-        bad, doomed = self._withdraw({token.adapter for _, token in made if token.finish in ("stop", "length")} - {""})
-        return [(key, token) for key, token in made if token.adapter not in bad] + doomed
+        bad = self._withdraw({token.adapter for _, token in made if token.finish in ("stop", "length")} - {""})
+        return [(key, token) for key, token in made if token.adapter not in bad]
 
-    def _withdraw(self, digests: set[str]) -> tuple[set[str], Made]:
-        """Those of the digests whose slots hold other weights than were loaded, and the ends of the rows that used them."""
+    def _withdraw(self, digests: set[str]) -> set[str]:
+        """Those of the digests whose slots hold other weights than were loaded. Every row that they computed for ends."""
         lora = self.decoder.lora
         bad = {digest for digest in digests if lora.held(digest) != self.adapters[digest].fingerprint}
-        doomed = [row for row in self._batcher.rows if row.request.adapter in bad]
+        under_way = [*self._batcher.rows, *(row for row in self._batcher.waiting if row.kept is not None)]
+        doomed = [row for row in under_way if row.request.adapter in bad]
         for digest in bad:
             log.error("the slot of adapter %s holds other weights than were loaded: its answers are withdrawn", digest[:12])
             self._prefixes.forget(digest)
             lora.deactivate(digest)
-        return bad, [(row.key, Token(-1, row.request.adapter, finish="abort")) for row in doomed]
+        for row in doomed:
+            self._remove(row.key)
+        self._deliver([(row.key, Token(-1, row.request.adapter, finish="abort")) for row in doomed])
+        return bad
 
     def _spoiled(self, row: Row) -> tuple[int, Token]:
         """A row whose numbers are not finite ends; nothing of it stays in the cache."""
@@ -365,7 +366,7 @@ class EngineThread:
     def _keep_prefixes(self, step: Step) -> None:
         for chunk in step.chunks:
             row = chunk.row
-            if row.num_cached == row.num_prompt and self._prefixes.limit:
+            if row.num_cached == row.num_prompt and self._prefixes.limit and row.key in self._rows:
                 owner = (row.request.adapter, row.request.salt)
                 self._prefixes.keep(owner, row.request.prompt, partial(self.decoder.cache.saved, row.place))
 

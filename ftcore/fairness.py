@@ -10,7 +10,7 @@ back after a pause is lifted to the least of those at work, so that a pause save
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 
 from ftcore.batching import Row
@@ -38,6 +38,13 @@ class Fairness:
 
     def made(self, owner: str) -> None:
         self._work[owner] = self._work.get(owner, 0.0) + MADE
+
+    def gives_way(self, waiting: str, held: Counter[str]) -> str:
+        """The owner with the most places, of `held` by each, if one of them is better given to `waiting`, which has two fewer at least (so
+        that it is not taken back) and for which less work was done. Empty otherwise."""
+        owner, most = max(held.items(), key=lambda each: each[1], default=("", 0))
+        is_due = most - held[waiting] >= 2 and self._work.get(waiting, 0.0) <= self._work.get(owner, 0.0)
+        return owner if is_due else ""
 
     def order(self, waiting: Iterable[Row]) -> Iterator[Row]:
         """Oldest row of the owner with the least work, again and again; what is charged meanwhile counts."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ UNSERVED = {
 PATTERN_OF = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 NAMES = re.compile(r"([\w.^$|-]|\\[.d])+")
 """Patterns that are matched in the time that reading them takes: a search that explodes would hold up every tenant."""
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in this process's memory."""
+
+    updates: dict[str, LayerUpdate]
+    rank: int
+    """Its largest."""
+    num_bytes: int
+    fingerprint: int
+    """Of the weights as they were read and checked; what slots hold is compared with it."""
 
 
 def read_updates(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: int, dtype: torch.dtype) -> dict[str, LayerUpdate]:

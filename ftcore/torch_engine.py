@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftcore.engine_thread import EngineThread, LoadedAdapter, Made
+from ftcore.engine_thread import EngineThread, Made
 from ftcore.engines.base import LiveEngine, Request, Stats, Token, check_prompt, check_request
-from ftcore.lora_updates import read_updates
+from ftcore.lora_updates import LoadedAdapter, read_updates
 from ftcore.residents import Residents
 
 if TYPE_CHECKING:

@@ -100,6 +100,8 @@ class Stats:
     """Requests that were let in, since the start."""
     waited_s: float = 0.0
     """What they waited before that, added up."""
+    num_preempted: int = 0
+    """Times that one stepped back for another owner's, to go on later."""
 
 
 class EngineEnded(ModelError):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from ftcore.batching import Row
-from ftcore.engines.base import Request, Sampling
+from ftcore.engines.base import Request, Sampling, Token
 from ftcore.fairness import MADE, Fairness
-from tests.live_engines import answer, opened, run
+from tests.live_engines import DIGESTS, answer, opened, require_own, run
+from tests.live_engines import adapters as adapters
+from tests.live_engines import truth as truth
+from tests.oracles import Truth
 
 
 def rows(owner: str, count: int) -> list[Row]:
@@ -37,6 +42,47 @@ def test_a_pause_saves_nothing_up() -> None:
     assert fair._work == {"busy": 500 * MADE, "back": 500 * MADE}
     fair.joins("next", {"back"})
     assert "busy" not in fair._work  # it has no rows any more
+
+
+def test_who_holds_most_places_gives_one_to_whom_it_helps() -> None:
+    fair = Fairness()
+    fair.joins("hog", ())
+    fair.read("hog", 100)
+    fair.joins("light", {"hog"})
+    assert fair.gives_way("light", Counter(hog=4)) == "hog"
+    assert fair.gives_way("light", Counter(hog=2, light=1)) == "", "they would change places for ever"
+    assert fair.gives_way("hog", Counter(hog=4)) == ""
+    fair.read("light", 500)
+    assert fair.gives_way("light", Counter(hog=4)) == "", "the light one is none"
+    assert fair.gives_way("light", Counter()) == ""
+
+
+def test_a_row_that_stepped_back_ends_as_if_it_had_not(tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth) -> None:
+    """Long rows of a hog fill every place; what they say, with seeds and adapters, is what they say alone."""
+
+    async def go() -> tuple[list[tuple[Request, list[Token], list[Token]]], int]:
+        async with opened(tiny_model_dir, max_batch=3) as engine:
+            for digest in DIGESTS[:3]:
+                await engine.load_adapter(digest, adapters[digest])
+
+            def hog(number: int) -> Request:
+                sampling = Sampling(temperature=1.0, seed=number, num_logprobs=0, repetition_penalty=1.1)
+                return Request(f"hog{number}", (5, 6, 7 + number), ["", *DIGESTS[:2]][number % 3], 90, salt="hog", sampling=sampling)
+
+            alone = [await answer(engine, hog(number)) for number in range(6)]
+            tasks = [asyncio.create_task(answer(engine, hog(number))) for number in range(6)]
+            for number in range(12):
+                light = Request(f"light{number}", (9, 9, number + 3), DIGESTS[2 * (number % 2)], 3, salt=f"light{number % 2}")
+                await answer(engine, light)
+            together = await asyncio.gather(*tasks)
+            assert engine.stats().num_running == engine.stats().num_waiting == engine.stats().cache_tokens == 0
+            return [(hog(n), *both) for n, both in enumerate(zip(alone, together, strict=True))], engine.stats().num_preempted
+
+    found, num_preempted = run(go())
+    assert num_preempted >= 6
+    for request, alone, together in found:
+        assert [token.id for token in alone] == [token.id for token in together] and len(alone) == 90
+        require_own(truth, replace(request, sampling=replace(request.sampling, repetition_penalty=1.0)), together)
 
 
 def test_a_light_tenant_hardly_waits_while_a_hog_asks_for_a_hundred_answers(tiny_model_dir: Path) -> None:
