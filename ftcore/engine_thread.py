@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ftcore.engines.torch import Torch
 
 log = logging.getLogger(__name__)
+PROOF_EVERY = 8
+"""Steps, while rows decode, between two chunks of the prompts that prove a new adapter: who streams does not feel it come."""
 PATIENCE = 32
 """Rows that may be let in before one that waits for a slot; then nobody is, until it has one."""
 Made = list[tuple[int, Token]]
@@ -271,9 +273,9 @@ class EngineThread:
 
     def _read_probe(self) -> None:
         """One chunk of the first probe, if there is a slot for it now."""
-        if not self._probes:
+        probe = self._probes[0] if self._probes else None
+        if probe is None or (self._batcher.decoding and not probe.is_embedding and self._counts.steps % PROOF_EVERY):
             return
-        probe = self._probes[0]
         if not self._has_slot(probe.digest, self._needed()):
             return
         part = probe.prompt[probe.num_read : probe.num_read + self._section.chunk_tokens]
