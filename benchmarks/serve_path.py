@@ -33,6 +33,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_work
 
 BASE = ROOT / "ftcore/demo/base"
 WARM_UP = 100
+KNOWN_S = 3.0
+"""The server asks the store every second: a name made before is known by then."""
 HOP = "the handle's hop alone"
 
 
@@ -131,7 +133,7 @@ def cold(args: argparse.Namespace, home: Path) -> dict[str, list[float]]:
     with served(home, engine={"max_context": 256, "num_threads": 1}) as (client, store):
         for ref in refs:
             store.promote(ref)
-        time.sleep(2.5)  # names are known within two polls
+        time.sleep(KNOWN_S)
         client.first_token_s("base")
         found: dict[str, list[float]] = {"cold": [], "warm": []}
         for ref in refs:
@@ -146,7 +148,7 @@ def promote(args: argparse.Namespace, home: Path) -> dict[str, list[float]]:
     found: list[float] = []
     with served(home, replicas=2, num_cpus=0.5, engine={"max_context": 256, "num_threads": 1}) as (client, store):
         store.promote(refs[0])
-        time.sleep(3)
+        time.sleep(KNOWN_S)
         for turn in range(args.promotions):
             wanted = refs[(turn + 1) % 2]
             started = time.perf_counter()

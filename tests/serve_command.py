@@ -28,7 +28,7 @@ class ServeCommand:
         deadline = time.monotonic() + limit_s
         while not any("ready in" in line for line in self.lines):
             assert self.process.poll() is None and time.monotonic() < deadline, "".join(self.lines)
-            time.sleep(0.1)
+            time.sleep(0.1)  # its lines come from a thread that reads them
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
