@@ -25,6 +25,9 @@ S3_STAMP := $(S3_VENV)/.installed-$(shell cat tests/s3-server.txt 2>/dev/null | 
 # The vllm engine's tests want vLLM's own torch: an environment of its own, too.
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell cat tests/vllm.txt 2>/dev/null | cksum | tr ' ' -)
+# LiteLLM wants an older openai than the tests' own.
+LITELLM_VENV ?= .venv-litellm
+LITELLM_STAMP := $(LITELLM_VENV)/.installed-$(shell cat tests/litellm.txt 2>/dev/null | cksum | tr ' ' -)
 # Tests at a time (`make test JOBS=2`, on 4 cores or more): those on Ray one after another in one process, all others in the rest.
 JOBS ?= 1
 # One compute thread a process unless told otherwise: tests and the demo run several workers on a small machine.
@@ -51,7 +54,7 @@ check: $(DEV_STAMP)
 	@$(RUN) -m mypy
 	@$(RUN) -m pytest -q tests/test_architecture.py
 
-proof: $(DEV_STAMP) $(S3_STAMP) $(VLLM_STAMP)
+proof: $(DEV_STAMP) $(S3_STAMP) $(VLLM_STAMP) $(LITELLM_STAMP)
 	@$(RUN) -m pytest -q -s --durations=0 -m proof $(ARGS)
 
 bench: $(BENCH_STAMP) $(S3_STAMP)
@@ -93,6 +96,12 @@ $(VLLM_STAMP): | $(RUN)
 	@"$(PYTHON)" -m venv --clear "$(VLLM_VENV)"
 	@"$(VLLM_VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -r tests/vllm.txt
 	@"$(VLLM_VENV)/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(LITELLM_STAMP): | $(RUN)
+	@echo "installing LiteLLM for its test in $(LITELLM_VENV) (once)"
+	@"$(PYTHON)" -m venv --clear "$(LITELLM_VENV)"
+	@"$(LITELLM_VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -r tests/litellm.txt
 	@touch $@
 
 comma := ,

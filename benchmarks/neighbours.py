@@ -30,7 +30,7 @@ from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.engines.base import Sampling
 from ftcore.publish import import_adapter
 from ftcore.recipe import Model
-from serving.jobs import Job, Piece
+from serving.jobs import Answerer, Job, Piece
 from serving.replica import Replica
 from serving.settings import ServeSettings
 from tests.oracles import make_adapter
@@ -49,7 +49,7 @@ def parsed() -> argparse.Namespace:
 
 
 def job(name: str, tenant: str, ref: AdapterRef | None, max_tokens: int) -> Job:
-    return Job(name, tenant, ref, None, tuple(range(10, 40)), max_tokens, ENDLESS)
+    return Job(name, tenant, Answerer("base", ref), tuple(range(10, 40)), max_tokens, ENDLESS)
 
 
 async def finished(replica: Replica, asked: Job) -> float:

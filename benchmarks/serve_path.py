@@ -103,13 +103,13 @@ async def hops(count: int) -> list[float]:
 
     from ftcore.engines.base import Sampling
     from serving.app import Handle
-    from serving.jobs import Job, Piece
+    from serving.jobs import Answerer, Job, Piece
 
     handle, found = Handle(serve.get_deployment_handle("engine", "ftcore")), []
     for number in range(count):
         started = time.perf_counter()
         took = 0.0
-        async for event in handle.answer(Job(str(number), "acme", None, None, "a", 1, Sampling())):
+        async for event in handle.answer(Job(str(number), "acme", Answerer("base"), "a", 1, Sampling())):
             took = took or (time.perf_counter() - started if isinstance(event, Piece) else 0.0)
         found.append(took)
     return found
@@ -169,6 +169,9 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, list[float]]]] =
 def main() -> int:
     args = parsed()
     if args.part:
+        from serving.jobs import SHORT_WAY
+
+        os.environ |= SHORT_WAY
         if args.part == "path-haproxy":
             os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # before ray is imported
         with tempfile.TemporaryDirectory() as folder:

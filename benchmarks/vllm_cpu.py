@@ -18,6 +18,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+REPO = Path(__file__).resolve().parents[1]
+DEMO = REPO / "ftcore/demo/base"
+
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,6 +35,7 @@ def compare(args: argparse.Namespace) -> dict[str, list[float]]:
     """Tokens/s of each round, by case."""
     import torch
     from multi_lora import Ours, in_turn, make_adapters, make_base
+    from transformers import AutoTokenizer
 
     from ftcore.engines.base import Engine
     from ftcore.engines.torch import Torch
@@ -47,6 +51,7 @@ def compare(args: argparse.Namespace) -> dict[str, list[float]]:
     loop = asyncio.new_event_loop()
     with tempfile.TemporaryDirectory(prefix="vllm-cpu-") as folder:
         base = make_base(Path(folder) / "base", args.layers, args.hidden, args.vocabulary)
+        AutoTokenizer.from_pretrained(DEMO).save_pretrained(base)  # vLLM wants one; nothing here is text
         adapters = make_adapters(base, Path(folder), 8, args.rank)
         engines = {}
         for name, section in sections.items():
@@ -68,19 +73,24 @@ def compare(args: argparse.Namespace) -> dict[str, list[float]]:
     return found
 
 
-def main() -> int:
-    args = parsed()
+def is_ready(threads: int) -> bool:
+    """Whether vLLM is here, and then told to use that many threads and to be quiet; otherwise it says what to do."""
     if importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed here: run this with .venv-vllm/bin/python (make proof builds it)")
-        return 0
+        return False
     os.environ |= {
-        "OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(REPO),  # vLLM's processes import what this one does
     }  # fmt: skip
-    repo = str(Path(__file__).resolve().parents[1])
-    sys.path.insert(0, repo)
-    os.environ["PYTHONPATH"] = repo  # vLLM's processes import what this one does
     warnings.simplefilter("ignore")
+    return True
+
+
+def main() -> int:
+    args = parsed()
+    if not is_ready(args.threads):
+        return 0
+    sys.path.insert(0, str(REPO))
     found = compare(args)
     print(f"{'':24}{'tokens/s':>9}{'of vLLM':>9}   ({args.rows} rows, {args.threads} threads, {args.dtype}, load {os.getloadavg()[0]:.0f})")
     for name, speeds in found.items():

@@ -13,11 +13,12 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.card import Card, printable
 from ftcore.errors import IntegrityError
+from ftcore.quantisation import FOUR_BITS, Form, Quantisation
 from ftcore.signing import keygen, verify_card
 
 Command = Callable[[argparse.Namespace], int]
@@ -25,7 +26,11 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str]) -> int:
     """`ftcore adapters ...`"""
-    parser = argparse.ArgumentParser(prog="ftcore adapters", description="look after the adapter store")
+    parser = argparse.ArgumentParser(
+        prog="ftcore adapters",
+        description="look after the adapter store",
+        epilog="`ftcore adapters status URL` says which replica of a server serves which version.",
+    )
     _add_adapters(parser.add_subparsers(dest="command", required=True))
     return _run(parser.parse_args(list(arguments)))
 
@@ -158,7 +163,8 @@ def import_folder(arguments: argparse.Namespace) -> int:
     from ftcore.recipe import Model
 
     store, model = _store(arguments), Model(path=arguments.base, revision=arguments.revision)
-    import_adapter(Path(arguments.folder), arguments.name, model, store, sign_key=arguments.sign_key)
+    held = Quantisation(arguments.quantise, arguments.quantise in FOUR_BITS) if arguments.quantise else None
+    import_adapter(Path(arguments.folder), arguments.name, model, store, held=held, sign_key=arguments.sign_key)
     return 0
 
 
@@ -217,6 +223,7 @@ def _add_adapters(commands: Any) -> None:
     parser = add("import", import_folder, "publish an adapter that plain PEFT made, with probes recorded now", "folder", "name")
     parser.add_argument("--base", required=True, help="folder or hub name of its base")
     parser.add_argument("--revision", default="main")
+    parser.add_argument("--quantise", choices=get_args(Form), help="record probes over the base held so too: needed to serve it so")
     parser.add_argument("--sign-key", help="private key file (PEM)")
     add("keygen", make_key, "make an Ed25519 key pair to sign cards with", "file")
     parser = add("push", push, "push a version to a hub (HF_ENDPOINT, HF_TOKEN)", ref, "repo")

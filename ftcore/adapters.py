@@ -29,6 +29,8 @@ from ftcore.storage import Folder, canonical_json
 PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 SHORT = re.compile(r"[0-9a-f]{6,64}")
 POINTER = "current.json"
+MAX_CARD = 4 << 20
+"""Bytes of a card: whoever can write to a store does not fill the memory of who reads it."""
 YOUNG_S = 24 * 3600
 """An unsealed version younger than this may still be on its way in."""
 
@@ -141,7 +143,7 @@ class AdapterStore:
         """The card of a sealed version, held against the ref."""
         if not self.is_sealed(ref):
             raise IntegrityError("there is no such sealed version", where=f"{self}/{ref.key}", remedy="list them: ftcore adapters list")
-        card = Card.from_json(self.folder.read(f"{ref.key}/{CARD}"), f"{self}/{ref.key}/{CARD}")
+        card = Card.from_json(self.folder.read(f"{ref.key}/{CARD}", MAX_CARD), f"{self}/{ref.key}/{CARD}")
         if (card.tenant, card.name, card.digest) != (ref.tenant, ref.name, ref.digest):
             raise IntegrityError(
                 "this card belongs to another version", where=f"{self}/{ref.key}", got=f"{card.tenant}/{card.name}@{card.digest[:12]}"

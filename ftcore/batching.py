@@ -10,12 +10,17 @@ hold places from the top. No torch here.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ftcore.constraints import Walk
 from ftcore.engines.base import Request
+
+PROOF_EVERY, PROOF_TOKENS = 4, 16
+"""While rows decode: steps between two chunks of the prompts that prove a new adapter, and tokens of one: who streams does not feel it."""
+Wants = Literal["answer", "embedding", "logits"]
 
 
 @dataclass(eq=False)
@@ -40,6 +45,9 @@ class Row:
     """Its keys and values while it stepped back for another owner's row."""
     walk: Walk | None = None
     """Its way through the request's constraint."""
+    wants: Wants = "answer"
+    found: Future[Any] = field(default_factory=Future)
+    """Of a row that is only read: the [H] embedding of its prompt, or the [V] logits after it."""
 
     def __post_init__(self) -> None:
         if self.request.constraint is not None:
@@ -77,6 +85,11 @@ class Step:
     def is_empty(self) -> bool:
         return not self.decoding and not self.chunks
 
+    @property
+    def due(self) -> list[Row]:
+        """Rows whose last token so far is computed."""
+        return [*self.decoding, *(chunk.row for chunk in self.chunks if chunk.is_last)]
+
 
 class Batcher:
     """Rows that wait, rows that read, rows that decode."""
@@ -87,16 +100,33 @@ class Batcher:
         self.waiting: deque[Row] = deque()
         self.reading: list[Row] = []
         self.decoding: list[Row] = []
+        self.proofs: deque[Row] = deque()
+        """Rows that want logits. The first is read at a place of its own, beside all others."""
         self.num_admitted, self.waited_s = 0, 0.0
+        self._num_steps = 0
 
     @property
     def rows(self) -> list[Row]:
         return [*self.decoding, *self.reading]
 
     @property
+    def under_way(self) -> list[Row]:
+        """Every row that has a place."""
+        return self.rows + [row for row in self.proofs if row.place >= 0]
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.decoding and not self.reading and not self.waiting and not self.proofs
+
+    @property
     def spare(self) -> int:
         """The place behind the last, which nobody holds."""
         return self.num_places
+
+    @property
+    def next_proof(self) -> Row | None:
+        """One that waits for the place of proofs, which is free."""
+        return self.proofs[0] if self.proofs and self.proofs[0].place < 0 else None
 
     @property
     def has_room(self) -> bool:
@@ -112,15 +142,33 @@ class Batcher:
             self.num_admitted += 1
             self.waited_s += time.monotonic() - row.came
 
+    def admit_proof(self) -> None:
+        """Gives the first proof its place."""
+        self.proofs[0].place = self.num_places + 1
+
     def step(self) -> Step:
         """The next step; call after `settle`."""
-        budget, chunks = self.chunk_tokens, []
-        for row in self.reading:
-            count = min(budget, len(row.tokens) - row.num_cached)
-            if count:
+        chunks = [Chunk(row, count) for row, count in self._dealt().items() if count]
+        self._num_steps += 1
+        if self.proofs and self.proofs[0].place >= 0:
+            row = self.proofs[0]
+            most = self.chunk_tokens if not self.decoding else 0 if self._num_steps % PROOF_EVERY else PROOF_TOKENS
+            if count := min(most, len(row.tokens) - row.num_cached):
                 chunks.append(Chunk(row, count))
-                budget -= count
         return Step(tuple(self.decoding), tuple(chunks))
+
+    def _dealt(self) -> dict[Row, int]:
+        """How many tokens of each prompt are read now: each owner's share of a step first, then whoever came first."""
+        counts, left = dict.fromkeys(self.reading, 0), self.chunk_tokens
+        num_owners = len({row.request.salt for row in self.reading})
+        for share in (self.chunk_tokens // max(1, num_owners), self.chunk_tokens):
+            given: Counter[str] = Counter()
+            for row in self.reading:
+                count = min(left, share - given[row.request.salt], len(row.tokens) - row.num_cached - counts[row])
+                counts[row] += count
+                given[row.request.salt] += count
+                left -= count
+        return counts
 
     def settle(self) -> list[tuple[int, int]]:
         """Rows that have read their prompt join those that decode. Returns (from, to) places to copy, in this order."""
@@ -145,6 +193,9 @@ class Batcher:
             return []
         if row in self.reading:
             self.reading.remove(row)
+            return []
+        if row in self.proofs:
+            self.proofs.remove(row)
             return []
         self.decoding.remove(row)
         last = len(self.decoding)

@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from ftcore.data.types import Message
 from ftcore.engines.base import Sampling
-from ftcore.engines.torch import Torch
+from ftcore.engines.torch import Torch, add_base_options
 from ftcore.errors import ConfigError, DataError
 from ftcore.speaker import Answer, Speaker, Voice
 
@@ -32,12 +32,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of the whole conversation at most (default: 2048)")
     parser.add_argument("--seed", type=int, help="the same answers to the same words")
+    add_base_options(parser)
     parsed = parser.parse_args(list(arguments))
     voice = Voice.find(parsed.ref, parsed.store, parsed.base)
     sampling = Sampling(temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     started = time.monotonic()
     with asyncio.Runner() as runner:
-        speaker = runner.run(Speaker.open(voice, Torch(max_batch=1, max_context=parsed.context)))
+        speaker = runner.run(
+            Speaker.open(voice, Torch(max_batch=1, max_context=parsed.context, dtype=parsed.dtype, quantise=parsed.quantise))
+        )
         print(f"{voice}: ready in {time.monotonic() - started:.1f} s; {HELP}", file=sys.stderr)
         try:
             _talk(runner, speaker, parsed.system, parsed.max_tokens, sampling)

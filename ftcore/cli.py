@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "submit": Command("cluster.submit:main", "sft RECIPE [PATH=VALUE ...]", "run a recipe as a job of a Ray cluster, and follow it"),
     "adapters": Command("ftcore.adapter_commands:main", "list|show|verify|promote|...", "look after the adapter store"),
+    "adapters status": Command("serving.watching:status_main", "URL", "of a running server: which replica serves which version"),
     "serve": Command("serving.commands:serve_main", "[FILE] base=... store=...", "answer over HTTP, each tenant with its own adapters"),
     "chat": Command("ftcore.chat_command:main", "[REF] [--base DIR]", "talk to an adapter, or to a bare base, in the terminal"),
     "generate": Command("pipelines.generate:main", "REF ROWS --out DIR", "answer many rows with an adapter, into Parquet"),
@@ -103,6 +104,8 @@ def dispatch(name: str, arguments: list[str]) -> int:
         near = get_close_matches(name, COMMANDS, n=1)
         remedy = f"did you mean `ftcore {near[0]}`?" if near else "`ftcore --help` lists the commands"
         raise ConfigError("unknown command", got=name, wanted=" | ".join(COMMANDS), remedy=remedy)
+    if arguments and f"{name} {arguments[0]}" in COMMANDS:  # a word of another room's
+        name, arguments = f"{name} {arguments[0]}", arguments[1:]
     command = COMMANDS[name]
     module_name, function = command.target.split(":")
     run: Main = getattr(_imported(module_name, name), function)

@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,8 @@ START_S, TOKEN_S = 1.0, 0.02
 """Processor seconds that a Walk may have cost: some to begin with, and some for each token."""
 BLANKS = r"[ ]?|\n[ ]{0,24}"
 """Between the parts of a JSON answer: no model can spin on blanks for ever."""
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
+"""Instead of BLANKS where llguidance, before 1.8, lets a pattern of blanks match again and again."""
 HEAD = '%llguidance {"no_forcing": true}\n'
 """Also where only one text can follow, the model chooses its tokens; looking for such text is slow where it is long."""
 
@@ -50,6 +53,14 @@ class Constraint:
     """What an answer has to be, as a grammar in llguidance's Lark."""
 
     lark: str
+
+    def grammar(self, endings: Collection[int] = ()) -> str:
+        """All that llguidance reads. Where an answer is complete, it may also end with one of these tokens: for who follows it elsewhere,
+        with the one stop token of the tokenizer alone."""
+        if not endings:
+            return HEAD + self.lark
+        ids, answer = ",".join(map(str, sorted(endings))), self.lark.replace("start:", "answer:", 1)
+        return f"{HEAD}start: answer <[{ids}]>?\n{answer}"
 
 
 def json_constraint(schema: Any, where: str) -> Constraint:
@@ -73,8 +84,17 @@ def choice_constraint(choices: Sequence[str], where: str) -> Constraint:
 
 def json_rule(schema: Any) -> str:
     """A schema with our blanks, and with none of llguidance's options left to the sender."""
-    options = {"whitespace_pattern": BLANKS, "lenient": False}
+    options = {**_blanks(), "lenient": False}
     return f"%json {json.dumps({**schema, 'x-guidance': options} if isinstance(schema, dict) else schema, ensure_ascii=False)}"
+
+
+@cache
+def _blanks() -> dict[str, Any]:
+    try:
+        major, minor = version("llguidance").split(".")[:2]
+    except PackageNotFoundError:  # who only writes constraints down need not have it
+        return {"whitespace_pattern": BLANKS}
+    return {"whitespace_pattern": BLANKS} if (int(major), int(minor)) >= (1, 8) else ONE_LINE
 
 
 def regex_rule(pattern: str) -> str:
@@ -186,6 +206,11 @@ class Walk:
             self.problem = "this base has no token with which the constraint can go on"
         return None if self.problem else mask
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+        return not self.problem and bool(self._matcher.is_accepting())
+
     def accept(self, token: int) -> bool:
         """Takes the token that came; False when there is a problem."""
         if not self.problem and not self._matcher.consume_token(token):
@@ -231,7 +256,7 @@ class Grammars:
     def _compile(self, constraint: Constraint, words: Any) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(words, HEAD + constraint.lark, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
+        matcher = LLMatcher(words, constraint.grammar(), log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
         grammar = Grammar(constraint, matcher, self._vocabulary)
         if matcher.is_error():
             raise ConfigError(f"the constraint cannot be compiled: {_first_line(matcher.get_error())}")

@@ -6,7 +6,7 @@ In: rows and chunks. Out: logits of the rows that are due a token. Runs in: the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ftcore.layers.flat_decoder import flat_decoder
 from ftcore.layers.multi_lora import MultiLora
 from ftcore.layers.packed import packed
 from ftcore.layers.slot_cache import SlotCache
-from ftcore.models import DTYPES, HEAD_EXTRAS, decoder_of, load_base
+from ftcore.models import DTYPES, HEAD_EXTRAS, decoder_of, load_base, require_full_precision
 from ftcore.recipe import Model
 
 if TYPE_CHECKING:
@@ -46,8 +46,12 @@ class Decoder:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = section.dtype if section.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
-        self.precision, self.device, self.dtype = dtype, torch.device(device), DTYPES[dtype]
-        self.model = load_base(Model(path=base, dtype=dtype), device=device).eval().requires_grad_(False)
+        self.device, self.dtype = torch.device(device), DTYPES[dtype]
+        files, held = Model(path=base, dtype=dtype), section.held_as
+        self.model = load_base(files, held, device=device).eval().requires_grad_(False)
+        if held is None:
+            require_full_precision(files)
+        self.precision = dtype if held is None else held.serve(self.model, dtype)
         config = self.model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self.max_context = min(section.max_context, int(getattr(config, "max_position_embeddings", section.max_context)))
@@ -65,8 +69,8 @@ class Decoder:
         self._require_same(want)
 
     @torch.inference_mode()
-    def step(self, step: Step) -> Tensor:
-        """Logits [n, V]: of each decoding row, then of each chunk that ends its prompt. Keys and values are written."""
+    def step(self, step: Step) -> tuple[Tensor, list[bool]]:
+        """[n, H] the last hidden states of `step.due`; whether all of each chunk's are finite. Keys and values are written."""
         decoding = [row.request.adapter for row in step.decoding]
         self.lora.set_rows(decoding, [(chunk.row.request.adapter, chunk.count) for chunk in step.chunks])
         ids = [row.tokens[-1] for row in step.decoding]
@@ -82,21 +86,14 @@ class Decoder:
             if chunk.is_last:
                 due.append(at - 1)
         hidden = self._hidden(torch.tensor(ids, device=self.device), plan)
-        if len(due) < len(ids):
-            hidden = hidden[torch.tensor(due, dtype=torch.int64, device=self.device)]
-        return self.head(hidden) if due else hidden
-
-    @torch.inference_mode()
-    def read(self, part: Sequence[int], start: int, digest: str, place: int) -> Tensor:
-        """[1, H] the last hidden state of a part of a prompt that is read at `place`, as any other chunk is."""
-        self.lora.set_rows([], [(digest, len(part))])
-        plan = self.cache.plan([], [(place, start, len(part))])
-        return self._hidden(torch.tensor(list(part), device=self.device), plan)[-1:]
+        counts = [len(step.decoding), *(chunk.count for chunk in step.chunks)]
+        finite = [bool(part.all()) for part in torch.isfinite(hidden.sum(-1)).cpu().split(counts)[1:]] if step.chunks else []
+        return (hidden if len(due) == len(ids) else hidden[torch.tensor(due, dtype=torch.int64, device=self.device)]), finite
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[1, H] -> [V]"""
-        return self.head(hidden)[0]
+        """[n, H] -> [n, V]"""
+        return self.head(hidden)
 
     def _hidden(self, ids: Tensor, plan: slot_cache.StepPlan) -> Tensor:
         """ids [T] -> [T, H]."""

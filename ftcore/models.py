@@ -26,6 +26,7 @@ from ftcore.weights import check_base
 
 if TYPE_CHECKING:
     from ftcore.methods.base import Method
+    from ftcore.quantisation import Quantisation
     from ftcore.recipe import Model
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,11 @@ def autocast_dtype(dtype: str) -> torch.dtype | None:
     return DTYPES[dtype] if dtype in ("bf16", "fp16") else None
 
 
-def load_base(model: Model, method: Method | None = None, *, device: str = "cpu", dtype: str | None = None) -> nn.Module:
-    """Loads the base with safetensors only; `dtype` overrules the recipe's. Raises ModelError for what is missing or damaged."""
+def load_base(model: Model, method: Method | Quantisation | None = None, *, device: str = "cpu", dtype: str | None = None) -> nn.Module:
+    """Loads the base with safetensors only, held as `method` wants it; `dtype` overrules the recipe's.
+
+    Raises ModelError for what is missing or damaged.
+    """
     model = at_hand(model)
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype or model.dtype],
@@ -62,7 +66,10 @@ def load_base(model: Model, method: Method | None = None, *, device: str = "cpu"
     else:
         options["revision"] = model.revision
     if method is not None:
-        options |= method.load_options() | ({"device_map": {"": device}} if method.quantises else {})  # quantised where it will stay
+        options |= method.load_options()
+        if method.quantises:
+            require_full_precision(model)
+            options["device_map"] = {"": device}  # quantised where it will stay
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(model.path, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
@@ -95,8 +102,21 @@ def _load_remedy(model: Model) -> str:
 def model_type(model: Model) -> str:
     """`model_type` of the base's config.json ("qwen2", "llama", ...), without loading weights."""
     model = at_hand(model, weights=False)
+    return str(_config(model).model_type)
+
+
+def require_full_precision(model: Model) -> None:
+    """Raises ModelError where the base's files are quantised: it would be held as they say, whatever a method or an engine says."""
+    if found := getattr(_config(at_hand(model, weights=False)), "quantization_config", None):
+        raise ModelError(
+            "this base's files are quantised already", where=model.path, got=str(found.get("quant_method", "of an unknown kind")),
+            wanted="files in full precision", remedy="take the base it was made of, and have it quantised as it is loaded (nf4, fp4, int8)",
+        )  # fmt: skip
+
+
+def _config(model: Model) -> Any:
     try:
-        return str(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).model_type)
+        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
             "the base model's config.json cannot be read", where=model.path, got=_first_line(error), remedy=_load_remedy(model)

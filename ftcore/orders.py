@@ -5,7 +5,7 @@ In: something to call. Out: a future of what it gave. Runs in: whoever orders, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,14 +28,3 @@ class Order:
     def refuse(self, error: BaseException) -> None:
         if self.done.set_running_or_notify_cancel():
             self.done.set_exception(error)
-
-
-@dataclass
-class Probe:
-    """A prompt whose next logits, or embedding, is asked; read a chunk a step, beside everybody's tokens."""
-
-    prompt: Sequence[int]
-    digest: str
-    is_embedding: bool
-    done: Future[Any]
-    num_read: int = 0

@@ -90,7 +90,7 @@ class Probes:
         return self.nearest("fp32").effect
 
     def nearest(self, precision: str) -> Recorded:
-        """The record to compare with: this precision, else the most exact there is."""
+        """The record to compare with: this precision, else another reading of weights held so, else the most exact there is."""
         if not self.by_precision:
             raise IntegrityError(
                 "these probes hold no record", wanted="at least one precision", remedy="record them again: ftcore adapters import"
@@ -98,7 +98,8 @@ class Probes:
         return self.by_precision[self.nearest_name(precision)]
 
     def nearest_name(self, precision: str) -> str:
-        for name in (precision, "fp64", "fp32", *sorted(self.by_precision)):
+        held = precision.removesuffix(IN_FP32)
+        for name in (precision, held + IN_FP32, held, "fp64", "fp32", *sorted(self.by_precision)):
             if name in self.by_precision:
                 return name
         return precision
@@ -176,15 +177,15 @@ class ProbeReport:
     """The precision's own noise exceeds the limit: verify in fp32."""
     reason: str
 
-    def require(self, where: object = "") -> None:
-        """Raises IntegrityError unless it passed."""
+    def require(self, where: object = "", inconclusive: str = "verify in fp32") -> None:
+        """Raises IntegrityError unless it passed. `inconclusive`: what to do where the precision cannot tell."""
         if not self.passed:
             raise IntegrityError(
                 "this model does not give the adapter's recorded logits",
                 where=where,
                 got=self.reason,
                 wanted=f"an error of at most {self.limit:.3g}",
-                remedy="verify in fp32" if self.inconclusive else "check base, adapter and how it was loaded",
+                remedy=inconclusive if self.inconclusive else "check base, adapter and how it was loaded",
             )
 
 
@@ -258,11 +259,15 @@ def check(
     return compare(probes, tuned, base, precision, _device_kind(model))
 
 
-def compare(probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, device: str, *, logprobs: bool = False) -> ProbeReport:
+def compare(
+    probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, device: str, *, logprobs: bool = False, same_files: bool = False
+) -> ProbeReport:  # fmt: skip
     """The rule itself, on [P, vocab] last-position logits however they were computed (an engine gives its own).
 
     `logprobs`: what is given are log-probabilities, which differ from logits by one number a prompt. Then error, effect and noise are
     those of the recorded ids' logits less their mean.
+    `same_files`: the base's digest was compared. A narrow base that gives other logits all the same is held in another form (its scales
+    quantised once or twice, it itself quantised from fp32 or bf16), and judged as another precision.
     """
     name = probes.nearest_name(precision)
     record = probes.nearest(precision)
@@ -274,7 +279,8 @@ def compare(probes: Probes, tuned: Tensor, base: Tensor | None, precision: str, 
         tuned, base = _levelled(tuned), None if base is None else _levelled(base)
     error, effect = _distance(tuned, record.tuned), record.effect
     noise = None if base is None or record.base is None else _distance(base, record.base)
-    same = name == precision and is_exact(precision) and record.device == device
+    otherwise_held = same_files and precision.endswith(IN_FP32) and noise is not None and noise > ABSOLUTE
+    same = name == precision and is_exact(precision) and record.device == device and not otherwise_held
     seen = effect if base is None or effect is None else min(effect, _distance(tuned, base))
     limit = ABSOLUTE if seen is None else min(ABSOLUTE, SHARE * seen) if same else SHARE * seen  # a record cannot widen it
     facts = f"error {error:.3g} of at most {limit:.3g} ({precision} on {device} against {name} on {record.device}"

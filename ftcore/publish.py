@@ -32,6 +32,7 @@ from ftcore.errors import ConfigError, IntegrityError
 from ftcore.lean_imports import PeftModel
 from ftcore.models import load_base, model_type
 from ftcore.probes import EXACT, IN_FP32, Probes, check, record
+from ftcore.quantisation import Quantisation
 from ftcore.recipe import Model, Recipe
 from ftcore.rundir import RunDir
 from ftcore.safetensors_header import check_safetensors
@@ -96,9 +97,13 @@ def publish_final(
 
 
 def import_adapter(
-    source: Path, name: str, model: Model, store: AdapterStore, *, sign_key: str | None = None, log: Log = print
+    source: Path, name: str, model: Model, store: AdapterStore, *, held: Quantisation | None = None, sign_key: str | None = None,
+    log: Log = print,
 ) -> AdapterRef:  # fmt: skip
-    """Publishes an adapter that plain PEFT made elsewhere: bound exactly to `model`, its probes recorded now in fp32."""
+    """Publishes an adapter that plain PEFT made elsewhere: bound exactly to `model`, its probes recorded now in fp32.
+
+    `held`: recorded over the base held so too, for engines that hold it so.
+    """
     tenant, short, version = split_ref(name)
     if version:
         raise ConfigError("an import makes its own version", got=name, wanted="tenant/name")
@@ -106,9 +111,9 @@ def import_adapter(
     with tempfile.TemporaryDirectory(prefix="ftcore-import-") as scratch:
         folder = stage_content(source, Path(scratch) / "adapter")
         check_adapter(folder)  # before a base is loaded for it
-        base = load_base(model, dtype="fp32", device=_device())
-        tuned = bind_adapter(base, folder)
-        probes = record(tuned, tokenizer, tuned.disable_adapter, "fp32")
+        probes = _recorded(model, None, folder, tokenizer)
+        if held is not None:
+            probes = probes.merged(_recorded(model, held, folder, tokenizer))
         probes.save(folder)
         facts = BaseFacts(id=model.path, revision=model.revision, weights=_weights(model), dtype="fp32", model_type=model_type(model))
         kind = str(read_config(folder)["peft_type"]).lower()
@@ -116,6 +121,13 @@ def import_adapter(
         ref = store.publish(folder, sign_card(card, sign_key) if sign_key else card)
     log(f"imported {ref}: its probes were recorded now, so they prove what was imported, not how it was trained")
     return ref
+
+
+def _recorded(model: Model, held: Quantisation | None, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Probes:
+    base = load_base(model, held, dtype="fp32", device=_device())
+    precision = "fp32" if held is None else held.serve(base, "fp32")
+    tuned = bind_adapter(base, folder)
+    return record(tuned, tokenizer, tuned.disable_adapter, precision)
 
 
 @dataclass(frozen=True)

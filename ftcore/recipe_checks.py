@@ -69,7 +69,7 @@ def _quantised(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "model.dtype",
             f"method `{method.kind}` holds the base in {method.held(dtype)}, and fp64 has no quantised form; take fp32 or bf16",
         )
-    if not isinstance(method, Qlora) or method.computes_in(dtype) in (dtype, "bf16" if dtype == "fp32" else dtype):
+    if not isinstance(method, Qlora) or method.held_as.computes_in(dtype) in (dtype, "bf16" if dtype == "fp32" else dtype):
         return
     at, wanted = "method.compute_dtype", method.compute_dtype
     if wanted == "fp16" and recipe.resources.gpus_per_worker == 0:

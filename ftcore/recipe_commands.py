@@ -120,6 +120,8 @@ def completion(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ftcore completion", description="Prints a completion script for commands and override paths.")
     parser.add_argument("shell", choices=("bash", "zsh"))
     shell = parser.parse_args(argv).shell
-    script = COMPLETION.format(shell=shell, commands=" ".join(COMMANDS), paths=" ".join(leaf_paths(Recipe)))
+    script = COMPLETION.format(
+        shell=shell, commands=" ".join(name for name in COMMANDS if " " not in name), paths=" ".join(leaf_paths(Recipe))
+    )
     print(("autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else "") + script)
     return 0

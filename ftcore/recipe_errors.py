@@ -6,7 +6,7 @@ In: pydantic's errors and the tree they came from. Out: one Problem a line. Runs
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -133,11 +133,14 @@ def _by_foreign(key: str) -> list[str]:
 def section_at(path: KeyPath, tree: Tree, recipe: type[Section]) -> type[BaseModel] | None:
     """The Section class that owns the keys under `path`, following choices by the kind that was written."""
     cls: type[BaseModel] | None = recipe
+    is_name = False
     for depth, key in enumerate(path):
-        if isinstance(key, int):
+        if isinstance(key, int) or is_name:  # an item of a list, or one that its owner named
+            is_name = False
             continue
         if cls is None or key not in cls.model_fields:
             return None
+        is_name = get_origin(cls.model_fields[str(key)].annotation) is dict
         cls = _section_of(cls, str(key), tree.value(path[: depth + 1]))
     return cls
 

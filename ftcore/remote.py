@@ -77,8 +77,8 @@ class RemoteFolder:
     def exists(self, key: str) -> bool:
         return self._do("look at", key, lambda: bool(self.fs.exists(self.path(key))))
 
-    def read(self, key: str) -> bytes:
-        return self._do("read", key, lambda: bytes(self.fs.cat_file(self.path(key))))
+    def read(self, key: str, end: int | None = None) -> bytes:
+        return self._do("read", key, lambda: bytes(self.fs.cat_file(self.path(key), end=end)))
 
     def write(self, key: str, data: bytes) -> None:
         self._do("write", key, lambda: self.fs.pipe_file(self.path(key), data))

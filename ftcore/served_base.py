@@ -24,6 +24,8 @@ from ftcore.recipe import Data, Model
 from ftcore.tool_calls import ToolFormat, format_of
 from ftcore.weights import base_folder, check_base, weights_digest
 
+HELD_AS_TRAINED = "hold the base as the adapter was trained, or in fp32 (`ftcore adapters show` has base.dtype, base.quantisation, probes)"
+
 
 class ServedBase:
     """One base; opened once a replica."""
@@ -77,11 +79,14 @@ class ServedBase:
                 )  # fmt: skip
 
     async def prove(self, engine: LiveEngine, digest: str, folder: Path, precision: str) -> ProbeReport:
-        """Runs the version's probes through the engine's own path, with the adapter and without. Raises IntegrityError when they fail."""
+        """Runs the version's probes through the engine's own path, with the adapter and without. Raises IntegrityError when they fail.
+
+        `require_card` comes before: that the base's files are the adapter's own is taken as known.
+        """
         probes = Probes.load(folder)
         tuned = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts, digest)])
         bare = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts)])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        report = compare(probes, tuned, bare, precision, device, logprobs=engine.gives_logprobs)
-        report.require(digest[:12])
+        report = compare(probes, tuned, bare, precision, device, logprobs=engine.gives_logprobs, same_files=True)
+        report.require(digest[:12], inconclusive=HELD_AS_TRAINED)
         return report

@@ -72,13 +72,20 @@ class Folder:
     def exists(self, key: str = "") -> bool:
         return (self.path / key).exists() if self.is_local else self._remote.exists(key)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, most: int | None = None) -> bytes:
+        """`most`: bytes that it may have; IntegrityError for a larger one, of which no more is read."""
+        end = None if most is None else most + 1
         if not self.is_local:
-            return self._remote.read(key)
-        with self._explained("read", key):
-            if not stat.S_ISREG((self.path / key).stat().st_mode):  # a pipe could keep its reader for ever
-                raise OSError(errno.EINVAL, "not a regular file")
-            return (self.path / key).read_bytes()
+            data = self._remote.read(key, end)
+        else:
+            with self._explained("read", key):
+                if not stat.S_ISREG((self.path / key).stat().st_mode):  # a pipe could keep its reader for ever
+                    raise OSError(errno.EINVAL, "not a regular file")
+                with (self.path / key).open("rb") as file:
+                    data = file.read(-1 if end is None else end)
+        if most is not None and len(data) > most:
+            raise IntegrityError("this file is larger than such a file may be", where=f"{self}/{key}", wanted=f"at most {most} bytes")
+        return data
 
     def write(self, key: str, data: bytes) -> None:
         """Whole or not at all: readers see the old object or the new one."""

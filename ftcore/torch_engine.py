@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftcore.batching import Wants
 from ftcore.engine_thread import EngineThread, Made
 from ftcore.engines.base import LiveEngine, Request, Stats, Token, check_prompt, check_request
 from ftcore.lora_updates import LoadedAdapter, read_updates
@@ -101,17 +102,30 @@ class TorchEngine(LiveEngine):
             await self._ordered(partial(self._thread.end, key))
 
     async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
-        return await self._probed(prompts, digest, is_embedding=False)
+        return [await self._read_only(Request("", self._checked(prompt), digest), "logits") for prompt in prompts]
 
-    async def embed(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
-        return await self._probed(prompts, digest, is_embedding=True)
+    async def embed(self, prompts: Sequence[Sequence[int]], digest: str = "", salt: str = "") -> AsyncGenerator[Any, None]:
+        asked = [Request("", self._checked(prompt), digest, salt=salt) for prompt in prompts]
+        tasks = [asyncio.create_task(self._read_only(request, "embedding")) for request in asked]
+        try:
+            for task in tasks:
+                yield await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _probed(self, prompts: Sequence[Sequence[int]], digest: str, is_embedding: bool) -> Sequence[Any]:
-        found = []
-        for prompt in prompts:
-            check_prompt(prompt, self.max_context, self.vocabulary)
-            found.append(await asyncio.wrap_future(await self._ordered(partial(self._thread.probe, list(prompt), digest, is_embedding))))
-        return found
+    def _checked(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        check_prompt(prompt, self.max_context, self.vocabulary)
+        return tuple(prompt)
+
+    async def _read_only(self, request: Request, wants: Wants) -> Any:
+        key = next(self._next_key)
+        try:
+            return await asyncio.wrap_future(await self._ordered(partial(self._thread.enter, key, request, wants)))
+        except asyncio.CancelledError:
+            self._thread.order(partial(self._thread.end, key))
+            raise
 
     def stats(self) -> Stats:
         return self._thread.stats

@@ -12,7 +12,7 @@ On a CPU, vLLM computes rows without an adapter with the weights in its last slo
 zeros here, for which there is one slot more.
 
 Not as the torch engine: temperatures are at most 2 and at least 0.01, presence and frequency penalties -2 to 2, and min_p counts before
-top_p; a seed gives the same text on this engine, not the torch engine's.
+top_p; a seed gives the same text on this engine, not the torch engine's; a constrained answer comes without log-probabilities.
 """
 
 from __future__ import annotations
@@ -34,31 +34,30 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.config.lora import MaxLoRARanks
+from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from ftcore.adapter_files import CONFIG, WEIGHTS
-from ftcore.engines.base import EngineEnded, FinishReason, LiveEngine, Request, Stats, Token, check_prompt, check_request
+from ftcore.engines.base import EngineEnded, FinishReason, LiveEngine, Request, Stats, Token, check_prompt
 from ftcore.errors import ConfigError, ModelError
 from ftcore.lora_updates import read_updates
 from ftcore.models import DTYPES
 from ftcore.probes import PRECISIONS
 from ftcore.residents import Residents
+from ftcore.vllm_requests import BACKEND, followed, params_of
 
 if TYPE_CHECKING:
     from ftcore.engines.vllm import Vllm
-
-LEAST_TOP_P = 1e-6
-"""vLLM wants more than 0; the most likely token stays in either way."""
 
 
 @dataclass
@@ -126,6 +125,7 @@ class VllmEngine(LiveEngine):
         """Requests under way, by id."""
         self._counts = Counts()
         self._is_closed = False
+        self._eos = llm.get_tokenizer().eos_token_id
 
     @classmethod
     async def start(cls, section: Vllm, base: str) -> VllmEngine:
@@ -201,11 +201,16 @@ class VllmEngine(LiveEngine):
         await self._llm.remove_lora(adapter.lora.lora_int_id)
         del self._adapters[digest], self._digests[adapter.lora.lora_int_id]
 
+    def check(self, request: Request) -> None:
+        super().check(request)
+        self._params(request)
+
+    def _params(self, request: Request) -> SamplingParams:
+        return params_of(request, self.max_context - len(request.prompt), self._eos)
+
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        check_request(request, self.max_context, self.vocabulary)
-        if request.constraint is not None:
-            raise ConfigError("this engine holds no answer to a form yet", where="constraint", remedy="serve it with engine.kind=torch")
-        params = sampling_of(request, self.max_context - len(request.prompt))
+        self.check(request)
+        params, walk = self._params(request), request.constraint.begin() if request.constraint is not None else None
         self._require_live()
         with self._using(request.adapter) as lora:
             self._open[request.id] += 1
@@ -215,8 +220,11 @@ class VllmEngine(LiveEngine):
                 async with aclosing(self._llm.generate(prompt, params, request.id, lora_request=lora)) as outputs:
                     async for output in outputs:
                         for token in self._tokens(output, request):
-                            ended = token.finish is not None
-                            yield token
+                            checked = token if walk is None else await followed(token, walk)
+                            ended = checked.finish is not None
+                            yield checked
+                            if checked.problem:
+                                return
             except VLLMValidationError as error:
                 raise ConfigError("vLLM refused this request", where=request.id[:80], got=str(error)[:300]) from error
             except (EngineDeadError, EngineGenerateError):
@@ -291,6 +299,11 @@ class VllmEngine(LiveEngine):
             raise self._end_error() from error
         raise EngineEnded("vLLM gave no logits", where=f"a prompt of {len(prompt)} tokens", remedy="ask again")
 
+    def embed(self, prompts: Sequence[Sequence[int]], digest: str = "", salt: str = "") -> AsyncGenerator[Any, None]:
+        raise ConfigError(
+            "this engine gives no embeddings: vLLM opens a base to generate or to pool, never both", wanted="the torch engine"
+        )
+
     def stats(self) -> Stats:
         last, cache, num_open = self._watch.last, self._llm.vllm_config.cache_config, self._open.total()
         capacity = (cache.num_gpu_blocks or 0) * cache.block_size
@@ -337,7 +350,8 @@ def arguments(section: Vllm, base: str, config: Any) -> AsyncEngineArgs:
         slots = section.max_loras + current_platform.is_cpu()  # the zeros'
         options = {"max_loras": slots, "max_cpu_loras": max(section.max_cpu_loras + 1, slots), "max_lora_rank": rank}
     return AsyncEngineArgs(
-        model=base, skip_tokenizer_init=True, generation_config="vllm", max_logprobs=-1, disable_log_stats=True,
+        model=base, tokenizer_mode="hf", generation_config="vllm", max_logprobs=-1, disable_log_stats=True,
+        structured_outputs_config=StructuredOutputsConfig(backend=BACKEND),
         dtype="auto" if section.dtype == "auto" else DTYPES[section.dtype], quantization=section.quantization or None,
         max_model_len=min(section.max_context, longest), max_num_seqs=section.max_batch, enable_prefix_caching=True,
         tensor_parallel_size=section.tensor_parallel_size, gpu_memory_utilization=section.gpu_memory_utilization,
@@ -362,19 +376,3 @@ def write_zeros(folder: Path, layer: str, features: tuple[int, int]) -> None:
     save_file({f"{key}A.weight": a, f"{key}B.weight": b}, folder / WEIGHTS)
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [layer.rsplit(".", 1)[-1]]}
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-
-
-def sampling_of(request: Request, room: int) -> SamplingParams:
-    """A request's sampling in vLLM's words. Raises ConfigError for what vLLM does not have."""
-    sampling = request.sampling
-    try:
-        return SamplingParams(
-            temperature=sampling.temperature, top_p=max(sampling.top_p, LEAST_TOP_P), top_k=sampling.top_k or -1, min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty, presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty, logit_bias=dict(sampling.logit_bias) or None,
-            seed=None if sampling.seed is None else sampling.seed % 2**63, logprobs=sampling.num_logprobs,
-            max_tokens=min(request.max_tokens, room), stop_token_ids=sorted(request.stop_ids), ignore_eos=True, detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-    except VLLMValidationError as error:
-        raise ConfigError("vLLM does not have this sampling", where="sampling", got=str(error)[:300]) from error

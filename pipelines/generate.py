@@ -17,7 +17,7 @@ if not __package__:  # run as a file: the rooms are siblings of this script's fo
 
 from ftcore.cli import guarded
 from ftcore.engines.base import Sampling
-from ftcore.engines.torch import Torch
+from ftcore.engines.torch import Torch, add_base_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,11 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer at most (default: 2048)")
     parser.add_argument("--workers", type=int, default=1, help="engines at once, each with a copy of the base (default: 1)")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of each worker (default: 0)")
+    add_base_options(parser)
     options = parser.parse_args(argv)
     from pipelines.generating import Wanted, generate
 
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    engine = Torch(max_batch=options.batch, max_context=options.context)
+    engine = Torch(max_batch=options.batch, max_context=options.context, dtype=options.dtype, quantise=options.quantise)
     ref = "" if options.ref == "base" else options.ref
     wanted = Wanted.of(ref, options.base, options.store, options.rows, options.out, engine, sampling, options.max_tokens)
     return generate(wanted, workers=options.workers, gpus=options.gpus)

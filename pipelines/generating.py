@@ -72,6 +72,7 @@ class Wanted:
         return {
             "adapter": self.voice.ref.full if self.voice.ref else "", "base": self.voice.base, "revision": self.voice.revision,
             "sampling": asdict(self.sampling), "max_tokens": self.max_tokens, "context": self.engine.max_context, "window": WINDOW,
+            "dtype": self.engine.dtype, "quantise": self.engine.quantise,
             "pieces": digest_of([asdict(piece) for piece in pieces]),
         }  # fmt: skip
 

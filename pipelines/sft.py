@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     if outcome.ref:
         print(f"{'adapter':<32}{outcome.ref}\n\nnext:  ftcore adapters show {outcome.ref} --store {outcome.store}")
         print(f"       ftcore merge {outcome.ref} --store {outcome.store} --out merged")
+    elif not recipe.method.is_adapter:
+        print(f"\nnext:  ftcore serve base={outcome.run.url}/final store={outcome.store}")
     return 0
 
 

@@ -10,9 +10,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -23,18 +24,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import ftcore
-from ftcore.adapters import AdapterRef
 from ftcore.engines.base import EngineEnded, Sampling
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
 from serving.audit import AuditLog
 from serving.gate import Gate, Refusal
-from serving.jobs import Event, Job, Opening
+from serving.homes import Homes
+from serving.jobs import Answerer, Event, Job, Opening
 from serving.metering import Account, audit_refusal
 from serving.published_keys import published_keys
 from serving.quotas import Quotas
 from serving.schema import MAX_LOGPROBS, ChatAsked, EmbeddingsAsked, TextAsked, error_body
 from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
 from serving.shapes import Shape, chat_shape, embeddings_body, text_shape
+from serving.states import States
 from serving.tenants import Caller
 from serving.traces import Asker
 
@@ -43,7 +45,7 @@ SESSION = "x-ftcore-session"
 
 
 class Answers(Protocol):
-    """What computes: a Serve handle, or a Replica in this process."""
+    """What computes on one base: a Serve handle, or a Replica in this process."""
 
     def answer(self, job: Job) -> AsyncGenerator[Event, None]: ...
 
@@ -54,11 +56,14 @@ class Answers(Protocol):
 class Service:
     """What the routes work with; made once in the process that serves them."""
 
-    def __init__(self, gate: Gate, answers: Answers) -> None:
+    def __init__(self, gate: Gate, answers: Mapping[str, Answers]) -> None:
+        """`answers`: by the base's name."""
         self.gate, self.answers = gate, answers
         self.quotas = Quotas(gate.settings.store)
         self.audit = AuditLog(gate.settings.store, gate.settings.audit_spool)
-        self.seeing = Seeing(gate, answers.states)
+        self.states = States({name: each.states for name, each in answers.items()})
+        self.homes = Homes(gate.settings, gate.directory, self.states)
+        self.seeing = Seeing(gate, self.states, self.homes)
         self.forms = ThreadPoolExecutor(2, thread_name_prefix="forms")
         """Checks schemas and tools: a second's work for the largest, which nobody else waits for."""
 
@@ -66,10 +71,12 @@ class Service:
         await asyncio.to_thread(self.audit.open)
         self.quotas.open()
         await self.gate.open()
+        await self.homes.open()
 
     async def close(self) -> None:
         """Once no answer is under way."""
         self.gate.close()
+        await self.homes.close()
         self.forms.shutdown(wait=False)
         await self.quotas.close()
         await asyncio.to_thread(self.audit.close)
@@ -103,12 +110,12 @@ def build_api(service: Callable[[], Service]) -> FastAPI:
 def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
     @api.get("/v1/models")
     async def models(request: Request) -> Response:
-        gate, caller = service().gate, request.state.caller
-        own = gate.settings.base_name
-        base = {"id": own, "object": "model", "created": 0, "owned_by": "ftcore", "root": own, "parent": None}
-        rows = [base]
+        gate, homes, caller = service().gate, service().homes, request.state.caller
+        await homes.learn()
+        base = {"object": "model", "created": 0, "owned_by": "ftcore", "parent": None}
+        rows = [{**base, "id": name, "root": name} for name in gate.settings.bases_of(caller.tenant)]
         for name, ref in gate.directory.picture.models(caller.tenant):
-            rows.append({**base, "id": name, "owned_by": caller.tenant, "root": ref.full, "parent": own})
+            rows.append({**base, "id": name, "owned_by": caller.tenant, "root": ref.full, "parent": homes.known(ref) or None})
         return JSONResponse({"object": "list", "data": rows})
 
     @api.get("/v1/receipt-keys")
@@ -119,8 +126,8 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
 
 async def _embed(service: Service, request: Request, asked: EmbeddingsAsked) -> Response:
     caller: Caller = request.state.caller
-    ref, fallback = _found(service, request, caller, asked.model)
-    job = Job(uuid.uuid4().hex, caller.tenant, ref, fallback, "", None, Sampling(), inputs=asked.inputs)
+    answerer = await _found(service, request, caller, asked.model)
+    job = Job(uuid.uuid4().hex, caller.tenant, answerer, "", None, Sampling(), inputs=asked.inputs)
     opening, events = await _begun(service, request, caller, job, asked.model)
     async with aclosing(events):
         body = embeddings_body([event async for event in events], asked.model, asked.encoding_format)
@@ -130,7 +137,7 @@ async def _embed(service: Service, request: Request, asked: EmbeddingsAsked) -> 
 async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsked, prompt: Any, shape: Shape) -> Response:
     caller: Caller = request.state.caller
     num_logprobs, limit = asked.num_logprobs, asked.limit
-    ref, fallback = _found(service, request, caller, asked.model)
+    answerer = await _found(service, request, caller, asked.model)
     if asked.n > caller.limits.max_choices:
         raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
     if limit is not None and limit > caller.limits.max_tokens:
@@ -140,8 +147,8 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
     loop = asyncio.get_running_loop()
     constraint, tools = await loop.run_in_executor(service.forms, asked.form) if asked.has_form else (None, None)
     job = Job(
-        uuid.uuid4().hex, caller.tenant, ref, fallback, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
-        asked.sampling(num_logprobs), asked.stops, asked.n, constraint, tools,
+        uuid.uuid4().hex, caller.tenant, answerer, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
+        asked.sampling(num_logprobs), asked.stops, asked.n, constraint, tools, is_streamed=asked.stream,
     )  # fmt: skip
     opening, events = await _begun(service, request, caller, job, asked.model)
     headers = _headers(service, caller, job, opening)
@@ -155,10 +162,12 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
     return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
 
 
-def _found(service: Service, request: Request, caller: Caller, model: str) -> tuple[AdapterRef | None, AdapterRef | None]:
-    """(what answers, what answers while that is not in). Raises Refusal."""
+async def _found(service: Service, request: Request, caller: Caller, model: str) -> Answerer:
+    """What that name means to this caller. Raises Refusal, and what `Homes.answerer` does."""
     ref = service.gate.find(caller, model, request.headers.get(SESSION, "")[:256])
-    return ref, service.gate.directory.picture.before(ref) if ref is not None and "@" not in model else None
+    if ref is None:
+        return Answerer(model)
+    return await service.homes.answerer(ref, service.gate.directory.picture.before(ref) if "@" not in model else None)
 
 
 async def _begun(
@@ -188,11 +197,13 @@ def _headers(service: Service, caller: Caller, job: Job, opening: Opening) -> di
 
 async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) -> AsyncGenerator[Event, None]:
     """A job's events, in one of the tenant's places, on its account, and watched."""
-    account = Account(service.quotas, service.audit, caller, job, service.gate.settings.engine.max_context)
+    bases = service.gate.settings.all_bases
+    max_context = max(bases[each.base].engine.max_context for each in (job.answerer, job.answerer.elsewhere) if each)
+    account = Account(service.quotas, service.audit, caller, job, max_context)
     try:
         with service.gate.places(caller, job.num_choices):
             await account.begin()
-            async with aclosing(service.seeing.watched(job, asker, service.answers.answer(job))) as events:
+            async with aclosing(service.seeing.watched(job, asker, _computed(service.answers, job))) as events:
                 async for event in events:
                     await account.saw(event)
                     yield event
@@ -202,6 +213,23 @@ async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) ->
         raise refusal from error
     finally:
         account.end()
+
+
+async def _computed(answers: Mapping[str, Answers], job: Job) -> AsyncGenerator[Event, None]:
+    """What its base answers; where that refuses the version, what the base of the version before it does."""
+    other, begun = job.answerer.elsewhere, False
+    try:
+        async with aclosing(answers[job.answerer.base].answer(job)) as events:
+            async for event in events:
+                begun = True
+                yield event
+        return
+    except Exception as error:
+        if other is None or begun or _refusal(error).code != "adapter_refused":
+            raise
+    async with aclosing(answers[other.base].answer(replace(job, answerer=other))) as events:
+        async for event in events:
+            yield event
 
 
 async def _sse(bodies: AsyncGenerator[dict[str, Any], None], job: str) -> AsyncIterator[bytes]:
@@ -345,7 +373,7 @@ def _refusal(error: BaseException) -> Refusal:
     if isinstance(error, StorageError):
         return Refusal(503, "the adapter store cannot be reached", "store_unavailable", kind="server_error", retry_after_s=5)
     ray = {kind.__name__ for kind in type(error).__mro__}  # this file imports none of it
-    if "RayActorError" in ray:
+    if ray & {"RayActorError", "AioRpcError"}:  # the second: one that went down with its replica
         return Refusal(503, "the replica that was to answer has ended: ask again", "replica_ended", kind="server_error", retry_after_s=1)
     if "BackPressureError" in ray:
         return Refusal(503, "no replica can take this request now", "overloaded", kind="server_error", retry_after_s=1)

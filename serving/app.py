@@ -25,7 +25,7 @@ from ftcore.errors import ConfigError
 from serving.api import Service, build_api
 from serving.exposure import require_guarded
 from serving.gate import Gate
-from serving.jobs import Event, Job
+from serving.jobs import SHORT_WAY, Event, Job
 from serving.router import AdapterRouter
 from serving.settings import Replicas, ServeSettings
 
@@ -50,15 +50,25 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 def application(settings: ServeSettings) -> serve.Application:
     """Raises ConfigError for what would be unsafe: a door beyond this machine that is open, or of glass."""
     require_guarded(settings, "host", settings.host, has_keys=not settings.is_local_only, make_one="ftcore tenants add FOLDER NAME")
-    tree = settings.model_dump(mode="json")
+    engines = {
+        name: _engine(settings.of(name), "engine" if name == settings.base_name else f"engine-{name}") for name in settings.all_bases
+    }
+    # what is over the replicas' share is told so, by the handle
+    most = sum(2 * base.queue * base.replicas.max for base in settings.all_bases.values()) + 8
+    ingress = Ingress.options(max_ongoing_requests=most, max_queued_requests=most)  # type: ignore[attr-defined]
+    return ingress.bind(settings.model_dump(mode="json"), engines)
+
+
+def _engine(settings: ServeSettings, name: str) -> serve.Application:
+    """The replicas of the first base of `settings`."""
     engine = EngineReplica.options(  # type: ignore[attr-defined]
         **_copies(settings.replicas),
+        name=name,
         max_ongoing_requests=settings.queue,
         max_queued_requests=settings.queue,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
-    ).bind(tree)
-    most = 2 * settings.queue * settings.replicas.max + 8  # what is over the replicas' share is told so, by the handle
-    return Ingress.options(max_ongoing_requests=most, max_queued_requests=most).bind(tree, engine)  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "runtime_env": {"env_vars": SHORT_WAY}},
+    )
+    return engine.bind(settings.model_dump(mode="json"))
 
 
 def _copies(replicas: Replicas) -> dict[str, Any]:
@@ -112,7 +122,7 @@ class EngineReplica:
 
 
 class Handle:
-    """The engine deployment as the API sees it."""
+    """One base's deployment as the API sees it."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -133,8 +143,9 @@ class Handle:
             await asyncio.sleep(0.2 * attempt)
 
     async def _answer(self, job: Job) -> AsyncGenerator[Event, None]:
-        name = f"{job.ref.tenant}/{job.ref.name}" if job.ref else ""  # not the digest: a new version finds the old one where it goes
-        response = self._handle.options(stream=True, multiplexed_model_id=name).answer.remote(job)
+        ref = job.answerer.ref
+        name = f"{ref.tenant}/{ref.name}" if ref else ""  # not the digest: a new version finds the old one where it goes
+        response = self._handle.options(stream=True, multiplexed_model_id=name, _by_reference=False).answer.remote(job)
         ended = False
         try:
             async for event in response:  # type: ignore[union-attr]
@@ -153,14 +164,13 @@ class Handle:
         return [state for state in found if not isinstance(state, Exception)]
 
 
-@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=60)
+@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SHORT_WAY}}, graceful_shutdown_timeout_s=60)
 @serve.ingress(lambda: build_api(_service))
 class Ingress:
     """Reads keys and names, then hands jobs on."""
 
-    def __init__(self, tree: dict[str, Any], engine: DeploymentHandle) -> None:
-        self._settings = ServeSettings.model_validate(tree)
-        self.service = Service(Gate(self._settings), Handle(engine))
+    def __init__(self, tree: dict[str, Any], engines: dict[str, DeploymentHandle]) -> None:
+        self.service = Service(Gate(ServeSettings.model_validate(tree)), {name: Handle(engine) for name, engine in engines.items()})
         self._opened: asyncio.Task[None] | None = None
 
     async def check_health(self) -> None:

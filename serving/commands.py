@@ -23,7 +23,7 @@ def serve_main(arguments: Sequence[str]) -> int:
     """Serves until SIGINT or SIGTERM, then drains."""
     keys = ", ".join(leaf_paths(ServeSettings))
     parser = argparse.ArgumentParser(
-        prog="ftcore serve", description="answer over HTTP (OpenAI's routes), each tenant with its own adapters on one base",
+        prog="ftcore serve", description="answer over HTTP (OpenAI's routes), each tenant with its own adapters on one base or several",
         epilog=f"keys: {keys}",
     )  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="[FILE.yaml] PATH=VALUE")
@@ -58,8 +58,9 @@ def _serve(settings: ServeSettings) -> int:
 
     over = threading.Event()
     started = time.monotonic()
-    num = settings.replicas.min
-    print(f"loading {settings.base} in {num} replica{'s' * (num != 1)}", flush=True)
+    for name, base in settings.all_bases.items():
+        num = base.replicas.min
+        print(f"loading {base.base} in {num} replica{'s' * (num != 1)}" + f" as {name}" * bool(settings.bases), flush=True)
     with admin_running(settings) as admin_url, running(settings) as url:
         for number in (signal.SIGINT, signal.SIGTERM):  # not before: Ray puts handlers of its own there as it starts
             signal.signal(number, lambda *_: over.set())

@@ -9,7 +9,7 @@ last picture stays, and `/readyz` says so.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ftcore.adapter_files import CARD
@@ -69,6 +69,23 @@ class Picture:
         known = self.tenants.get(ref.tenant, {}).get(ref.name)
         digest = known.digest("previous") if known is not None else ""
         return AdapterRef(ref.tenant, ref.name, digest) if digest and digest != ref.digest else None
+
+    def current(self) -> Iterator[AdapterRef]:
+        """What names mean now: several versions of a name that shares its traffic."""
+        for tenant, names in self.tenants.items():
+            for name, known in names.items():
+                yield from (AdapterRef(tenant, name, digest) for digest in known.current)
+
+    def pinned(self) -> Iterator[AdapterRef]:
+        """What names and their aliases mean now, and meant before."""
+        for tenant, names in self.tenants.items():
+            for name, known in names.items():
+                yield from (AdapterRef(tenant, name, digest) for digest in sorted(known.pointer.pinned() & known.versions - known.revoked))
+
+    def holds(self, ref: AdapterRef) -> bool:
+        """Whether that version is sealed in the store."""
+        known = self.tenants.get(ref.tenant, {}).get(ref.name)
+        return known is not None and ref.digest in known.versions
 
 
 class Directory:

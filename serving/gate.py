@@ -94,8 +94,8 @@ class Gate:
             raise Refusal(403, "without keys only this machine may ask", "forbidden", kind="permission_error")
 
     def find(self, caller: Caller, model: str, session: str) -> AdapterRef | None:
-        """None for the bare base. Raises Refusal 404 for anything that is not the caller's."""
-        if model == self.settings.base_name:
+        """None for a bare base. Raises Refusal 404 for anything that is not the caller's."""
+        if model in self.settings.bases_of(caller.tenant):
             return None
         ref = self.directory.picture.find(caller.tenant, model, f"{caller.tenant}:{session}" if session else "")
         if ref is None:

@@ -28,7 +28,7 @@ class Account:
         self._quotas, self._audit, self._caller, self._job, self._max_context = quotas, audit, caller, job, max_context
         self._began, self._time = time.monotonic(), utc_now()
         self._reservation: Reservation | None = None
-        self._adapter, self._base = job.ref.full if job.ref else "", ""
+        self._adapter, self._base = job.answerer.ref.full if job.answerer.ref else "", ""
         self._prompt_tokens = self._completion_tokens = 0
         self._outcome, self._code = "aborted", ""  # until something else is seen
         self._cut = False

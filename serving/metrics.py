@@ -59,9 +59,9 @@ class Row:
 class Metrics:
     """One for each ingress process."""
 
-    def __init__(self, num_labels: int, base_name: str) -> None:
+    def __init__(self, num_labels: int) -> None:
         disable_created_metrics()
-        self.registry, self.labels, self._base_name = CollectorRegistry(), Labels(num_labels), base_name
+        self.registry, self.labels = CollectorRegistry(), Labels(num_labels)
         self._rows: dict[tuple[str, str], Row] = {}
 
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
@@ -85,7 +85,7 @@ class Metrics:
         self._refusals.labels(self.labels.of(tenant, OTHER)[0] if tenant else "", code).inc()
 
     def begun(self, job: Job) -> Answer:
-        pair = self.labels.of(job.tenant, job.ref.name if job.ref is not None else self._base_name)
+        pair = self.labels.of(job.tenant, job.answerer.ref.name if job.answerer.ref is not None else job.answerer.base)
         return Answer(self._rows.get(pair) or self._row(pair), job.num_choices)
 
     def _row(self, pair: tuple[str, str]) -> Row:

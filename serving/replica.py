@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
@@ -20,16 +18,18 @@ from typing import Any
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.constraints import Grammar, Grammars
 from ftcore.data.types import Message
-from ftcore.engines.base import EngineEnded, LiveEngine, Request, Token, check_prompt, check_request
+from ftcore.engines.base import EngineEnded, LiveEngine, Request, Token, check_prompt
 from ftcore.errors import ConfigError, IntegrityError, ModelError
 from ftcore.receipts import Said, Signer, said, said_vector
 from ftcore.served_base import ServedBase
 from ftcore.text_stream import TextStream
 from ftcore.tool_calls import CallPart, CallStream, ToolFormat, call_constraint, marks_are_special, whole_calls
 from serving.desired import Desired
-from serving.jobs import Closing, Event, Finish, Job, Opening, Piece, TokenInfo, Vector
+from serving.jobs import Closing, Event, Finish, Job, Opening, Piece, TokenInfo, Vector, gathered
+from serving.lineage import Origin
 from serving.published_keys import publish_key
 from serving.publishers import Publishers
+from serving.scratch import Scratch
 from serving.settings import ServeSettings
 from serving.slots import Slots
 
@@ -53,15 +53,19 @@ class Plan:
 
 
 class Replica:
-    """Answers Jobs. `open` makes one; `cache` is a folder of its own, removed when it closes."""
+    """Answers Jobs. `open` makes one."""
 
-    def __init__(self, settings: ServeSettings, engine: LiveEngine, base: ServedBase, cache: Path) -> None:
+    def __init__(self, settings: ServeSettings, engine: LiveEngine, base: ServedBase, scratch: Scratch) -> None:
+        """`scratch`: removed when it closes."""
         self.settings, self.engine, self.base = settings, engine, base
-        self._cache = cache
+        self._scratch = scratch
         self.store = AdapterStore(settings.store)
-        self.slots = Slots(engine, self.store, cache, Publishers(settings).require, self._prove, max_bytes=settings.adapter_mib << 20)
+        self.slots = Slots(
+            engine, self.store, scratch.path, Publishers(settings).require, self._prove, max_bytes=settings.adapter_mib << 20
+        )
         self.signer = Signer()
-        self.desired = Desired(settings, self.store, self.slots)
+        self.origin = Origin(base.weights, base.tokenizer_digest, base.chat.template_digest if base.chat else "")
+        self.desired = Desired(settings, self.store, self.slots, self.origin)
         self.num_answers = 0
         self.grammars = Grammars(base.tokenizer, base.stop_ids, engine.vocabulary)
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
@@ -75,7 +79,7 @@ class Replica:
         sys.setswitchinterval(SWITCH_S)
         base = await asyncio.to_thread(ServedBase, settings.base, settings.base_revision, settings.chat_template)
         engine = await settings.engine.open(str(base.folder))
-        replica = cls(settings, engine, base, cache or Path(tempfile.mkdtemp(prefix="ftcore-adapters-")))
+        replica = cls(settings, engine, base, Scratch(cache) if cache is not None else await asyncio.to_thread(Scratch.new))
         await asyncio.to_thread(publish_key, settings.store, replica.signer.key_id, replica.signer.public_pem)
         await replica.desired.follow()
         return replica
@@ -87,11 +91,12 @@ class Replica:
         await self.engine.close()
         self._tokenising.shutdown(wait=False)
         self.grammars.close()
-        await asyncio.to_thread(shutil.rmtree, self._cache, ignore_errors=True)  # fetched again by whoever needs it
+        await asyncio.to_thread(self._scratch.remove)  # fetched again by whoever needs it
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         """Streams the events of one job; closing the iterator aborts it. Raises FtcoreError for what cannot be answered."""
-        async with aclosing(self._embedded(job) if job.inputs else self._answered(job)) as events:
+        answered = self._embedded(job) if job.inputs else self._answered(job)
+        async with aclosing(answered if job.is_streamed else gathered(answered)) as events:
             async for event in events:
                 yield event
 
@@ -102,14 +107,14 @@ class Replica:
             check_prompt(prompt, self.engine.max_context, self.engine.vocabulary)
         async with self._held(job) as (ref, was_cold):
             digest, name = (ref.digest, ref.full) if ref else ("", "")
-            total, outputs = sum(map(len, prompts)), []
-            for index, prompt in enumerate(prompts):
-                (vector,) = await self.engine.embed([prompt], digest)
-                if not index:  # what an engine refuses, it refuses before
-                    yield Opening(name, self.base.weights, self.signer.key_id, was_cold, total)
-                values = vector.astype("<f4").tobytes()
-                outputs.append(said_vector(values))
-                yield Vector(index, values)
+            total, outputs = sum(map(len, prompts)), list[Said]()
+            async with aclosing(self.engine.embed(prompts, digest, job.tenant)) as vectors:
+                async for vector in vectors:
+                    index, values = len(outputs), vector.astype("<f4").tobytes()
+                    if not index:  # what an engine refuses, it refuses before
+                        yield Opening(name, self.base.weights, self.signer.key_id, was_cold, total)
+                    outputs.append(said_vector(values))
+                    yield Vector(index, values)
             yield self._closing(job, name, total, 0, outputs)
 
     def _closing(self, job: Job, name: str, prompt_tokens: int, used: int, outputs: Sequence[Said]) -> Closing:
@@ -122,9 +127,7 @@ class Replica:
         prompt = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._prompt, job)
         grammar = await self._grammar(job, format)
         room = self.engine.max_context - len(prompt)
-        check_request(
-            Request(job.id, prompt, "", job.max_tokens or 1, sampling=job.sampling), self.engine.max_context, self.engine.vocabulary
-        )
+        self.engine.check(Request(job.id, prompt, "", job.max_tokens or 1, self.base.stop_ids, job.sampling, constraint=grammar))
         plan = Plan(job, prompt, min(room, job.max_tokens or room), grammar, format)
         async with self._held(job) as (ref, was_cold):
             digest, name = (ref.digest, ref.full) if ref else ("", "")
@@ -251,11 +254,11 @@ class Replica:
     @asynccontextmanager
     async def _held(self, job: Job) -> AsyncIterator[tuple[AdapterRef | None, bool]]:
         """(the version that answers, whether it had to be loaded). A name goes on meaning its version before until the new one is in."""
-        ref = job.ref
+        ref, fallback = job.answerer.ref, job.answerer.fallback
         if ref is None:
             yield None, False
             return
-        resident, fallback = self.slots.resident, job.fallback
+        resident = self.slots.resident
         if ref not in resident and fallback is not None:
             if fallback in resident:
                 self.slots.load_behind(ref)
@@ -287,7 +290,7 @@ class Replica:
     def state(self) -> dict[str, Any]:
         """What this replica holds, for people, metrics and readiness."""
         return {
-            "replica": self.signer.key_id, "base": self.base.weights, "missing": self.desired.missing,
+            "replica": self.signer.key_id, "missing": self.desired.missing, **asdict(self.origin),
             "resident": {slot.ref.full: {"pins": slot.pins, "load_s": round(slot.load_s, 3)} for slot in self.slots.resident.values()},
             "refused": {ref.full: reason for ref, reason in self.slots.refusals.items()},
             "engine": asdict(self.engine.stats()), "num_answers": self.num_answers, **asdict(self.slots.counts),

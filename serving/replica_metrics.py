@@ -1,6 +1,6 @@
 """Replica metrics: the figures that replicas keep themselves, as Prometheus families.
 
-In: the states of all replicas at one moment. Out: families labelled by the replica's number. Runs in: the ingress.
+In: the states of all replicas at one moment. Out: families labelled by the replica's number and its base. Runs in: the ingress.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serving.metrics import PAIR, Labels
 from serving.slots import LOAD_BOUNDS_S
 from serving.states import State
 
-REPLICA = ("replica",)
+REPLICA = ("replica", "base")
 GAUGES = {  # name -> (key of the engine's stats, help)
     "rows_running": ("num_running", "Answers in the batch."),
     "rows_waiting": ("num_waiting", "Answers that wait for a place in the batch."),
@@ -58,10 +58,9 @@ class Replicas(Collector):
         waited = SummaryMetricFamily("ftcore_queue_wait_seconds", "What answers waited for a place in the batch.", labels=REPLICA)
         loads = HistogramMetricFamily("ftcore_adapter_load_seconds", "Fetching, checking, loading and proving a version.", labels=REPLICA)
         for state in self.states:
-            number = [str(state["number"])]
-            waited.add_metric(number, state["engine"]["num_admitted"], state["engine"]["waited_s"])
+            waited.add_metric(_labels(state), state["engine"]["num_admitted"], state["engine"]["waited_s"])
             bounds = [*map(str, LOAD_BOUNDS_S), "+Inf"]
-            loads.add_metric(number, list(zip(bounds, accumulate(state["loads"]), strict=True)), state["load_s"])
+            loads.add_metric(_labels(state), list(zip(bounds, accumulate(state["loads"]), strict=True)), state["load_s"])
         yield waited
         yield loads
         yield self._residency()
@@ -71,7 +70,7 @@ class Replicas(Collector):
         for state in self.states:
             pairs = Counter(self.labels.of(*split_ref(full)[:2]) for full in state["resident"])
             for pair, count in pairs.items():
-                family.add_metric([str(state["number"]), *pair], count)
+                family.add_metric([*_labels(state), *pair], count)
         return family
 
     def _gauge(self, name: str, what: str, values: Sequence[float]) -> Metric:
@@ -82,5 +81,9 @@ class Replicas(Collector):
 
     def _filled(self, family: GaugeMetricFamily | CounterMetricFamily, values: Sequence[float]) -> Metric:
         for state, value in zip(self.states, values, strict=True):
-            family.add_metric([str(state["number"])], value)
+            family.add_metric(_labels(state), value)
         return family
+
+
+def _labels(state: State) -> list[str]:
+    return [str(state["number"]), state["base"]]

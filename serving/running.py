@@ -15,6 +15,7 @@ from ray import serve
 from cluster.connect import connect
 from serving.app import application
 from serving.exposure import require_served
+from serving.jobs import SHORT_WAY
 from serving.settings import ServeSettings
 
 NAME = "ftcore"
@@ -28,9 +29,10 @@ def running(settings: ServeSettings) -> Iterator[str]:
     On a cluster that others use, their Serve applications stay; a Ray that was started here ends.
     """
     app = application(settings)
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    for name, value in {"RAY_SERVE_LOG_TO_STDERR": "0", **SHORT_WAY}.items():  # a Ray that is started here has them for its proxy, too
+        os.environ.setdefault(name, value)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    connection = connect(local_cpus=settings.num_cpus * settings.replicas.max + 1)
+    connection = connect(local_cpus=sum(base.num_cpus * base.replicas.max for base in settings.all_bases.values()) + 1)
     try:
         options = {"host": settings.host, "port": settings.port}
         if settings.tls is not None:

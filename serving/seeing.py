@@ -7,7 +7,7 @@ Runs in: the ingress.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -16,10 +16,11 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from serving.gate import Gate
+from serving.homes import Homes
 from serving.jobs import Event, Job
 from serving.metrics import Metrics
 from serving.replica_metrics import Replicas
-from serving.states import State, States, reasons
+from serving.states import States, reasons
 from serving.traces import Asker, Traces
 
 OPEN_ROUTES = ("/healthz", "/readyz")
@@ -29,11 +30,11 @@ OPERATOR_ROUTES = ("/metrics", "/status")
 class Seeing:
     """One for each ingress process."""
 
-    def __init__(self, gate: Gate, ask: Callable[[], Awaitable[list[State]]]) -> None:
+    def __init__(self, gate: Gate, states: States, homes: Homes) -> None:
         settings = gate.settings
-        self._gate = gate
-        self.metrics = Metrics(settings.metrics.labels, settings.base_name)
-        self.states = States(ask)
+        self._gate, self._homes = gate, homes
+        self.metrics = Metrics(settings.metrics.labels)
+        self.states = states
         self.traces = Traces(settings.otel_endpoint) if settings.otel_endpoint else None
 
     async def watched(self, job: Job, asker: Asker, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
@@ -65,19 +66,21 @@ class Seeing:
     async def readiness(self) -> dict[str, Any]:
         """Whether requests should come; names nobody."""
         states = await self.states.now()
-        why = reasons(states)
+        why = reasons(states, len(self._gate.settings.all_bases))
         store = "away" if self._gate.directory.problem else "ok"
         return {"status": "not ready" if why else "ready", "reasons": why, "replicas": len(states), "store": store}
 
     async def status(self) -> dict[str, Any]:
-        """Which replica holds what, what names mean now, what was refused and why."""
+        """Which replica holds what, what names mean now and on which base, what was refused and why."""
         picture = self._gate.directory.picture
         desired = {
             f"{tenant}/{name}": {target.digest: target.share for target in known.pointer.targets}
             for tenant, names in picture.tenants.items()
             for name, known in names.items()
         }
-        return {"replicas": await self.states.now(), "desired": desired, "store": self._gate.directory.problem or "ok"}
+        replicas = await self.states.now()
+        bases = {ref.full: self._homes.known(ref) for ref in picture.current()}
+        return {"replicas": replicas, "desired": desired, "bases": bases, "store": self._gate.directory.problem or "ok"}
 
     def close(self) -> None:
         if self.traces is not None:

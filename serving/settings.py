@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ftcore.card import Digest, Name
 from ftcore.engines.base import EngineChoice
@@ -121,8 +121,8 @@ class Replicas(Section):
         return self
 
 
-class ServeSettings(Section):
-    """One base, many tenants' adapters."""
+class Base(Section):
+    """One model, and what serves it."""
 
     base: str = Field(min_length=1)
     """Folder or hub name of the base."""
@@ -131,14 +131,6 @@ class ServeSettings(Section):
     """As in a recipe's `model.chat_template`: adapters are served under the template they were trained with, and no other."""
     tool_format: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
     """How the base writes tool calls; `auto`: as its chat template shows."""
-    base_name: Name = "base"
-    """What clients call the bare base."""
-    store: str = Field(min_length=1)
-    """The adapter store: a folder, s3:// or another fsspec path."""
-    tenants: str = ""
-    """Folder of tenants and their keys (`ftcore tenants`); empty: no keys, and only this machine may ask, as tenant `local_tenant`."""
-    local_tenant: Name = "demo"
-    """Whose adapters are served when there are no keys."""
     engine: EngineChoice = Field(default="torch")
     """What computes."""
     replicas: Replicas = Replicas()
@@ -147,6 +139,42 @@ class ServeSettings(Section):
     """Logical CPUs of a replica."""
     num_gpus: float = Field(0, ge=0)
     """GPUs of a replica."""
+    queue: int = Field(256, ge=1)
+    """Requests a replica takes at most, under way and waiting; further ones get 503 with Retry-After."""
+    adapter_mib: int = Field(4096, ge=1)
+    """Memory for loaded adapters; those not in use leave first."""
+    preload: tuple[Desired, ...] = ()
+    """Adapters (`tenant/name`) that a replica holds before it takes requests, and goes on holding; `all`: every name, while they fit."""
+    only: tuple[Name, ...] = ()
+    """Tenants that see this base and may ask it, and whose adapters on it are answered; empty: every one."""
+
+    @field_validator("preload", "only", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    def is_for(self, tenant: str) -> bool:
+        return not self.only or tenant in self.only
+
+    @property
+    def preloads_all(self) -> bool:
+        return ALL in self.preload
+
+
+class ServeSettings(Base):
+    """One base or several, many tenants' adapters. What stands in `Base` is the first one's."""
+
+    base_name: Name = "base"
+    """What clients call the bare base."""
+    bases: dict[Name, Base] = Field(default_factory=dict)
+    """Further bases, by what clients call them: a full fine-tune, for one. What is left out has its default, not what the first one has.
+    Each adapter is answered on the base that it was trained on."""
+    store: str = Field(min_length=1)
+    """The adapter store: a folder, s3:// or another fsspec path."""
+    tenants: str = ""
+    """Folder of tenants and their keys (`ftcore tenants`); empty: no keys, and only this machine may ask, as tenant `local_tenant`."""
+    local_tenant: Name = "demo"
+    """Whose adapters are served when there are no keys."""
     host: str = "127.0.0.1"
     """Any other than this machine's own is refused without keys, and in the clear: it takes `tls` or `behind_proxy`."""
     port: int = Field(8000, ge=0, le=65535)
@@ -158,10 +186,6 @@ class ServeSettings(Section):
     behind_proxy: bool = False
     """TLS ends in a proxy before this server, so it may listen in the clear. It takes keys, since every client comes from the proxy's
     address then; nothing here believes what a header like X-Forwarded-For says of another."""
-    queue: int = Field(256, ge=1)
-    """Requests a replica takes at most, under way and waiting; further ones get 503 with Retry-After."""
-    adapter_mib: int = Field(4096, ge=1)
-    """Memory for loaded adapters; those not in use leave first."""
     poll_s: float = Field(1.0, gt=0, le=5)
     """How often the store is asked what names point at now, and what was revoked."""
     max_body_kib: int = Field(1024, ge=1)
@@ -174,8 +198,6 @@ class ServeSettings(Section):
     """Of every tenant that has none of its own (`ftcore tenants limits`)."""
     audit_spool: str = ""
     """Local folder where audit lines wait to be sealed into the store; empty: in a local store itself, else below ~/.local/state/ftcore."""
-    preload: tuple[Desired, ...] = ()
-    """Adapters (`tenant/name`) that a replica holds before it takes requests, and goes on holding; `all`: every name, while they fit."""
     metrics: Metrics = Metrics()
     admin: Admin = Admin()
     jwt: Jwt | None = None
@@ -183,10 +205,13 @@ class ServeSettings(Section):
     otel_endpoint: str = Field("", pattern=r"^(https?://[^\s@]+)?$")
     """Where traces go (OTLP over HTTP, like `http://localhost:4318/v1/traces`); empty: nowhere."""
 
-    @field_validator("preload", mode="before")
+    @field_validator("bases")
     @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
+    def _one_name_each(cls, bases: dict[str, Base], info: ValidationInfo) -> dict[str, Base]:
+        first = info.data.get("base_name")
+        if first in bases:
+            raise ValueError(f"{first} is what clients call the first base (base_name): give this one another name")
+        return bases
 
     @model_validator(mode="after")
     def _tokens_name_tenants(self) -> ServeSettings:
@@ -205,8 +230,18 @@ class ServeSettings(Section):
         return not self.tenants
 
     @property
-    def preloads_all(self) -> bool:
-        return ALL in self.preload
+    def all_bases(self) -> dict[str, Base]:
+        """What clients call it -> a base; the first one first."""
+        return {self.base_name: self, **self.bases}
+
+    def bases_of(self, tenant: str) -> list[str]:
+        """Names of the bases that a tenant sees."""
+        return [name for name, base in self.all_bases.items() if base.is_for(tenant)]
+
+    def of(self, name: str) -> ServeSettings:
+        """The same settings with that base as the first one: what its replicas are given."""
+        own, others = self.all_bases[name], {other: base for other, base in self.all_bases.items() if other != name}
+        return self.model_copy(update={**{key: getattr(own, key) for key in Base.model_fields}, "base_name": name, "bases": others})
 
 
 def settings_of(words: Sequence[str]) -> ServeSettings:

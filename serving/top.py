@@ -76,14 +76,15 @@ def frame(before: Sample, after: Sample) -> Iterator[str]:
 
 
 def _replicas(after: Sample, rate: Callable[..., float]) -> Iterator[str]:
-    yield f"{'replica':<9} {'tokens/s':>9} {'running':>8} {'waiting':>8} {'cache':>7} {'reused':>7} {'adapters':>9} {'MiB':>8}"
-    for each in after.each("ftcore_rows_running", "replica"):
+    yield f"{'replica':<24} {'tokens/s':>9} {'running':>8} {'waiting':>8} {'cache':>7} {'reused':>7} {'adapters':>9} {'MiB':>8}"
+    for each in after.each("ftcore_rows_running", "replica", "base"):
         room = after.sum("ftcore_cache_capacity_tokens", **each)
         reused, computed = rate("ftcore_engine_reused_prompt_tokens_total", **each), rate("ftcore_engine_prompt_tokens_total", **each)
         full = f"{after.sum('ftcore_cache_tokens', **each) / room:.0%}" if room else "-"
         share = f"{reused / (reused + computed):.0%}" if reused + computed else "-"
+        title = printable(f"{each['replica']} {each['base']}")
         yield (
-            f"{each['replica']:<9} {rate('ftcore_engine_tokens_total', **each):>9.1f} {after.sum('ftcore_rows_running', **each):>8.0f} "
+            f"{title:<24.24} {rate('ftcore_engine_tokens_total', **each):>9.1f} {after.sum('ftcore_rows_running', **each):>8.0f} "
             f"{after.sum('ftcore_rows_waiting', **each):>8.0f} {full:>7} {share:>7} {after.sum('ftcore_resident_adapters', **each):>9.0f} "
             f"{after.sum('ftcore_adapter_bytes', **each) / 2**20:>8.1f}"
         )

@@ -1,4 +1,5 @@
-"""Watching: a running server from outside. `ftcore serve --status URL` tells who serves what; `--top URL` shows what happens, live.
+"""Watching: a running server from outside. `ftcore adapters status URL` (or `ftcore serve --status URL`) tells who serves what;
+`ftcore serve --top URL` shows what happens, live.
 
 In: /status and /metrics of a server, by its metrics key (FTCORE_METRICS_KEY). Out: lines on the terminal; printed once where it is no
 terminal. Runs in: a person's terminal.
@@ -6,11 +7,12 @@ terminal. Runs in: a person's terminal.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -23,6 +25,15 @@ from serving.top import Sample, frame
 
 KEY = "FTCORE_METRICS_KEY"
 CLEAR = "\x1b[H\x1b[2J"
+
+
+def status_main(arguments: Sequence[str]) -> int:
+    """`ftcore adapters status URL`"""
+    parser = argparse.ArgumentParser(
+        prog="ftcore adapters status", description=f"which replica serves which version, and what was refused; needs {KEY}"
+    )
+    parser.add_argument("url", metavar="URL", help="of a running server, like http://127.0.0.1:8000")
+    return print_status(parser.parse_args(list(arguments)).url)
 
 
 def print_status(url: str) -> int:
@@ -47,11 +58,12 @@ def watch(url: str, every_s: float) -> int:
 def status_lines(status: dict[str, Any]) -> Iterator[str]:
     """Replicas with what they hold, names with what they mean and who holds it, refusals with their reasons."""
     replicas, desired = status["replicas"], status["desired"]
+    several = len({state["base"] for state in replicas}) > 1
     for state in replicas:
         why = "; ".join(f"{name}: {_line(reason)}" for name, reason in state["missing"].items())
         mib = state["engine"]["adapter_bytes"] / 2**20
         said = f"not ready: {why}" if why else "ready"
-        yield f"replica {state['number']}  {said}  ({len(state['resident'])} versions, {mib:.1f} MiB)"
+        yield f"replica {state['number']}  {said}  ({state['base']}: {len(state['resident'])} versions, {mib:.1f} MiB)"
         for full, slot in sorted(state["resident"].items()):
             tenant, name, digest = split_ref(full)
             share = desired.get(f"{tenant}/{name}", {}).get(digest)
@@ -63,7 +75,9 @@ def status_lines(status: dict[str, Any]) -> Iterator[str]:
     for name, targets in sorted(desired.items()):
         for digest, share in targets.items():
             homes = [str(state["number"]) for state in replicas if f"{name}@{digest}" in state["resident"]]
+            base = status["bases"].get(f"{name}@{digest}")
             where = f"on replica {', '.join(homes)}" if homes else "loaded when it is asked for"
+            where = "its base is not served here" if base == "" else f"{where}, of {base}" if base and several else where
             yield f"  {_short(f'{name}@{digest}'):<44} {share:>4.0%}         {where}"
     yield f"store: {_line(status['store'])}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ftcore.lean_imports import LoraConfig, PeftModel, get_peft_model
 
@@ -26,6 +26,17 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"r": 3, "lora_alpha": 9, "target_modules": r".*layers\.1\..*(o_proj|up_proj)"},
     {"r": 8, "lora_alpha": 32, "target_modules": ["k_proj", "down_proj"], "layers_to_transform": [0]},
 )
+
+BITSANDBYTES: dict[str, BitsAndBytesConfig] = {
+    "nf4": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    ),
+    "fp4": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    ),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+"""How bitsandbytes itself is told to hold a base."""
 
 
 def make_adapter(base: Path, folder: Path, number: int, strength: float = 0.3) -> Path:
@@ -45,9 +56,14 @@ def make_adapter(base: Path, folder: Path, number: int, strength: float = 0.3) -
 class Truth:
     """Plain PEFT over the base, one adapter at a time."""
 
-    def __init__(self, base: Path, folders: dict[str, Path]) -> None:
-        """`folders`: digest -> adapter folder."""
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    def __init__(self, base: Path, folders: dict[str, Path], quantise: str = "none") -> None:
+        """`folders`: digest -> adapter folder. `quantise`: over bitsandbytes' own layers, loaded and run without a line of ours.
+
+        In evaluation on a CPU bitsandbytes quantises the inputs of 8-bit layers, and where the processor has bf16 rounds the scales of
+        4-bit ones; in training it multiplies by the weights as they are.
+        """
+        config = BITSANDBYTES.get(quantise)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=config).eval()
         self.model: Any = plain
         self.digests = tuple(folders)
         for digest, folder in folders.items():
@@ -55,7 +71,7 @@ class Truth:
                 self.model.load_adapter(folder, adapter_name=digest)
             else:
                 self.model = PeftModel.from_pretrained(plain, folder, adapter_name=digest)
-        self.model.eval()
+        self.model.train(config is not None)
 
     @torch.no_grad()
     def logps(self, digest: str, tokens: Sequence[int]) -> Tensor:

@@ -56,7 +56,7 @@ def truth(store: Store) -> Truth:
 
 
 class Local:
-    """A Replica as the API sees one."""
+    """A Replica as the API sees the replicas of a base."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica, self.answer = replica, replica.answer
@@ -69,6 +69,8 @@ class Local:
 class Server:
     http: httpx.AsyncClient
     replica: Replica
+    """Of the first base."""
+    replicas: dict[str, Replica]
     keys: dict[str, str]
     store: AdapterStore
     tenants: TenantStore
@@ -98,18 +100,19 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
         {"base": str(store.base), "store": str(store.path), "tenants": str(tmp_path / "tenants"), "poll_s": 0.05,
          "audit_spool": str(tmp_path / "spool"), "engine": {"max_batch": 8, "max_context": 256, "num_threads": 1}, **keys}
     )  # fmt: skip
-    replica = await Replica.open(settings, tmp_path / "cache")
+    replicas = {name: await Replica.open(settings.of(name), tmp_path / f"cache-{name}") for name in settings.all_bases}
     gate = Gate(settings)
-    service = Service(gate, Local(replica))
+    service = Service(gate, {name: Local(replica) for name, replica in replicas.items()})
     await service.open()
     api = build_api(lambda: service)
     transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as http:
-            yield Server(http, replica, clear, AdapterStore(store.path), tenants, gate, service, api)
+            yield Server(http, replicas[settings.base_name], replicas, clear, AdapterStore(store.path), tenants, gate, service, api)
     finally:
         await service.close()
-        await replica.close()
+        for replica in replicas.values():
+            await replica.close()
 
 
 def run(task: Coroutine[Any, Any, Any], limit_s: float = 120) -> Any:

@@ -182,6 +182,7 @@ LATE: dict[str, str] = {
     "pipelines.build": "small data is prepared without ray",
     "pipelines.invariants": "`doctor` answers without torch",
     "pipelines.fit": "the driver launches workers before it loads what only they and the report need",
+    "ftcore.quantisation": "recipes and settings are read without torch",
     "ftcore.storage": "local folders do not pay for fsspec",
     "ftcore.remote": "s3fs is loaded for s3:// alone",
     "pipelines.work": "the driver and Ray Train's workers only pass the work on, without torch",
@@ -321,7 +322,7 @@ def test_reading_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_the_whole_library_imports_without_ray() -> None:
-    elsewhere = {"ftcore.vllm_engine"}  # imported where vLLM is: an environment of its own
+    elsewhere = {"ftcore.vllm_engine", "ftcore.vllm_requests"}  # imported where vLLM is: an environment of its own
     names = [module.name for module in modules() if module.room == "ftcore" and not module.is_empty and module.name not in elsewhere]
     code = f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\nprint('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)

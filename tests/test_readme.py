@@ -16,6 +16,7 @@ import pytest
 from ftcore import errors
 from ftcore.cli import COMMANDS, main
 from ftcore.recipe import load_recipe
+from serving.settings import load_settings
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
@@ -94,6 +95,14 @@ def test_a_script_that_is_run_exists(command: str) -> None:
     arguments = words(command)
     script, *rest = arguments[arguments.index("python") + 1 :]
     assert (REPO / (rest[0].replace(".", "/") + ".py" if script == "-m" else script)).is_file()
+
+
+def test_the_settings_shown_are_settings(tmp_path: Path) -> None:
+    blocks = [block for language, block in FENCE.findall((REPO / "README.md").read_text(encoding="utf-8")) if language == "yaml"]
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.yaml").write_text(block)
+    (settings,) = (load_settings(tmp_path / f"{number}.yaml") for number, block in enumerate(blocks) if "ftcore serve" in block)
+    assert list(settings.all_bases) == ["small", "mine"]
 
 
 def test_pip_extras_exist() -> None:

@@ -130,6 +130,10 @@ class LiveEngine(ABC):
     async def unload_adapter(self, digest: str) -> None:
         """Forgets a digest and every key and value computed with it, once the requests that use it have ended."""
 
+    def check(self, request: Request) -> None:
+        """Raises ConfigError for what this engine could not answer, whatever it holds."""
+        check_request(request, self.max_context, self.vocabulary)
+
     @abstractmethod
     def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         """Streams the answer; closing the iterator aborts. Raises ConfigError for what cannot be asked, before the first token."""
@@ -142,8 +146,11 @@ class LiveEngine(ABC):
     async def next_logits(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
         """Logits after each prompt, P arrays [V] in fp32, through the very path that answers: what probes are compared with."""
 
-    async def embed(self, prompts: Sequence[Sequence[int]], digest: str = "") -> Sequence[Any]:
-        """Each prompt's last token's final hidden state, of length 1: P arrays [H] in fp32. Raises ConfigError where none are given."""
+    def embed(self, prompts: Sequence[Sequence[int]], digest: str = "", salt: str = "") -> AsyncGenerator[Any, None]:
+        """Each prompt's last token's final hidden state, of length 1, in order: arrays [H] in fp32. Closing the iterator aborts.
+
+        `salt`: whose prompts they are, as in a Request. Raises ConfigError where none are given.
+        """
         raise ConfigError("this engine gives no embeddings", where="engine", wanted="torch")
 
     @abstractmethod

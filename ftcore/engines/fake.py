@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from ftcore.adapter_files import check_adapter
-from ftcore.engines.base import ENGINES, Engine, EngineEnded, FinishReason, LiveEngine, Request, Stats, Token, check_prompt, check_request
+from ftcore.engines.base import ENGINES, Engine, EngineEnded, FinishReason, LiveEngine, Request, Stats, Token, check_prompt
 from ftcore.errors import ConfigError
 
 
@@ -62,11 +62,14 @@ class FakeEngine(LiveEngine):
             await asyncio.sleep(0.001)
         self._adapters.pop(digest, None)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        check_request(request, self.max_context, self.vocabulary)
-        self._require_open()
+    def check(self, request: Request) -> None:
+        super().check(request)
         if request.constraint is not None:
             raise ConfigError("this engine computes nothing, so it can hold no answer to a constraint", where="constraint")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+        self.check(request)
+        self._require_open()
         if request.adapter and request.adapter not in self._adapters:
             raise ConfigError("this adapter is not loaded", where="adapter", got=request.adapter[:80], remedy="load it first")
         stop = self._running[request.id] = asyncio.Event()

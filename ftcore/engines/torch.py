@@ -5,14 +5,20 @@ In: a base, adapter folders, requests. Out: tokens. Runs in: serving replicas, `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ftcore.engines.base import ENGINES, Engine
+from ftcore.quantisation import FOUR_BITS, Quantisation
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
     from ftcore.engines.base import LiveEngine
+
+Dtype = Literal["fp32", "bf16", "fp16", "auto"]
+Quantise = Literal["none", "nf4", "fp4", "int8"]
 
 
 @ENGINES.register("torch")
@@ -20,8 +26,12 @@ class Torch(Engine):
     """Runs in a thread of this process."""
 
     kind: str = "torch"
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
+    dtype: Dtype = "auto"
     """What weights, keys and values are held in; `auto`: bf16 on a GPU, fp32 on a CPU."""
+    quantise: Quantise = "none"
+    """Holds the base's linear layers, all but the head, in 4 or 8 bits (bitsandbytes), as QLoRA trains over them."""
+    double_quant: bool = True
+    """`nf4` and `fp4`: quantise the scales too, 0.37 bits a weight less. Off elsewhere."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     chunk_tokens: int = Field(256, ge=1)
@@ -35,7 +45,29 @@ class Torch(Engine):
     num_threads: int = Field(0, ge=0)
     """Compute threads; 0: as many as this process may use."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _four_bits_have_blocks(cls, values: Any) -> Any:
+        return {"double_quant": values.get("quantise") in FOUR_BITS} | values if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _fits(self) -> Torch:
+        if self.double_quant and self.quantise not in FOUR_BITS:
+            raise ValueError("double_quant quantises the scales of 4-bit blocks: remove it, or take quantise: nf4")
+        return self
+
+    @property
+    def held_as(self) -> Quantisation | None:
+        """None: in full precision."""
+        return None if self.quantise == "none" else Quantisation(self.quantise, self.double_quant)
+
     async def open(self, base: str) -> LiveEngine:
         from ftcore.torch_engine import TorchEngine
 
         return await TorchEngine.start(self, base)
+
+
+def add_base_options(parser: ArgumentParser) -> None:
+    """`--dtype` and `--quantise`, for commands that open this engine."""
+    parser.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="auto: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--quantise", default="none", choices=get_args(Quantise), help="hold the base in 4 or 8 bits (default: none)")

@@ -137,7 +137,7 @@ class Group:
     """Linear layers that read the same input (q, k, v; gate, up): one matrix multiplication for all."""
 
     def __init__(self, modules: Sequence[nn.Linear], rows: Rows, dtype: torch.dtype) -> None:
-        """A layer of a class of its own (quantised) comes alone, and is called as it is."""
+        """Layers of a class of their own (quantised) are called as they are."""
         self.modules, self.rows = tuple(modules), rows
         self.in_features = modules[0].in_features
         ends = list(accumulate(module.out_features for module in modules))
@@ -145,6 +145,8 @@ class Group:
         self._base: Callable[[Tensor], Tensor] = modules[0]
         if all(type(module) is nn.Linear for module in modules):
             self._join()
+        elif len(modules) > 1:
+            self._base = self._each
         self.dtype = dtype
         self.shelves: dict[int, Shelf] = {}
         """By width, made when the first adapter of a width comes."""
@@ -164,6 +166,9 @@ class Group:
             module.weight.data = weight[part] if fast is None else weight.new_empty(0, self.in_features)
             if bias is not None:
                 module.bias.data = bias[part]
+
+    def _each(self, x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in self.modules], -1)
 
     def part(self, number: int, x: Tensor) -> Tensor:
         """Layer `number` of x [..., in]. The first call for an input computes the whole group."""
@@ -241,7 +246,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def grouped(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
-    """`names` in groups: siblings of the plain class that are all there and alike; everything else alone."""
+    """`names` in groups: siblings that are all there and alike; everything else alone."""
     left, groups = dict.fromkeys(names), []
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -249,8 +254,7 @@ def grouped(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[tupl
         full = tuple(f"{parent}.{each}" for each in family) if family else ()
         if full and all(each in left for each in full):
             linears = [modules[each] for each in full]
-            alike = {(module.in_features, module.bias is None, module.weight.dtype) for module in linears}
-            if len(alike) == 1 and all(type(module) is nn.Linear for module in linears):
+            if len({(type(module), module.in_features, module.bias is None, module.weight.dtype) for module in linears}) == 1:
                 groups.append(full)
                 for each in full:
                     del left[each]

@@ -1,6 +1,6 @@
 """Quantised linears: bitsandbytes' layers, held so that training and evaluation compute the same, and so that a proof can compute in fp32.
 
-In: a base just loaded with a bitsandbytes configuration. Out: the same base, its layers as below. Runs in: train workers, publish.
+In: a base just loaded with a bitsandbytes configuration. Out: the same base, its layers as below. Runs in: train workers, publish, engines.
 
 Left alone, bitsandbytes 0.50 on a CPU (a) repacks 4-bit weights at the first evaluation, after which training gets no gradient through them
 and rounds their scales to bf16, (b) quantises the activations of 8-bit layers too, but only in evaluation, with a log line a call, and
@@ -110,14 +110,16 @@ def quantised_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 @contextmanager
 def quantised_in_fp32(model: nn.Module) -> Iterator[None]:
     """Quantised layers multiply in fp32 with their dequantised weights: the same on any device, to fp32's last digits."""
-    layers = [layer for _, layer in quantised_layers(model)]
+    compute_in_fp32(model, True)
     try:
-        for layer in layers:
-            layer.in_fp32 = True
         yield
     finally:
-        for layer in layers:
-            layer.in_fp32 = False
+        compute_in_fp32(model, False)
+
+
+def compute_in_fp32(model: nn.Module, on: bool) -> None:
+    for _, layer in quantised_layers(model):
+        layer.in_fp32 = on
 
 
 def dequantised(layer: Held4bit | Held8bit) -> Tensor:

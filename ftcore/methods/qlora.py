@@ -5,7 +5,6 @@ In: a base loaded with `load_options`. Out: a PEFT model and a plain PEFT folder
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,11 +14,10 @@ from pydantic import model_validator
 from ftcore.errors import ModelError
 from ftcore.methods.base import METHODS
 from ftcore.methods.lora import Lora, names_module
+from ftcore.quantisation import Form, Quantisation
 
 if TYPE_CHECKING:
     from torch import nn
-
-log = logging.getLogger(__name__)
 
 
 @METHODS.register("qlora")
@@ -32,7 +30,7 @@ class Qlora(Lora):
     kind: str = "qlora"
     bits: Literal[4, 8] = 4
     """4 takes a quarter of bf16's memory, 8 a half."""
-    quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    quant_type: Form = "nf4"
     """How a weight is coded: `nf4` (for weights that are normally distributed) or `fp4` in 4 bits, `int8` in 8."""
     double_quant: bool = True
     """4 bits: quantise the scales too, 0.37 bits a weight less. Off in 8 bits."""
@@ -58,33 +56,17 @@ class Qlora(Lora):
         return self.quant_type
 
     def quantisation(self, dtype: str) -> str:
-        double = ", double quantised" if self.double_quant else ""
-        return f"{self.quant_type}{double}, computed in {self.computes_in(dtype)}"
+        return self.held_as.describe(dtype)
 
-    def computes_in(self, dtype: str) -> str:
-        return dtype if self.compute_dtype == "auto" else self.compute_dtype
+    @property
+    def held_as(self) -> Quantisation:
+        return Quantisation(self.quant_type, self.double_quant, self.compute_dtype)
 
     def load_options(self) -> dict[str, Any]:
-        from transformers import BitsAndBytesConfig
-
-        if self.bits == 8:
-            return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-        return {
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type=self.quant_type, bnb_4bit_use_double_quant=self.double_quant
-            )
-        }
+        return self.held_as.load_options()
 
     def loaded(self, model: nn.Module, dtype: str) -> None:
-        from ftcore.layers.quantised import give_back_freed, held_bytes, hold
-        from ftcore.models import DTYPES
-
-        hold(model, DTYPES[self.computes_in(dtype)])
-        give_back_freed()
-        inside, around = held_bytes(model)
-        log.info(
-            "base held as %s: %.1f MiB of quantised layers, %.1f MiB of the rest", self.quantisation(dtype), inside / 2**20, around / 2**20
-        )
+        self.held_as.loaded(model, dtype)
 
     def apply(self, model: nn.Module) -> nn.Module:
         from ftcore.layers.quantised import quantised_layers

@@ -6,14 +6,18 @@ import asyncio
 import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from ftcore.constraints import regex_constraint
 from ftcore.engines.base import ENGINES, Engine, LiveEngine, Request, Sampling, Token
 from ftcore.errors import ConfigError, ModelError
 from tests.conftest import make_tiny_model
+from tests.constrained import compiled, require_valid, text_of
 from tests.live_engines import DIGESTS, run
 from tests.live_engines import adapters as adapters
 
@@ -116,6 +120,31 @@ def test_what_cannot_be_answered_is_refused(section: Engine, tiny_model_dir: Pat
             with pytest.raises(ConfigError):
                 await engine.next_logits([[10**9]])
             assert len((await engine.next_logits([[5, 6]]))[0]) == engine.vocabulary
+
+    run(go())
+
+
+def test_an_answer_is_held_to_its_constraint_or_refused_before_it_begins(
+    section: Engine, tiny_model_dir: Path, adapters: dict[str, Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    pattern = "(?:open|rename) [a-z]{2,5}"
+    (grammar,) = compiled(tokenizer, regex_constraint(pattern, "regex"))
+    request = Request("a", (5, 6), DIGESTS[0], 60, frozenset({tokenizer.eos_token_id}), constraint=grammar)
+
+    async def go() -> None:
+        async with opened(section, tiny_model_dir) as engine:
+            await engine.load_adapter(DIGESTS[0], adapters[DIGESTS[0]])
+            if engine.computes:
+                engine.check(request)
+                tokens = await answer(engine, request)
+                assert (tokens[-1].finish, {token.adapter for token in tokens}) == ("stop", {DIGESTS[0]})
+                require_valid(pattern, text_of(tokenizer, tokens))
+            else:
+                with pytest.raises(ConfigError, match="computes nothing"):
+                    engine.check(request)
+            with pytest.raises(ConfigError, match="stop token"):
+                engine.check(replace(request, stop_ids=frozenset()))
 
     run(go())
 

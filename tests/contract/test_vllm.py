@@ -29,7 +29,9 @@ def test_without_vllm_the_engine_says_what_to_install() -> None:
 @pytest.mark.proof
 @pytest.mark.skipif(not PYTHON.exists(), reason="no environment with vLLM: FTCORE_VLLM_PYTHON names one, `make proof` builds .venv-vllm")
 @pytest.mark.parametrize(
-    "tests", [["tests/contract/test_engines.py", "-k", "vllm"], ["tests/unit/test_vllm_engine.py"]], ids=["contract", "oracle"]
+    "tests",
+    [["tests/contract/test_engines.py", "-k", "vllm"], ["tests/unit/test_vllm_engine.py"], ["tests/unit/test_vllm_serving.py"]],
+    ids=["contract", "oracle", "serving"],
 )
 def test_the_engine_holds_in_its_own_environment(tests: list[str]) -> None:
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}

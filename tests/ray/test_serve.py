@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Place:
     refs: dict[str, AdapterRef]
     truth: Truth
     store: AdapterStore
+    tenants: TenantStore
 
     def client(self, tenant: str = "acme") -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {self.keys[tenant]}"}, timeout=60)
@@ -70,7 +72,7 @@ def place(local_ray: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPa
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     serve.run(application(settings), name="ftcore", route_prefix="/", logging_config={"log_level": "WARNING"})
-    yield Place(f"http://127.0.0.1:{port}", keys, refs, Truth(tiny_model_dir, folders), store)
+    yield Place(f"http://127.0.0.1:{port}", keys, refs, Truth(tiny_model_dir, folders), store, tenants)
     serve.shutdown()
 
 
@@ -225,6 +227,7 @@ def test_both_replicas_are_seen_by_metrics_readiness_and_the_command_line(
     monkeypatch.setenv("FTCORE_METRICS_KEY", METRICS_KEY)
     assert main(["serve", "--status", place.url]) == 0
     said = capsys.readouterr().out
+    assert main(["adapters", "status", place.url]) == 0 and capsys.readouterr().out.count("\n") == said.count("\n")
     assert re.search(rf"{place.refs['a0'].full[:20]}\S* +100% +on replica 0, 1", said) and "replica 1  ready" in said, said
     assert main(["serve", "--top", f"{place.url}/v1", "--every", "0.2"]) == 0
     said = capsys.readouterr().out
@@ -247,3 +250,29 @@ def test_what_a_replica_refuses_is_told_as_if_the_ingress_had_refused_it(place: 
             assert held.json()["choices"][0]["text"] == "yes"
 
     run(go())
+
+
+def test_a_revoked_key_is_refused_within_seconds_and_no_log_of_the_cluster_holds_one(place: Place) -> None:
+    import ray
+
+    revoked, record = place.tenants.new_key("bolt")
+
+    async def told(wanted: int) -> float:
+        async with httpx.AsyncClient(base_url=place.url, headers={"authorization": f"Bearer {revoked}"}, timeout=60) as http:
+            began = time.monotonic()
+            while (
+                reply := await http.post("/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 1})
+            ).status_code != wanted:
+                assert time.monotonic() - began < 5, reply.text
+                await asyncio.sleep(0.05)
+            return time.monotonic() - began
+
+    run(told(200))
+    place.tenants.revoke_key("bolt", record.id)
+    run(told(401))
+    logs = Path(str(ray._private.worker.global_worker.node.get_logs_dir_path()))
+    said = {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+    assert any("engine" in path.name for path in said) and any("ingress" in path.name for path in said), sorted(map(str, said))
+    for key in (*place.keys.values(), revoked, METRICS_KEY):
+        secret = key.removeprefix("ft_").encode()
+        assert not [path for path, text in said.items() if secret in text]

@@ -102,3 +102,5 @@ def test_rows_are_answered_and_a_stopped_job_goes_on(
     assert generate.main(command) == 0 and "made before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="another job"):
         generate.main([*command, "--temperature", "1"])
+    with pytest.raises(ConfigError, match="other quantise"):
+        generate.main([*command, "--quantise", "nf4"])

@@ -13,7 +13,7 @@ import pytest
 
 from ftcore import adapters
 from ftcore.adapter_files import FileFact, content_digest, content_files
-from ftcore.adapters import AdapterRef, AdapterStore, split_ref
+from ftcore.adapters import MAX_CARD, AdapterRef, AdapterStore, split_ref
 from ftcore.card import Card
 from ftcore.errors import ConfigError, IntegrityError
 from tests.adapter_folders import ZEROS, make_card, make_folder
@@ -122,6 +122,16 @@ def test_a_card_whose_file_list_was_rewritten_is_refused(store: AdapterStore, tm
     card["files"]["adapter_config.json"]["sha256"] = ZEROS
     store.folder.write(f"{ref.key}/card.json", json.dumps(card).encode())
     with pytest.raises(IntegrityError, match="file list"):
+        store.fetch(ref, tmp_path / "cache")
+
+
+def test_a_card_that_would_fill_the_memory_is_not_read(store: AdapterStore, tmp_path: Path) -> None:
+    ref = publish(store, tmp_path / "a")
+    card = store.folder.read(f"{ref.key}/card.json")
+    store.folder.write(f"{ref.key}/card.json", card + b" " * (MAX_CARD - len(card)))
+    assert store.card(ref).digest == ref.digest
+    store.folder.write(f"{ref.key}/card.json", card + b" " * (MAX_CARD + 1 - len(card)))
+    with pytest.raises(IntegrityError, match="larger than"):
         store.fetch(ref, tmp_path / "cache")
 
 

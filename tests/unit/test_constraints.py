@@ -8,17 +8,17 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import regex
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ftcore.constraints import KEPT, Constraint, Grammar, Grammars, Walk, choice_constraint, json_constraint, regex_constraint
-from ftcore.engines.base import LiveEngine, Request, Sampling, Token
+from ftcore import constraints
+from ftcore.constraints import KEPT, ONE_LINE, Constraint, Grammars, Walk, choice_constraint, json_constraint, regex_constraint
+from ftcore.engines.base import LiveEngine, Request
 from ftcore.errors import ConfigError
-from tests.constrained import require_valid, some_constraint
+from tests.constrained import HOSTILE, compiled, require_valid, some_requests, text_of
 from tests.live_engines import DIGESTS, answer, opened, run
 from tests.live_engines import adapters as adapters
 
@@ -26,17 +26,6 @@ from tests.live_engines import adapters as adapters
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny_model_dir)
-
-
-def compiled(tokenizer: PreTrainedTokenizerBase, *constraints: Constraint) -> list[Grammar]:
-    async def go() -> list[Grammar]:
-        grammars = Grammars(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
-        try:
-            return [await grammars.compile(each) for each in constraints]
-        finally:
-            grammars.close()
-
-    return run(go())
 
 
 def bytes_of(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
@@ -73,24 +62,6 @@ def test_the_mask_is_every_token_that_keeps_the_answer_viable_and_no_other(token
             if token == tokenizer.eos_token_id:
                 break
             said += words[token] or b""
-
-
-def some_requests(tokenizer: PreTrainedTokenizerBase, num: int, seed: int) -> tuple[list[Request], list[Any]]:
-    rng = random.Random(seed)
-    pairs = [some_constraint(rng) for _ in range(num)]
-    requests = [
-        Request(
-            f"r{i}", tuple(rng.randrange(3, 250) for _ in range(rng.randrange(1, 9))), rng.choice(["", *DIGESTS[:3]]), max_tokens=400,
-            stop_ids=frozenset({tokenizer.eos_token_id}), constraint=grammar,
-            sampling=Sampling(temperature=rng.choice([0.0, 1.0, 1.0, 1.0]), seed=i, num_logprobs=0),
-        )
-        for i, grammar in enumerate(compiled(tokenizer, *(constraint for constraint, _ in pairs)))
-    ]  # fmt: skip
-    return requests, [made for _, made in pairs]
-
-
-def text_of(tokenizer: PreTrainedTokenizerBase, tokens: list[Token]) -> str:
-    return tokenizer.decode([token.id for token in tokens[:-1]], skip_special_tokens=False)
 
 
 async def loaded(engine: LiveEngine, adapters: dict[str, Path]) -> None:
@@ -179,55 +150,6 @@ def test_a_walk_that_cannot_go_on_ends_its_own_answer_with_the_reason(
     run(go())
 
 
-def deep(levels: int) -> Any:
-    schema: Any = {"type": "string"}
-    for _ in range(levels):
-        schema = {"type": "object", "properties": {"a": schema}}
-    return schema
-
-
-CYCLE = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-DOUBLING = {
-    "$ref": "#/$defs/a0",
-    "$defs": {**{f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(30)}, "a30": {"type": "object"}},
-}
-HOSTILE: dict[str, tuple[Any, str]] = {
-    "nested quantifiers": ("(a+)+$", ""),
-    "stars of stars": ("((((a*)*)*)*)*b", ""),
-    "large automaton": ("(a|b)*a(a|b){30}", ""),
-    "million": ("[bc]a{1000000}", ""),
-    "thousands of thousands": ("(([bc]a{1000}){1000}){1000}", ""),
-    "spelled": ("a{0,99999999999999999999}", "cannot be compiled"),
-    "brackets": ("(" * 1000 + ")" * 1000, "cannot be compiled"),
-    "long": ("a" * 100_000, "too long"),
-    "backreference": (r"(a)\1", "not supported"),
-    "lookahead": ("(?=a)b", "not supported"),
-    "unclosed": ("(a", "unclosed"),
-    "nothing": (r"[^\s\S]", "cannot be met"),
-    "windows": ("(.*a.{0,40}){0,40}", ""),
-    "cycle": (CYCLE, "cannot be met"),
-    "itself": ({"$ref": "#"}, "cannot be met"),
-    "elsewhere": ({"$ref": "http://x.y/z"}, "cannot be compiled"),
-    "doubling": (DOUBLING, ""),
-    "deep": (deep(200), "nested too deeply"),
-    "quite deep": (deep(20), ""),
-    "huge enum": ({"enum": [f"v{i}" * 10 for i in range(100_000)]}, "too large"),
-    "large enum": ({"enum": [f"v{i}" for i in range(2000)]}, ""),
-    "long constant": ({"const": "a" * 100_000}, "too large|too long"),
-    "many properties": ({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(5000)}}, "too"),
-    "and of searches": ({"type": "string", "allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(60)]}, "too many parts"),
-    "pattern in a schema": ({"type": "string", "pattern": "a" * 3000}, r"schema\.pattern: this pattern is too long|too long"),
-    "multiple": ({"type": "integer", "multipleOf": 999_999_937, "minimum": 0}, "cannot be compiled"),
-    "long string": ({"type": "string", "minLength": 10**9, "maxLength": 10**9}, ""),
-    "many items": ({"type": "array", "items": {"const": 1}, "minItems": 10**6}, ""),
-    "no such type": ({"type": "object", "properties": {"a": {"type": "strin"}}}, r"schema\.properties\.a\.type: this is no JSON schema"),
-    "no schema": ([1], "no JSON schema"),
-    "false": (False, "cannot be compiled"),
-    "unknown word": ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-    "own options": ({"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}, "uniqueItems"),
-}
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_is_hostile_is_refused_or_followed_in_bounded_time(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     made, words = HOSTILE[name]
@@ -292,3 +214,17 @@ def test_a_choice_is_one_of_the_choices_and_json_has_no_room_for_endless_blanks(
     for blanks, fits in (("", True), (" ", True), ("\n    ", True), ("\n\n", False), (" " * 30, False)):
         walk = schema.begin()
         assert all(walk.accept(token) for token in tokenizer(json.dumps({"a": 1}).replace(" ", blanks))["input_ids"]) == fits, blanks
+
+
+def test_json_stands_on_one_line_where_a_pattern_of_blanks_would_match_again_and_again(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraints, "_blanks", lambda: ONE_LINE)
+    (grammar,) = compiled(tokenizer, json_constraint({"type": "object"}, "schema"))
+    value = {"a": [1, 2], "b": {}}
+    for text, fits in (
+        (json.dumps(value), True), (json.dumps(value, separators=(",", ":")), True), (json.dumps(value, indent=1), False),
+        (json.dumps(value).replace(" ", "  "), False), ("{ ", False),
+    ):  # fmt: skip
+        walk = grammar.begin()
+        assert all(walk.accept(token) for token in tokenizer(text)["input_ids"]) == fits, text

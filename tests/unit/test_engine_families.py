@@ -48,6 +48,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], bool]] = {
     "gemma": (GemmaForCausalLM, GemmaConfig, {"head_dim": 16}, False),
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {"rotary_pct": 0.5, "num_key_value_heads": 4}, False),
 }
+QUANTISED = (("qwen3", "nf4"), ("qwen3", "int8"), ("gemma", "int8"), ("gpt-neox", "fp4"))
 
 GREEDY = Sampling(0, num_logprobs=0)
 
@@ -63,14 +64,14 @@ def make_base(folder: Path, kind: str) -> tuple[Path, bool]:
     return folder, is_flat
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_mixed_batch_of_any_family_is_plain_pefts(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "quantise"), [*((kind, "none") for kind in FAMILIES), *QUANTISED])
+def test_a_mixed_batch_of_any_family_is_plain_pefts(kind: str, quantise: str, tmp_path: Path) -> None:
     base, is_flat = make_base(tmp_path / "base", kind)
     folders = {f"{number:064x}": make_adapter(base, tmp_path / str(number), number) for number in (1, 9)}
-    truth = Truth(base, folders)
+    truth = Truth(base, folders, quantise)
 
     async def go() -> tuple[bool, list[tuple[Request, list[Token]]]]:
-        async with opened(base) as engine:
+        async with opened(base, quantise=quantise) as engine:
             for digest, folder in folders.items():
                 await engine.load_adapter(digest, folder)
             requests = [

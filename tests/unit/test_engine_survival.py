@@ -57,10 +57,13 @@ def test_numbers_that_overflow_stay_in_their_own_row(tiny_model_dir: Path, adapt
             rng = random.Random(0)
             found = []
             for turn in range(4):
-                bad = Request(f"bad{turn}", (5, 6, 7), poison, max_tokens=20)
+                bad = Request(f"bad{turn}", tuple(range(5, 8 + 30 * turn)), poison, max_tokens=20)  # the longest is read in seven chunks
                 good = [some_request(rng, 10 * turn + i, digest, max_tokens=8) for i, digest in enumerate(("", DIGESTS[3], ""))]
                 spoilt, *answers = await asyncio.gather(answer(engine, bad), *(answer(engine, request) for request in good))
-                assert spoilt[-1].finish == "abort"
+                assert [token.finish for token in spoilt] == ["abort"]
+                with pytest.raises(ModelError, match="not finite"):
+                    await anext(engine.embed([bad.prompt], poison))
+                assert poison not in {owner[0] for owner, _ in engine._thread._admission.prefixes._kept}
                 found += list(zip(good, answers, strict=True))
             await engine.unload_adapter(poison)
             last = [some_request(rng, 90 + i, DIGESTS[3], max_tokens=8) for i in range(6)]
@@ -87,9 +90,9 @@ def test_weights_that_were_swapped_in_a_slot_are_found(tiny_model_dir: Path, ada
             while not engine.stats().num_running:
                 await asyncio.sleep(0.001)
             with pytest.raises(EngineEnded, match="held other weights"):
-                await engine.embed([[5, 6, 7]], DIGESTS[1])
+                await anext(engine.embed([[5, 6, 7]], DIGESTS[1]))
             assert (await under_way)[-1].finish == "abort"
-            (vector,) = await engine.embed([[5, 6, 7]], DIGESTS[1])
+            vector = await anext(engine.embed([[5, 6, 7]], DIGESTS[1]))
             assert float((torch.as_tensor(vector) - truth.embedding(DIGESTS[1], (5, 6, 7))).abs().max()) <= 1e-5
 
     run(go())
@@ -111,6 +114,7 @@ def test_an_adapter_that_waits_for_a_slot_is_not_overtaken_for_ever(tiny_model_d
             busy = [asyncio.create_task(hot(seed)) for seed in range(6)]
             await asyncio.sleep(0.2)
             assert len(await asyncio.wait_for(answer(engine, Request("cold", (5, 6), DIGESTS[7], max_tokens=4)), 20)) == 4
+            assert len(await asyncio.wait_for(engine.next_logits([[5, 6]], DIGESTS[7]), 20)) == 1
             over.set()
             await asyncio.gather(*busy)
 

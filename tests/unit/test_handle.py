@@ -11,9 +11,9 @@ from ray.exceptions import ActorDiedError
 
 from ftcore.engines.base import Sampling
 from serving.app import TRIES, Handle
-from serving.jobs import Event, Job, Opening, Piece
+from serving.jobs import Answerer, Event, Job, Opening, Piece
 
-JOB = Job("1", "acme", None, None, "a", 1, Sampling())
+JOB = Job("1", "acme", Answerer("base"), "a", 1, Sampling())
 EVENTS: list[Event] = [Opening("", "base", "replica", False, 3), Piece(0, "yes", finish="length")]
 
 

@@ -84,7 +84,7 @@ def test_it_is_refused_with_a_reason_and_the_version_before_goes_on(live: Live, 
         assert (asked.status_code, asked.json()["error"]["code"]) == (409, "adapter_refused")
         assert ref.digest not in live.server.replica.engine.stats().adapters
         assert not [path for path in (tmp_path.parent / "escaped", live.store.folder.path.parent / "escaped") if path.exists()]
-        cached = [path for path in live.server.replica._cache.rglob(ref.digest) if path.exists()]
+        cached = [path for path in live.server.replica._scratch.path.rglob(ref.digest) if path.exists()]
         assert not cached, "what is refused does not fill the disk"
     finally:
         live.point(live.first)

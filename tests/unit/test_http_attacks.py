@@ -253,7 +253,7 @@ def test_who_waits_for_a_replica_that_never_comes_is_told_so(web: Web, monkeypat
 
     gate = web.server.gate
     monkeypatch.setattr(gate, "settings", gate.settings.model_copy(update={"begin_s": 0.1}))
-    app = build_api(lambda: Service(gate, Silent()))
+    app = build_api(lambda: Service(gate, {"base": Silent()}))
 
     async def go() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x") as http:

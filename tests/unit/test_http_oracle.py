@@ -35,15 +35,16 @@ class Said:
     logprobs: list[float]
 
     def tokens(self, truth: Truth, ids: dict[str, list[int]]) -> list[Token]:
-        """As the engine made them. The API gives a token's text: where several tokens have it, the one with the nearest number."""
-        found: list[Token] = []
+        """As the engine made them. The API gives texts: of several tokens with one text, the one whose number fits, and those after it."""
+        paths: list[list[int]] = [[]]
         for text, logprob in zip(self.texts, self.logprobs, strict=True):
-            candidates = ids[text]
-            if len(candidates) > 1:
-                own = truth.logps(self.digest, [*self.prompt, *(token.id for token in found)])[-1]
-                candidates = sorted(candidates, key=lambda id_: abs(float(own[id_]) - logprob))
-            found.append(Token(candidates[0], self.digest, logprob))
-        return found
+            longer = [[*path, id_] for path in paths for id_ in ids[text]]
+            if len(longer) > 1:
+                own = {id(path): truth.logps(self.digest, [*self.prompt, *path])[-1] for path in paths}
+                fits = [[*path, id_] for path in paths for id_ in ids[text] if abs(float(own[id(path)][id_]) - logprob) <= 1e-4]
+                longer = fits or longer[:1]
+            paths = longer
+        return [Token(id_, self.digest, logprob) for id_, logprob in zip(paths[0], self.logprobs, strict=True)]
 
 
 @pytest.fixture(scope="module")

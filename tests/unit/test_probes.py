@@ -115,6 +115,17 @@ def test_a_precision_too_noisy_for_a_faint_adapter_says_verify_in_fp32(tiny_mode
     assert "verify in fp32" in report.reason
 
 
+def test_the_nearest_record_is_of_weights_held_so_then_of_full_precision(recorded) -> None:
+    [record] = recorded.by_precision.values()
+
+    def nearest(precision: str, *names: str) -> str:
+        return probes.Probes(recorded.prompts, dict.fromkeys(names, record)).nearest_name(precision)
+
+    assert nearest("nf4 in fp32", "fp32", "nf4", "nf4 in fp32") == "nf4 in fp32"
+    assert nearest("nf4 in fp32", "fp32", "nf4") == "nf4" and nearest("nf4", "fp32", "nf4 in fp32") == "nf4 in fp32"
+    assert nearest("int8 in fp32", "fp32", "nf4 in fp32", "nf4") == "fp32" and nearest("fp32", "bf16") == "bf16"
+
+
 def test_the_absolute_limit_never_exceeds_a_tenth_of_a_faint_effect(tiny_model_dir, tokenizer) -> None:
     faint = with_lora(load(tiny_model_dir), scale=1e-5)
     recorded = probes.record(faint, tokenizer, faint.disable_adapter)

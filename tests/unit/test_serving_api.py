@@ -7,6 +7,9 @@ import json
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import pytest
 from ftcore.adapter_files import content_digest, content_files
 from ftcore.adapters import AdapterStore
 from ftcore.cli import main
+from ftcore.engines.base import Sampling
 from ftcore.errors import IntegrityError
 from ftcore.publish import import_adapter
 from ftcore.receipts import Receipt, verify_receipt
 from ftcore.recipe import Model
+from serving.jobs import Answerer, Closing, Event, Job, Piece
 from tests.oracles import Truth, make_adapter
 from tests.served import TENANTS, Store, run, served
 from tests.served import store as store
@@ -361,5 +366,26 @@ def test_a_canary_takes_its_share_of_the_sessions_and_each_sticks(store: Store, 
                     assert [reply.headers["x-ftcore-adapter"] for reply in replies] == [wanted.full] * 2
             finally:
                 server.store.promote(first)
+
+    run(go())
+
+
+def test_a_whole_answer_crosses_in_few_events_and_says_what_the_stream_says(store: Store, tmp_path: Path) -> None:
+    async def go() -> None:
+        async with served(store, tmp_path) as server:
+            streamed = Job("j", "acme", Answerer("base"), (5, 6, 7), 60, Sampling(seed=3, num_logprobs=1), num_choices=3)
+            found: list[list[Event]] = []
+            for job in (streamed, replace(streamed, is_streamed=False)):
+                found.append([event async for event in server.replica.answer(job)])
+            many, few = ([event for event in events if isinstance(event, Piece)] for events in found)
+            assert len(few) < len(many) / 4
+            for choice in range(3):
+                one, other = (reduce(add, [piece for piece in pieces if piece.choice == choice]) for pieces in (many, few))
+                assert replace(one, tokens=()) == replace(other, tokens=()) and one.finish is not None
+                assert [token.text for token in one.tokens] == [token.text for token in other.tokens]
+                assert len(one.tokens) == one.num_tokens
+            first, last = (events[-1] for events in found)
+            assert isinstance(first, Closing) and isinstance(last, Closing) and first.completion_tokens == last.completion_tokens
+            assert first.receipt["output"] == last.receipt["output"]
 
     run(go())

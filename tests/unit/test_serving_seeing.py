@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ftcore.adapters import AdapterRef
 from ftcore.engines.base import Sampling
-from serving.jobs import Closing, Job, Opening, Piece
+from serving.jobs import Answerer, Closing, Job, Opening, Piece
 from serving.metrics import OTHER, Labels, Metrics
 from serving.replica_metrics import Replicas
 from serving.states import States
@@ -176,11 +177,11 @@ def test_without_keys_only_this_machine_reads_metrics(store: Store, tmp_path: Pa
 
 
 def job(tenant: str, adapter: str) -> Job:
-    return Job("id", tenant, AdapterRef(tenant, adapter, "0" * 64), None, (5,), 4, Sampling())
+    return Job("id", tenant, Answerer("base", AdapterRef(tenant, adapter, "0" * 64)), (5,), 4, Sampling())
 
 
 def test_five_hundred_tenants_make_no_more_series_than_were_allowed() -> None:
-    metrics, most = Metrics(40, "base"), 40
+    metrics, most = Metrics(40), 40
     for tenant in range(500):
         for adapter in range(3):
             answer = metrics.begun(job(f"t{tenant}", f"a{adapter}"))
@@ -200,6 +201,7 @@ def test_five_hundred_tenants_make_no_more_series_than_were_allowed() -> None:
     )  # fmt: skip
     state = {
         "number": 0,
+        "base": "base",
         "engine": engine,
         "resident": resident,
         "missing": {},
@@ -273,26 +275,27 @@ def test_a_listed_name_that_cannot_answer_holds_the_server_up_and_an_unlisted_on
 
 def test_replicas_keep_small_numbers_and_one_that_comes_takes_the_free_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.states.FRESH_S", 0.0)
-    here: list[str] = []
+    here = {"x": "", "y": ""}
 
-    async def ask() -> list[dict[str, Any]]:
-        if not here:
+    async def ask(base: str) -> list[dict[str, Any]]:
+        if not here[base]:
             raise TimeoutError
-        return [{"replica": name} for name in here]
+        return [{"replica": name, "weights": base, "tokenizer": "", "template": ""} for name in here[base]]
 
     async def go() -> None:
-        states = States(ask)
+        states = States({base: partial(ask, base) for base in here})
         seen = []
-        for now in ("ab", "b", "", "bc", "dcb"):
-            here[:] = now
-            seen.append({state["replica"]: state["number"] for state in await states.now()})
-        assert seen == [{"a": 0, "b": 1}, {"b": 1}, {}, {"b": 1, "c": 0}, {"c": 0, "b": 1, "d": 2}]
+        for here["x"], here["y"] in (("ab", ""), ("b", ""), ("", ""), ("bc", "d"), ("", "d"), ("fcb", "de")):
+            seen.append({state["base"] + state["replica"]: state["number"] for state in await states.now()})
+        assert seen[:3] == [{"xa": 0, "xb": 1}, {"xb": 1}, {}]
+        assert seen[3:] == [{"xb": 1, "xc": 0, "yd": 2}, {"yd": 2}, {"xb": 1, "xc": 0, "yd": 2, "xf": 3, "ye": 4}]
+        assert {name: origin.weights for name, origin in states.origins.items()} == {"x": "x", "y": "y"}
 
     run(go())
 
 
 def test_the_live_view_counts_what_happened_between_two_looks() -> None:
-    metrics = Metrics(10, "base")
+    metrics = Metrics(10)
 
     def answered_by(at: float) -> Sample:
         answer = metrics.begun(job("acme", "support"))
@@ -368,7 +371,7 @@ def test_a_trace_of_each_request_arrives_and_holds_no_content(store: Store, tmp_
 
 
 def test_the_text_is_what_prometheus_reads() -> None:
-    metrics = Metrics(10, "base")
+    metrics = Metrics(10)
     metrics.refused("acme", "model_not_found")
     families = {family.name: family for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())}
     assert families["ftcore_refusals"].type == "counter" and families["ftcore_request_seconds"].type == "histogram"

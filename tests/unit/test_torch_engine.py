@@ -162,10 +162,52 @@ def test_the_engine_says_what_plain_peft_says_after_a_prompt(tiny_model_dir: Pat
                 got = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(prompts, name)]).log_softmax(-1)
                 want = torch.stack([truth.logps(name, prompt)[-1] for prompt in prompts])
                 assert float((got - want).abs().max()) <= 1e-4
-                vectors = torch.stack([torch.as_tensor(row) for row in await engine.embed(prompts, name)])
+                vectors = torch.stack([torch.as_tensor(row) async for row in engine.embed(prompts, name)])
                 want = torch.stack([truth.embedding(name, prompt) for prompt in prompts])
                 assert float((vectors - want).abs().max()) <= 1e-5
                 assert float((vectors - truth.embedding(DIGESTS[0], prompts[0])).abs().max()) > 1e-2
+
+    run(go())
+
+
+def test_what_is_only_read_is_read_with_everybody_elses_steps(tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth) -> None:
+    """Embeddings for three adapters and none, proofs and streams at once: each is its own adapter's, and no step is anybody's alone."""
+
+    async def go() -> None:
+        async with opened(tiny_model_dir, max_batch=4) as engine:
+            for digest in DIGESTS[:3]:
+                await engine.load_adapter(digest, adapters[digest])
+            names, prompts = ["", *DIGESTS[:3]], [[5 + number] * (3 + number) for number in range(8)]
+            streams = [asyncio.create_task(answer(engine, Request(f"s{n}", (9, n + 3), names[n], 100, salt="s"))) for n in range(4)]
+            while engine.stats().num_running < 4:
+                await asyncio.sleep(0.001)
+
+            async def embedded(name: str) -> torch.Tensor:
+                return torch.stack([torch.as_tensor(row) async for row in engine.embed(prompts, name, salt=f"e{name[-1:]}")])
+
+            proving = asyncio.create_task(engine.next_logits([list(range(10, 60))], DIGESTS[2]))
+            for name, vectors in zip(names, await asyncio.gather(*map(embedded, names)), strict=True):
+                want = torch.stack([truth.embedding(name, prompt) for prompt in prompts])
+                assert float((vectors - want).abs().max()) <= 1e-5
+            (logits,) = await proving
+            apart = torch.as_tensor(logits).log_softmax(-1) - truth.logps(DIGESTS[2], list(range(10, 60)))[-1]
+            assert float(apart.abs().max()) <= 1e-4
+            assert [len(tokens) for tokens in await asyncio.gather(*streams)] == [100] * 4
+            assert engine.stats().num_steps <= 150  # the streams alone take 100, each input alone one more, each proof five
+            assert engine.stats().num_preempted
+
+    run(go())
+
+
+def test_an_embedding_that_nobody_waits_for_is_not_read(tiny_model_dir: Path) -> None:
+    async def go() -> None:
+        async with opened(tiny_model_dir, max_batch=1) as engine:
+            embedding = engine.embed([[5] * 100 for _ in range(200)])
+            assert len(await anext(embedding)) == 32
+            await embedding.aclose()
+            await engine.health()
+            assert engine.stats().num_waiting == engine.stats().num_running == 0
+            assert engine.stats().num_prompt_tokens < 100 * 100
 
     run(go())
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ftcore.constraints import Grammar, Walk, json_constraint, regex_constraint
 from ftcore.engines.base import EngineEnded, LiveEngine, Request, Sampling, Token
 from ftcore.engines.vllm import Vllm
 from ftcore.errors import ConfigError, IntegrityError, ModelError
@@ -24,6 +27,7 @@ from ftcore.models import load_base
 from ftcore.probes import compare, record
 from ftcore.recipe import Model
 from tests.conftest import make_tiny_model
+from tests.constrained import HOSTILE, compiled, require_valid, some_requests, text_of
 from tests.live_engines import DIGESTS, answer, come_and_go, mixed, require_own, some_request, spoiled
 from tests.live_engines import adapters as adapters
 from tests.live_engines import truth as truth
@@ -42,11 +46,25 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def use(tiny_model_dir: Path) -> Iterator[Run]:
     """Runs a coroutine over the one engine: fewer slots than adapters, so that they take turns."""
     loop = asyncio.new_event_loop()
-    section = Vllm(max_batch=12, max_context=256, dtype="fp32", kv_cache_mib=64, max_loras=4, max_cpu_loras=10, max_rank=16)
+    section = Vllm(max_batch=12, max_context=512, dtype="fp32", kv_cache_mib=64, max_loras=4, max_cpu_loras=10, max_rank=16)
     engine = loop.run_until_complete(section.open(str(tiny_model_dir)))
     yield lambda task: loop.run_until_complete(asyncio.wait_for(task(engine), 600))
     loop.run_until_complete(engine.close())
     loop.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+class SlowGrammar(Grammar):
+    """Its walks have used up their time."""
+
+    def begin(self) -> Walk:
+        walk = super().begin()
+        walk._left_s = -1.0
+        return walk
 
 
 async def load_all(engine: LiveEngine, adapters: dict[str, Path]) -> None:
@@ -157,11 +175,9 @@ def test_sampling_means_what_it_means_elsewhere(use: Run, truth: Truth) -> None:
 
 def test_probes_hold_up_to_one_number_a_prompt(use: Run, tiny_model_dir: Path, adapters: dict[str, Path]) -> None:
     async def go(engine: LiveEngine) -> None:
-        from transformers import PreTrainedTokenizerFast
-
         await load_all(engine, adapters)
         model: Any = PeftModel.from_pretrained(load_base(Model(path=str(tiny_model_dir), dtype="fp32")), adapters[DIGESTS[3]])
-        probes = record(model.eval(), PreTrainedTokenizerFast.from_pretrained(tiny_model_dir), model.disable_adapter)
+        probes = record(model.eval(), AutoTokenizer.from_pretrained(tiny_model_dir), model.disable_adapter)
         assert engine.gives_logprobs and engine.precision == "fp32"
         bare = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts)])
         for digest in DIGESTS:
@@ -183,6 +199,7 @@ def test_what_vllm_would_leave_out_is_refused_at_load(use: Run, adapters: dict[s
     def wide(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             tensors[name] = torch.cat([tensor] * 16, dim=int("lora_B" in name))
+        config["r"] *= 16
 
     cases = {
         "DoRA": configured(use_dora=True), "whole modules": configured(modules_to_save=["lm_head"]), "biases": configured(bias="all"),
@@ -215,6 +232,73 @@ def test_more_adapters_than_it_may_hold_are_refused_and_harm_nobody(use: Run, ad
 
     for request, tokens in use(go):
         require_own(truth, request, tokens)
+
+
+@pytest.mark.parametrize("num", [60, pytest.param(1000, marks=pytest.mark.proof)])
+def test_every_constrained_answer_is_valid(use: Run, adapters: dict[str, Path], tokenizer: PreTrainedTokenizerBase, num: int) -> None:
+    """Half may end with another token than the tokenizer's own, some with that one alone: vLLM knows no other."""
+    eos, other = tokenizer.eos_token_id, tokenizer.pad_token_id
+    requests, mades = some_requests(tokenizer, num, seed=num)
+    stops = [frozenset({eos}), frozenset({other}), frozenset({eos, other})]
+    requests = [replace(each, stop_ids=stops[i % 3], sampling=replace(each.sampling, num_logprobs=None)) for i, each in enumerate(requests)]
+
+    async def go(engine: LiveEngine) -> list[list[Token]]:
+        await load_all(engine, adapters)
+        return await asyncio.gather(*(answer(engine, request) for request in requests))
+
+    answers = use(go)
+    for made, tokens in zip(mades, answers, strict=True):
+        assert tokens[-1].finish == "stop", (made, tokens[-1])
+        require_valid(made, text_of(tokenizer, tokens))
+    assert {tokens[-1].id for tokens in answers} == {eos, other}
+    assert len({text_of(tokenizer, tokens) for tokens in answers}) > num / 2, "the answers hardly differ: this shows nothing"
+
+
+def test_an_answer_that_cannot_go_on_ends_with_the_reason_and_harms_nobody(use: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What vLLM would follow without end, or ends as if it were complete, or answers to another constraint."""
+    stops = frozenset({tokenizer.eos_token_id})
+    slow, digits, more, letters = compiled(
+        tokenizer, *(regex_constraint(each, "") for each in ("[a-z]{50}", "[0-9]{9}", "[0-9]{12}", "[a-z]{9}"))
+    )
+    wrong = {
+        "too slow to follow": SlowGrammar(slow.constraint, slow._matcher, slow._vocabulary),
+        "to its end": Grammar(digits.constraint, more._matcher, more._vocabulary),
+        "left its constraint": Grammar(letters.constraint, digits._matcher, digits._vocabulary),
+    }
+
+    async def go(engine: LiveEngine) -> tuple[list[list[Token]], list[Token]]:
+        bad = [Request(f"bad{i}", (5, 6), "", 60, stops, constraint=grammar) for i, grammar in enumerate(wrong.values())]
+        *ends, good = await asyncio.gather(
+            *(answer(engine, each) for each in [*bad, Request("good", (5, 6), "", 60, stops, constraint=digits)])
+        )
+        for name, num_logprobs in (("a", 0), ("b", 3)):
+            with pytest.raises(ConfigError, match="no log-probabilities of constrained answers"):
+                await answer(engine, replace(bad[0], id=name, sampling=Sampling(num_logprobs=num_logprobs)))
+        return ends, good
+
+    ends, good = use(go)
+    for reason, tokens in zip(wrong, ends, strict=True):
+        assert tokens[-1].finish == "abort" and reason in tokens[-1].problem, tokens[-1]
+    assert good[-1].finish == "stop" and text_of(tokenizer, good).isdigit()
+
+
+def test_hostile_constraints_are_followed_or_ended_and_the_engine_goes_on(use: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    stops = frozenset({tokenizer.eos_token_id})
+    grammars = compiled(
+        tokenizer,
+        *(
+            regex_constraint(made, "") if isinstance(made, str) else json_constraint(made, "")
+            for made, refusal in HOSTILE.values()
+            if not refusal
+        ),
+    )
+
+    async def go(engine: LiveEngine) -> list[list[Token]]:
+        requests = [Request(f"h{i}", (5, 6), "", 100, stops, constraint=grammar) for i, grammar in enumerate(grammars)]
+        return await asyncio.gather(*(answer(engine, request) for request in requests))
+
+    for tokens in use(go):
+        assert tokens[-1].finish in ("stop", "length") or "too" in tokens[-1].problem, tokens[-1]
 
 
 def test_a_dead_engine_says_so(use: Run, tiny_model_dir: Path) -> None:
