@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ftcore.backends.base import World
 from ftcore.data.collate import collate
+from ftcore.lean_imports import bnb
 from ftcore.loop import Training
 from ftcore.methods.base import METHODS, Method
 from ftcore.models import CausalModel
@@ -55,8 +56,15 @@ def trained(base: Path, runs: Path, method: dict[str, Any], dtype: str = "fp32")
 
 
 def plain_base(folder: Path, method: Method) -> nn.Module:
-    """As plain transformers loads it; quantised where the method holds it so."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **method.load_options())
+    """As plain transformers loads it; quantised where the method holds it so.
+
+    In evaluation on a processor with bf16, bitsandbytes would round the scales of 4-bit layers, and refuse layers as narrow as these.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **method.load_options())
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 @pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(str(v) for v in m.values()))
