@@ -25,17 +25,22 @@ from ftcore.errors import Interrupted
 from ftcore.history import remember
 from ftcore.lease import holding
 from ftcore.loggers import Loggers, check_loggers
+from ftcore.nursery import Post
 from ftcore.places import check_places
 from ftcore.progress import ProgressLine
 from ftcore.recipe import Recipe, dump_recipe
 from ftcore.rundir import RunDir
 from pipelines.launch import launch, launch_here
+from pipelines.lead import Hear
 from pipelines.prepare import prepare
 from pipelines.runs import at_home, began_with, begin, move_aside, parent_into, publish_once, recognise, same_command
 from pipelines.same_base import recording_base
 from pipelines.work import PRELOAD, work
 
 Log = Callable[[str], None]
+Task = Callable[[Post], None]
+Start = Callable[[Task, Hear], object]
+"""Runs a task on the workers of a run, and hands on what they say."""
 HISTORIC = ("failure", "going", "growing", "group")
 
 
@@ -65,7 +70,8 @@ def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
             pass  # nobody else trains it now
         move_aside(run, log)
     with holding(run, log):
-        ref = _made(run, recipe, log)
+        train_once(run, recipe, log=log, start=start_for(recipe, log))
+        ref = publish_once(run, recipe, log)
 
     from ftcore.report import write_report
 
@@ -73,29 +79,43 @@ def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
     return Outcome(run, ref, recipe.output.store, metrics, write_report(run))
 
 
-def _made(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
+def start_for(recipe: Recipe, log: Log) -> Start:
+    """On Ray Train workers; one CPU worker with no cluster in sight trains in this process."""
+    if needs_ray(recipe.resources):
+        return lambda task, hear: launch(task, recipe.resources, connect(log=log), name=recipe.name, hear=hear, preload=PRELOAD)
+
+    def here(task: Task, hear: Hear) -> None:
+        log("training in this process (one worker, no Ray cluster)")
+        keep_memory()
+        launch_here(task, hear=hear)
+
+    return here
+
+
+def train_once(run: RunDir, recipe: Recipe, *, log: Log, start: Start, also: Hear | None = None) -> None:
+    """Trains a run to its end unless it is there; the run must be held. `also` hears what the driver hears."""
     finished, changed = recognise(run, recipe)
     if finished:
         log(f"run {recipe.name}: already finished ({run.url}); nothing to train")
-    else:
-        prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
-        begin(run, recipe, prepared, changed, log)
-        parent_into(run, recipe, log)
-        with recording_base(run, recipe):
-            _train(run, recipe, prepared, log)
-    return publish_once(run, recipe, log)
+        return
+    prepared = began_with(run, recipe, log) or prepare(recipe, log=log)
+    begin(run, recipe, prepared, changed, log)
+    parent_into(run, recipe, log)
+    with recording_base(run, recipe):
+        _train(run, recipe, prepared, log, start, also)
 
 
-def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:
+def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log, start: Start, also: Hear | None) -> None:
     task = partial(work, dump_recipe(recipe), recipe.plugins, prepared.url, run)
     ear = _Ear(run, recipe, log)
+
+    def hear(message: Message) -> None:
+        ear.hear(message)
+        if also is not None:
+            also(message)
+
     try:
-        if not needs_ray(recipe.resources):
-            log("training in this process (one worker, no Ray cluster)")
-            keep_memory()
-            launch_here(task, hear=ear.hear)
-        else:
-            launch(task, recipe.resources, connect(log=log), name=recipe.name, hear=ear.hear, preload=PRELOAD)
+        start(task, hear)
     except (Interrupted, KeyboardInterrupt) as error:
         sealed = run.checkpoint_steps()
         raise Interrupted(

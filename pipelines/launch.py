@@ -9,6 +9,7 @@ to stop; asked twice, it is left at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,27 +22,37 @@ from cluster.relay import Relay
 from cluster.resources import alive_nodes, check_fits
 from cluster.runtime_env import worker_variables
 from ftcore.backends.base import World
-from ftcore.nursery import Post
+from ftcore.errors import Interrupted
+from ftcore.nursery import Birth, End, Post, Worker, WorkerDied
 from ftcore.recipe import Resources
 from pipelines.lead import Hear, Lead
-from pipelines.seat import nursery_here
+from pipelines.seat import HEAR_S, nursery_here
 
 T = TypeVar("T")
 
 
 def launch(
-    work: Callable[[Post], T], resources: Resources, connection: Connection, *, name: str, hear: Hear, preload: Sequence[str] = ()
+    work: Callable[[Post], T],
+    resources: Resources,
+    connection: Connection,
+    *,
+    name: str,
+    hear: Hear,
+    preload: Sequence[str] = (),
+    asked: threading.Event | None = None,
 ) -> T:
     """Runs `work` on Ray Train workers, as many as the recipe asks for; returns what rank 0 returned.
 
     `work` must be importable where workers run (a function of a module, or a partial of one); `preload` names what its processes may
     import before they are needed. `hear` is called in this process with every message a worker said, and with what happens to them.
+    `asked`: set by somebody who wants it to stop, as a signal would.
     Raises the worker's own FtcoreError, ClusterError when there is no room, Interrupted on Ctrl-C, SIGTERM or a machine that goes.
     """
     check_fits(resources, alive_nodes())
     relay = Relay.open()
     lead = Lead(work, resources, relay, name=name, hear=hear, logs=connection.logs)
     lead.preload = tuple(preload)
+    lead.asked = asked or lead.asked
     try:
         with _prepared(resources, connection, lead.preload), on_stop_signal(lead.stop):
             value: T = lead.through()
@@ -68,6 +79,39 @@ def launch_here(work: Callable[[Post], T], *, hear: Hear) -> T:
     asked = threading.Event()
     with on_stop_signal(asked.set):
         return work(Post(World(node="here"), hear, asked.is_set))
+
+
+def launch_beside(work: Callable[[Post], T], resources: Resources, *, hear: Hear, preload: Sequence[str], asked: threading.Event) -> T:
+    """Runs `work` as the only worker, in a process forked from this node's nursery; one that dies is followed by another, up to
+    `resources.max_failures` times. Raises Interrupted soon after `asked` is set: the worker is ended at once, what it sealed stays."""
+    variables = worker_variables(resources)
+    birth = Birth(work, World(device="cuda" if resources.gpus_per_worker else "cpu"), "", {**os.environ, **variables})
+    nursery = nursery_here(preload, variables)
+    num_failures = 0
+    try:
+        while True:
+            end = _accompanied(nursery.bear(birth), hear, asked)
+            if end.error is None:
+                value: T = end.value
+                return value
+            num_failures += 1
+            if not isinstance(end.error, WorkerDied) or 0 <= resources.max_failures < num_failures:
+                raise end.error
+            hear({"event": "failure", "rank": 0, "cause": str(end.error), "final": False})
+    finally:
+        nursery.close()
+
+
+def _accompanied(worker: Worker, hear: Hear, asked: threading.Event) -> End:
+    try:
+        while worker.end is None:
+            for message in worker.hear(HEAR_S):
+                hear(message)
+            if asked.is_set():
+                raise Interrupted("stopped")
+        return worker.end
+    finally:
+        worker.kill()
 
 
 @contextmanager

@@ -1,0 +1,172 @@
+"""Searching: trials of one recipe on Ray Tune: who draws values, who ends early, how many at once; then the winner, trained and published.
+
+In: a Search, a Recipe. Out: Found (`search.json`), and the winner's run. Runs in: the driver.
+
+A trial of one worker takes that worker's CPUs and GPUs. One of several workers takes a little memory and no CPU, so that its workers can
+have all of the cluster; only as many run at once as their workers have room for. So none waits for what another holds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+from ray import tune
+from ray.tune import CheckpointConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from cluster.connect import connect
+from cluster.resources import alive_nodes, check_fits, fits
+from ftcore.errors import ConfigError, Interrupted, TrainingError
+from ftcore.recipe import Recipe, Resources, dump_recipe
+from ftcore.search import Choices, Even, Search, check
+from ftcore.storage import Folder, digest_of
+from pipelines.prepare import prepare
+from pipelines.runs import Log, same_command
+from pipelines.trial import Job, Trial
+from pipelines.tried import Found, Teller
+
+STATE = "tune"
+ACTOR_BYTES = 200 * 1024**2
+"""What a trial's own process asks of a node's memory where its workers have resources of their own."""
+
+
+def search_folder(recipe: Recipe) -> Folder:
+    """Where a search of this recipe lives, beside its runs."""
+    return Folder(recipe.output.runs) / f"{recipe.name}-search"
+
+
+def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
+    """Runs all trials, or those that are left of a search that was interrupted. Raises ConfigError for what cannot be searched, before any
+    trial; TrainingError when every trial failed; Interrupted on Ctrl-C."""
+    check(search, recipe)
+    folder, digest = search_folder(recipe), digest_of([search.model_dump(mode="json"), recipe.model_dump(mode="json")])
+    found = Found.read(folder)
+    if found is not None and found.digest != digest:
+        raise ConfigError(
+            "this search was begun with another recipe or space", where=folder, wanted="the same ones",
+            remedy=f"name={recipe.name}-2 begins another beside it",
+        )  # fmt: skip
+    if not prepare(recipe, log=log).num_blocks("validation"):
+        raise ConfigError(
+            "there are no validation rows to compare trials by", where="data.validation", got=recipe.data.validation, remedy="0.05 or more"
+        )
+    left = None if search.minutes is None else 60 * search.minutes - (found.seconds if found else 0.0)
+    if left is not None and left <= 0:
+        log(f"the {search.minutes:g} minutes of this search are spent; going on with what was found")
+    else:
+        if found is None:
+            Found(digest, search.mode).write(folder)
+        _run(search, recipe, folder, left, log)
+    found = Found.read(folder)
+    assert found is not None
+    if not found.ranked():
+        why = next((trial.error for trial in found.trials.values() if trial.error), "none came to its first validation")
+        raise TrainingError("no trial of this search could be judged", where=folder, got=why)
+    return found
+
+
+def _run(search: Search, recipe: Recipe, folder: Folder, seconds: float | None, log: Log) -> None:
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "0", "TUNE_GLOBAL_CHECKPOINT_S": "5"}
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else it prints a table at every result, whatever `verbose` says
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    connect(dashboard=False, log=log)
+    asked = recipe.resources.model_copy(update={"workers": recipe.resources.min_workers})
+    check_fits(asked, alive_nodes())
+    job = Job(search.model_dump_json(), dump_recipe(recipe), recipe.plugins, str(folder / "trials"))
+    trainable = tune.with_resources(tune.with_parameters(Trial, job=job), trial_resources(asked))
+    place, filesystem = storage_of(folder)
+    state = f"{place}/{STATE}"
+    if Tuner.can_restore(state, storage_filesystem=filesystem):
+        log(f"going on with the search in {folder}")
+        tuner = Tuner.restore(state, trainable, resume_unfinished=True, storage_filesystem=filesystem)
+    else:
+        config = TuneConfig(
+            metric=search.metric, mode=search.mode, search_alg=searcher_of(search), scheduler=scheduler_of(search),
+            num_samples=samples_of(search), max_concurrent_trials=num_at_once(search, asked), time_budget_s=seconds, reuse_actors=True,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+        )  # fmt: skip
+        teller = Teller(str(folder), search.model_dump_json())
+        run = RunConfig(
+            name=STATE, storage_path=place, storage_filesystem=filesystem, callbacks=[teller], verbose=0,
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+        )  # fmt: skip
+        space = {} if search.searcher == "tpe" else space_of(search)
+        tuner = Tuner(trainable, param_space=space, tune_config=config, run_config=run)
+    log(f"{search.num_trials} trials, {search.searcher}, {search.scheduler.kind}; at once: {num_at_once(search, asked)}")
+    grid = tuner.fit()
+    if _interrupted(grid):
+        raise Interrupted("the search was stopped", where=folder, remedy=f"go on with: {same_command()}")
+
+
+def _interrupted(grid: Any) -> bool:
+    """Ray Tune returns from Ctrl-C as if all was well."""
+    trials = grid._experiment_analysis.trials  # no public name
+    return any(trial.status in ("PENDING", "RUNNING", "PAUSED") for trial in trials)
+
+
+def trial_resources(asked: Resources) -> PlacementGroupFactory:
+    """What one trial's actor holds."""
+    if asked.max_workers > 1:
+        return PlacementGroupFactory([{"memory": ACTOR_BYTES}])
+    return PlacementGroupFactory([{"CPU": asked.cpus_per_worker} | ({"GPU": asked.gpus_per_worker} if asked.gpus_per_worker else {})])
+
+
+def num_at_once(search: Search, asked: Resources) -> int:
+    """Trials whose workers all have room at the same time."""
+    room = max(1, fits(asked, alive_nodes()) // asked.max_workers)
+    return min(room, search.concurrent or room, search.num_trials)
+
+
+def samples_of(search: Search) -> int:
+    return 1 if search.searcher == "grid" else search.trials
+
+
+def space_of(search: Search) -> dict[str, Any]:
+    """Ray Tune's own domains. Choices travel as JSON, so that a list or a mapping can be one."""
+    return {path: _domain(span, grid=search.searcher == "grid") for path, span in search.free.items()}
+
+
+def _domain(span: Any, *, grid: bool) -> Any:
+    if isinstance(span, Choices):
+        words = [json.dumps(value) for value in span.choice]
+        return tune.grid_search(words) if grid else tune.choice(words)
+    low, high = span.bounds()
+    if isinstance(span, Even):
+        return tune.randint(int(low), int(high) + 1) if span.is_whole else tune.uniform(low, high)
+    return tune.lograndint(int(low), int(high) + 1) if span.is_whole else tune.loguniform(low, high)
+
+
+def searcher_of(search: Search) -> Searcher | SearchAlgorithm:
+    if search.searcher == "tpe":
+        return OptunaSearch(space_of(search), metric=search.metric, mode=search.mode, seed=search.seed)
+    return BasicVariantGenerator(random_state=search.seed)
+
+
+def scheduler_of(search: Search) -> TrialScheduler:
+    """Time is the share of its own steps that a trial has taken: trials of other lengths compare."""
+    how = search.scheduler
+    if how.kind == "asha":
+        return ASHAScheduler(time_attr="share", max_t=100, grace_period=how.grace, reduction_factor=how.reduction, stop_last_trials=False)
+    if how.kind == "median":
+        return MedianStoppingRule(time_attr="share", grace_period=how.grace, min_samples_required=3)
+    if how.kind == "pbt":
+        return PopulationBasedTraining(
+            time_attr="share", perturbation_interval=how.every, hyperparam_mutations=space_of(search), custom_explore_fn=None
+        )
+    return FIFOScheduler()
+
+
+def storage_of(folder: Folder) -> tuple[str, Any]:
+    """Ray's name of a folder, and the file system it is on (None: this machine's)."""
+    if folder.is_local:
+        return str(Path(folder.path).resolve()), None
+    filesystem, path = fsspec.core.url_to_fs(str(folder))
+    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))

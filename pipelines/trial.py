@@ -1,0 +1,206 @@
+"""Trial: one run of a search, as Ray Tune asks for it: a look at the validation loss, and another, until it is told to end.
+
+In: drawn values, the search, the recipe. Out: what a validation came to, one result a look. Runs in: a Tune actor; the training itself in a
+worker beside it, so that an actor loads no torch and a trial that ends early leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from queue import SimpleQueue
+from typing import Any
+
+from ray import tune
+
+from cluster.connect import connect
+from cluster.outbox import Message
+from ftcore.data.order import Order
+from ftcore.errors import TrainingError
+from ftcore.journal import read_lines
+from ftcore.lease import holding
+from ftcore.recipe import Recipe, parse_recipe
+from ftcore.rundir import RunDir
+from ftcore.search import Search, recipe_of
+from pipelines.branch import branch
+from pipelines.fit import Start, Task, train_once
+from pipelines.launch import launch, launch_beside
+from pipelines.lead import Hear
+from pipelines.prepare import prepare
+from pipelines.work import PRELOAD
+
+log = logging.getLogger(__name__)
+LEAVE_S, LOOK_S = 60.0, 0.05
+"""How long workers on a cluster may take to seal a checkpoint and to leave their room."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a search have in common; plain text, so that any worker reads it as the driver wrote it."""
+
+    search: str
+    recipe: str
+    plugins: tuple[str, ...]
+    runs: str
+    """Folder of the trials' run folders."""
+
+
+def decoded(config: Mapping[str, Any], search: Search) -> dict[str, Any]:
+    """Tune's values as the recipe's: a choice travels as JSON."""
+    return {path: json.loads(config[path]) if isinstance(config[path], str) else config[path] for path in search.free}
+
+
+def trial_recipe(search: Search, recipe: Recipe, values: Mapping[str, Any], name: str, runs: str) -> Recipe:
+    """The recipe of one trial: its own values and name; it publishes nothing."""
+    drawn = recipe_of(search, recipe, values)
+    output = drawn.output.model_copy(update={"runs": runs, "adapter": None, "loggers": (), "checkpoint_every": 10**9})
+    resources = drawn.resources.model_copy(update={"workers": drawn.resources.min_workers})
+    return drawn.model_copy(update={"name": name, "output": output, "resources": resources})
+
+
+def with_looks(recipe: Recipe, num_blocks: int, looks: int, *, sealed: bool) -> Recipe:
+    """Has a recipe validate `looks` times in all; `sealed`: with a checkpoint each time."""
+    optim = recipe.optim
+    num_steps = Order(num_blocks, optim.batch_size, optim.seed).num_steps(optim.epochs, optim.max_steps)
+    every = max(1, math.ceil(num_steps / looks))
+    output = recipe.output.model_copy(update={"checkpoint_every": every, "keep": looks + 1} if sealed else {})
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"every_steps": every}), "output": output})
+
+
+class Trial(tune.Trainable):
+    """Ray Tune's view of a run. `step` waits for the next validation; ending it ends the run's worker at once."""
+
+    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
+        self.job = job
+        self.search = Search.model_validate_json(job.search)
+        self.base = parse_recipe(job.recipe, plugins=job.plugins)
+        self._new(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The same actor takes the next trial: nothing is started anew."""
+        self._end()
+        self._new(new_config)
+        return True
+
+    def _new(self, config: dict[str, Any]) -> None:
+        self.values = decoded(config, self.search)
+        self.results: SimpleQueue[dict[str, Any] | BaseException] = SimpleQueue()
+        self.asked = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.latest: dict[str, Any] = {}
+        self.told = 0
+        """Step of the last result that `step` gave."""
+        self.origin: tuple[str, int] | None = None
+        """Run and step that a checkpoint of Tune's stands for."""
+        self.name = str(self.trial_id)
+        """Of the run's folder."""
+
+    def step(self) -> dict[str, Any]:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._run, name="trial", daemon=True)
+            self.thread.start()
+        found = self.results.get()
+        if isinstance(found, BaseException):
+            raise found
+        if self.search.metric not in found:
+            raise TrainingError(
+                "the search's metric is not among what this trial reports", where="metric", got=self.search.metric,
+                wanted=", ".join(sorted(key for key, value in found.items() if isinstance(value, float))),
+            )  # fmt: skip
+        self.told = int(found["step"])
+        return found
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """A pointer: the checkpoint itself lies sealed in the run's folder, where all of them are kept while values change."""
+        run, until = RunDir(self.job.runs, self.name), time.monotonic() + LEAVE_S
+        while self.told not in run.checkpoint_steps():
+            if time.monotonic() > until:
+                raise TrainingError("a trial's checkpoint was not sealed in time", where=run.url, wanted=f"step {self.told}")
+            time.sleep(LOOK_S)
+        return {"run": self.name, "step": self.told}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        assert checkpoint is not None
+        self.origin = (checkpoint["run"], checkpoint["step"])
+
+    def cleanup(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self.asked.set()
+        if self.thread is not None:
+            self.thread.join(LEAVE_S)
+
+    def _run(self) -> None:
+        """In a thread of its own: the whole run. Its last result says that it is done."""
+        try:
+            run, recipe = self._opened()
+            with holding(run, log.info):
+                train_once(run, recipe, log=log.info, start=self._start(recipe), also=self._hear)
+            self.results.put(self._whole(run) | {"done": True})
+        except BaseException as error:  # handed to `step`
+            self.results.put(error)
+
+    def _opened(self) -> tuple[RunDir, Recipe]:
+        recipe = trial_recipe(self.search, self.base, self.values, self.name, self.job.runs)
+        prepared = prepare(recipe, log=log.info)
+        if not prepared.num_blocks("validation"):
+            raise TrainingError("there are no validation rows to compare trials by", where="data.validation", got=recipe.data.validation)
+        recipe = with_looks(recipe, prepared.num_blocks("train"), self.search.looks, sealed=self.search.scheduler.kind == "pbt")
+        if self.origin is not None:
+            recipe = self._branched(recipe, *self.origin)
+        return RunDir(recipe.output.runs, recipe.name), recipe
+
+    def _branched(self, recipe: Recipe, donor: str, step: int) -> Recipe:
+        """Goes on in the folder of the run it stood in; with another's weights, or other values, in a new one."""
+        runs = self.job.runs
+        if donor.split(".")[0] == self.name:
+            before = parse_recipe(RunDir(runs, donor).folder.read("recipe.yaml").decode(), plugins=self.job.plugins)
+            self.name = donor
+            recipe = recipe.model_copy(update={"name": donor})
+            if before == recipe:
+                return recipe
+        number = next(number for number in count(1) if not RunDir(runs, f"{self.trial_id}.{number}").folder.exists("recipe.yaml"))
+        self.name = f"{self.trial_id}.{number}"
+        recipe = recipe.model_copy(update={"name": self.name})
+        branch(RunDir(runs, donor), step, RunDir(runs, self.name), recipe)
+        return recipe
+
+    def _start(self, recipe: Recipe) -> Start:
+        if recipe.resources.max_workers == 1:
+            return partial(self._beside, recipe)
+
+        def on_train(task: Task, hear: Hear) -> None:
+            launch(task, recipe.resources, connect(log=log.info), name=recipe.name, hear=hear, preload=PRELOAD, asked=self.asked)
+
+        return on_train
+
+    def _beside(self, recipe: Recipe, task: Task, hear: Hear) -> None:
+        launch_beside(task, recipe.resources, hear=hear, preload=PRELOAD, asked=self.asked)
+
+    def _hear(self, message: Message) -> None:
+        if message["event"] == "lines":
+            for line in message["lines"]:
+                self._take(line)
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        """A journal line; that of a validation is a result, but for the last one, which waits until the run is sealed."""
+        self.latest |= {key: value for key, value in line.items() if isinstance(value, int | float)}
+        if "validation_loss" in line and line["step"] < self.latest.get("num_steps", math.inf):
+            self.results.put(self._result())
+
+    def _result(self) -> dict[str, Any]:
+        return self.latest | {"run": self.name, "share": round(100 * self.latest["step"] / self.latest["num_steps"], 2)}
+
+    def _whole(self, run: RunDir) -> dict[str, Any]:
+        """The last result, of a run that may have been finished before."""
+        for line in read_lines(run):
+            self.latest |= {key: value for key, value in line.items() if isinstance(value, int | float)}
+        return self._result() | {"share": 100.0}

@@ -1,0 +1,63 @@
+"""Tune: trials of a recipe over ranges of its keys; the winner trained, published, and reported with all that was tried.
+
+    ray job submit --working-dir . -- python pipelines/tune.py RECIPE optim.lr='{log: [1e-4, 1e-2]}' method.rank='{choice: [4, 8, 16]}'
+
+In: RECIPE, PATH=RANGE words (or --search FILE), PATH=VALUE overrides. Out: search.json, a report, the winner's run and adapter.
+Runs in: the driver. `ftcore tune` is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a file: the rooms are siblings of this script's folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cluster.connect import connect_early
+from ftcore.cli import guarded
+from ftcore.recipe import load_recipe
+from ftcore.search import check, is_range, load_search
+
+OPTIONS = {
+    "searcher": "tpe (default), random or grid",
+    "scheduler.kind": "asha (default), median, pbt or none",
+    "trials": "how many (default: 16)",    "minutes": "no trial goes on after this long",
+    "concurrent": "trials at once",
+    "metric": "what decides (default: validation_loss)",
+    "seed": "of what is drawn (default: 0)",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tune", description="Searches a recipe's keys for the best values, trains and publishes the winner."
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, like pipelines/recipes/sft-lora.yaml")
+    parser.add_argument(
+        "words", metavar="PATH=RANGE|PATH=VALUE", nargs="*",
+        help="a key to search: optim.lr='{log: [1e-4, 1e-2]}', method.rank='{choice: [4, 8]}', method.alpha='{equals: 2 * method.rank}'; "
+        "or a key set over the recipe's, for all trials: optim.epochs=2",
+    )  # fmt: skip
+    parser.add_argument("--search", metavar="FILE", help="a YAML file with `space` and how to search it (pipelines/recipes/search.yaml)")
+    for name, text in OPTIONS.items():
+        parser.add_argument(f"--{name.split('.')[0]}", dest=name, help=text)
+    options = parser.parse_intermixed_args(argv)
+    ranges = [word for word in options.words if is_range(word)]
+    search = load_search(options.search, ranges, {name: getattr(options, name) for name in OPTIONS})
+    recipe = load_recipe(options.recipe, [word for word in options.words if word not in ranges])
+    check(search, recipe)
+    connect_early()
+
+    from pipelines.searching import find  # late: what is wrong with the words is said at once
+
+    found = find(search, recipe, log=partial(print, flush=True))
+    for trial in found.ranked()[:5]:
+        print(trial.id, trial.best(search.mode), trial.values)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda argv: main(argv), sys.argv[1:]))
