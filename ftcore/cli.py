@@ -43,6 +43,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "sft": Command("pipelines.sft:main", "RECIPE [PATH=VALUE ...]", "train on Ray, verify and publish the adapter"),
     "pretrain": Command("pipelines.sft:main", "RECIPE [PATH=VALUE ...]", "the same, for a recipe with stage: pretrain"),
+    "tune": Command(
+        "pipelines.tune:main", "RECIPE [PATH=RANGE ...] [PATH=VALUE ...]", "search a recipe's keys; train and publish the winner"
+    ),
     "doctor": Command(
         "pipelines.doctor:main", "[RECIPE] [PATH=VALUE ...]", "look at every node before a run; each finding with its remedy"
     ),

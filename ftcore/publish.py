@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,13 +43,18 @@ from ftcore.weights import base_folder, check_base, weights_digest
 Log = Callable[[str], None]
 
 
-def publish_run(run: RunDir, recipe: Recipe, prepared: Prepared, *, log: Log = print) -> AdapterRef:
-    """Verifies and publishes a finished run's `final/` as `output.adapter`, and promotes it if the recipe says so."""
+def publish_run(
+    run: RunDir, recipe: Recipe, prepared: Prepared, *, facts: Mapping[str, int | str] = MappingProxyType({}), log: Log = print
+) -> AdapterRef:
+    """Verifies and publishes a finished run's `final/` as `output.adapter`, and promotes it if the recipe says so.
+
+    `facts`: what the card says beside the run's own metrics (of the search that it won, for one).
+    """
     store = AdapterStore(recipe.output.store)
     parent = run.folder.read_json("parent/manifest.json").get("ref") if run.folder.exists("parent/manifest.json") else None
     with run.opened("final") as final:
         result = run.folder.read_json("final/result.json")
-        size, metrics = int(result["world_size"]), result["metrics"]
+        size, metrics = int(result["world_size"]), {**result["metrics"], **facts}
         ref = publish_final(recipe, final, prepared.manifest, metrics=metrics, world_size=size, store=store, parent=parent, log=log)
     if recipe.output.promote:
         store.promote(ref)

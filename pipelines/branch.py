@@ -23,7 +23,7 @@ FACTS = (PREPARED, BASE, "audit.json", JOURNAL)
 
 
 def branch(donor: RunDir, step: int, into: RunDir, recipe: Recipe) -> None:
-    """Puts `donor`'s weights and optimizer state at `step` into a new run, which goes on from there. What was best before is the donor's."""
+    """Puts `donor`'s weights and optimizer state at `step` into a new run. What was best before stays the donor's."""
     for name in FACTS:
         if donor.folder.exists(name):
             into.folder.write(name, donor.folder.read(name))

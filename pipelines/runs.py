@@ -30,7 +30,7 @@ from pipelines.same_base import is_same_base, refuse_other_base
 
 Log = Callable[[str], None]
 
-PREPARED, PUBLISHED = "prepared.json", "published.json"
+PREPARED, PUBLISHED, SEARCHED = "prepared.json", "published.json", "searched.json"
 
 
 def at_home(recipe: Recipe, log: Log) -> Recipe:
@@ -186,7 +186,8 @@ def publish_once(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
 
     from ftcore.publish import publish_run  # loads peft: the first step must not wait for it
 
-    ref = publish_run(run, recipe, Prepared.open(run.folder.read_json(PREPARED)["url"]), log=log)
+    searched = run.folder.read_json(SEARCHED) if run.folder.exists(SEARCHED) else {}
+    ref = publish_run(run, recipe, Prepared.open(run.folder.read_json(PREPARED)["url"]), facts=searched, log=log)
     card = AdapterStore(recipe.output.store).card(ref)
     run.folder.write_json(PUBLISHED, {**fact, "ref": ref.full, "card": card_facts(card)})
     return ref

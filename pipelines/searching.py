@@ -25,13 +25,17 @@ from ray.tune.search.optuna import OptunaSearch
 from cluster.connect import connect
 from cluster.resources import alive_nodes, check_fits, fits
 from ftcore.errors import ConfigError, Interrupted, TrainingError
-from ftcore.recipe import Recipe, Resources, dump_recipe
+from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
+from ftcore.report.search_page import shown_values, write_search_page
+from ftcore.rundir import RunDir
 from ftcore.search import Choices, Even, Search, check
 from ftcore.storage import Folder, digest_of
+from ftcore.trials import Found
+from pipelines.fit import Outcome, fit
 from pipelines.prepare import prepare
-from pipelines.runs import Log, same_command
+from pipelines.runs import SEARCHED, Log, same_command
+from pipelines.telling import Teller
 from pipelines.trial import Job, Trial
-from pipelines.tried import Found, Teller
 
 STATE = "tune"
 ACTOR_BYTES = 200 * 1024**2
@@ -67,10 +71,38 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
         _run(search, recipe, folder, left, log)
     found = Found.read(folder)
     assert found is not None
+    write_search_page(folder, search, found)
     if not found.ranked():
         why = next((trial.error for trial in found.trials.values() if trial.error), "none came to its first validation")
         raise TrainingError("no trial of this search could be judged", where=folder, got=why)
     return found
+
+
+def crown(search: Search, recipe: Recipe, found: Found, *, log: Log = print) -> Outcome:
+    """Makes the best trial the recipe's result: trained to its end if it is not, published, with the search in its card."""
+    best, folder = found.ranked()[0], search_folder(recipe)
+    run = RunDir(str(folder / "trials"), best.run)
+    trained = parse_recipe(run.folder.read("recipe.yaml").decode(), plugins=recipe.plugins)
+    output = recipe.output.model_copy(update={"runs": trained.output.runs})
+    run.folder.write_json(SEARCHED, search_facts(search, found))
+    log(f"the best of {len(found.trials)} trials: {best.id} ({shown_values(best.values)}), {search.metric} {best.best(search.mode):.5g}")
+    outcome = fit(trained.model_copy(update={"output": output}), log=log)
+    what = f"{outcome.ref}" if outcome.ref else f"{outcome.run.url}/final"
+    write_search_page(folder, search, found, f"{best.id}: {shown_values(best.values)} -> {what}")
+    return outcome
+
+
+def search_facts(search: Search, found: Found) -> dict[str, int | str]:
+    """What an adapter's card says of the search it won."""
+    space = "; ".join(f"{path}: {json.dumps(span.model_dump(mode='json'))}" for path, span in search.space.items())
+    how = f"{search.searcher}, {search.scheduler.kind}, seed {search.seed}"
+    return {
+        "search": how,
+        "search.space": space[:2000],
+        "search.trials": len(found.trials),
+        "search.steps": found.num_steps,
+        "search.metric": search.metric,
+    }
 
 
 def _run(search: Search, recipe: Recipe, folder: Folder, seconds: float | None, log: Log) -> None:

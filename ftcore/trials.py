@@ -1,0 +1,84 @@
+"""Trials: what a search has tried so far, and what each came to.
+
+In: what the driver hears. Out: `search.json` beside the trials' runs. Runs in: the driver; read by reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ftcore.storage import Folder
+
+FILE = "search.json"
+
+
+@dataclass(frozen=True)
+class Look:
+    """A validation of a trial. `share`: percent of its steps."""
+
+    share: float
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial, as far as it came. `state`: running, stopped (by the scheduler or the time), done, failed."""
+
+    id: str
+    values: dict[str, Any]
+    looks: tuple[Look, ...] = ()
+    seconds: float = 0.0
+    state: str = "running"
+    error: str = ""
+    run: str = ""
+    """Name of its run folder; another one after it went on from another trial's weights."""
+
+    def best(self, mode: str) -> float | None:
+        """The best value of any look."""
+        values = [look.value for look in self.looks]
+        return (min if mode == "min" else max)(values) if values else None
+
+    @property
+    def steps(self) -> int:
+        return max((look.step for look in self.looks), default=0)
+
+    @property
+    def share(self) -> float:
+        return max((look.share for look in self.looks), default=0.0)
+
+
+@dataclass
+class Found:
+    """All trials of a search, in the order they began."""
+
+    digest: str
+    mode: str
+    trials: dict[str, Tried] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Of all sessions together."""
+
+    def ranked(self) -> list[Tried]:
+        """Those that were judged and did not fail, the best first."""
+        judged = [(trial.best(self.mode), trial) for trial in self.trials.values() if trial.state != "failed"]
+        known = [(value if self.mode == "min" else -value, trial) for value, trial in judged if value is not None]
+        return [trial for _, trial in sorted(known, key=lambda pair: pair[0])]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all trials together."""
+        return sum(trial.steps for trial in self.trials.values())
+
+    def write(self, folder: Folder) -> None:
+        folder.write_json(FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Folder) -> Found | None:
+        if not folder.exists(FILE):
+            return None
+        held = folder.read_json(FILE)
+        trials = {
+            key: Tried(**{**each, "looks": tuple(Look(**look) for look in each["looks"])}) for key, each in held["trials"].items()
+        }  # fmt: skip
+        return cls(**{**held, "trials": trials})
