@@ -112,7 +112,7 @@ class Training:
         self.tokenizer = load_tokenizer(model)
         with recipe.backend.loading(DTYPES[model.dtype], world):
             base = load_base(model, recipe.method, device=world.device)
-            _seed_all(optim.seed)
+            seed_all(optim.seed)
             self.model: nn.Module = recipe.method.apply(base)
         if model.adapter is not None:
             with run.opened("parent") as folder:
@@ -180,7 +180,7 @@ class Training:
     def _step(self) -> bool:
         """One optimizer step. Returns whether any rank was asked to stop."""
         started, step, world = time.perf_counter(), self.at.step, self.world
-        _seed_all(step_seed(self.recipe.optim.seed, step, world.rank))
+        seed_all(step_seed(self.recipe.optim.seed, step, world.rank))
         self.model.train()
         batches = self.recipe.stage.experience(self.models, self._window(step))
         weights = [self.recipe.stage.weight(batch) for batch in batches]
@@ -356,7 +356,7 @@ class Training:
             self.journal.close()
 
 
-def _seed_all(seed: int) -> None:
+def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
