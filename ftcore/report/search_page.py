@@ -39,10 +39,10 @@ class Axis:
 
 def write_search_page(folder: Folder, search: Search, found: Found, winner: str = "") -> str:
     """Writes the page and returns where it is. `winner`: what became of the best trial, in a line."""
-    ranked = found.ranked()
+    ranked, failed = found.ranked(), [trial for trial in found.trials.values() if trial.state == "failed"]
     page = page_environment().get_template("search.html.jinja").render(
         name=str(folder).rstrip("/").rsplit("/", 1)[-1], place=str(folder), made=utc_now(), tool=f"ftcore {ftcore.__version__}",
-        metric=search.metric, mode=search.mode, found=found, ranked=ranked, failed=[t for t in found.trials.values() if t.state == "failed"],
+        metric=search.metric, mode=search.mode, found=found, ranked=ranked, failed=failed,
         figures=figures(search, found), parallel=parallel(search, ranked), curves=curves(ranked), importance=importance(search, ranked),
         winner=winner, shown=shown_values, space={path: span.model_dump(mode="json") for path, span in search.space.items()},
     )  # fmt: skip

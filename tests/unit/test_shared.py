@@ -19,9 +19,15 @@ from tests.memory_blocks import MemoryBlocks, packed_blocks
 BLOCKS = MemoryBlocks(packed_blocks(14, seed=1), packed_blocks(4, seed=2))
 CANDIDATES: dict[str, dict[str, Any]] = {
     "small": {"method": {"kind": "lora", "rank": 2, "alpha": 4, "targets": "all-linear"}, "optim": {"lr": 3e-3, "max_steps": 20}},
-    "large": {"method": {"kind": "lora", "rank": 16, "alpha": 8, "rslora": True, "targets": ["q_proj", "v_proj"]}, "optim": {"lr": 1e-2, "epochs": 3}},
-    "decays": {"method": {"kind": "lora", "rank": 4}, "optim": {"lr": 5e-3, "max_steps": 12, "seed": 7, "batch_size": 5, "weight_decay": 0.1}},
-}  # fmt: skip
+    "large": {
+        "method": {"kind": "lora", "rank": 16, "alpha": 8, "rslora": True, "targets": ["q_proj", "v_proj"]},
+        "optim": {"lr": 1e-2, "epochs": 3},
+    },
+    "decays": {
+        "method": {"kind": "lora", "rank": 4},
+        "optim": {"lr": 5e-3, "max_steps": 12, "seed": 7, "batch_size": 5, "weight_decay": 0.1},
+    },
+}
 
 
 def recipe(base: Path, name: str, runs: Path, **changes: Any) -> Recipe:
