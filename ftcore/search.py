@@ -26,6 +26,7 @@ from ftcore.recipe import Recipe, parse_recipe
 from ftcore.recipe_errors import explain
 from ftcore.recipe_file import by_line, override, parse_tree, read_tree
 from ftcore.section import Section
+from ftcore.sharing import base_key, refusal
 from ftcore.stages.base import STAGES
 
 Value = int | float | str | bool | None | list[Any] | dict[str, Any]
@@ -147,6 +148,10 @@ class Search(Section):
     """No trial goes on after this long."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; unset: as many as the cluster holds."""
+    shared: Literal["auto", "on", "off"] = "auto"
+    """Trials of LoRA over one base are trained together, in one forward and backward pass; auto: where all of the space allows it."""
+    together: int = Field(4, ge=1)
+    """Trials that share one base at once; each takes the memory of its own activations."""
     looks: int = Field(10, ge=1)
     """Validations within a whole trial; between two of them nothing is decided."""
     seed: int = 0
@@ -222,8 +227,9 @@ def is_range(word: str) -> bool:
     return text.startswith("{") and any(text[1:].lstrip(" \"'").startswith(form) for form in FORMS)
 
 
-def check(search: Search, recipe: Recipe) -> None:
-    """Raises ConfigError unless each key is one of the recipe's that may differ, and the recipe is sound at both ends of every range."""
+def check(search: Search, recipe: Recipe) -> bool:
+    """Whether trials are to share a base. Raises ConfigError unless each key is one of the recipe's that may differ, and the recipe is
+    sound at both ends of every range."""
     for path in search.space:
         if path.startswith(FIXED) or path == "data":
             raise ConfigError(
@@ -239,8 +245,18 @@ def check(search: Search, recipe: Recipe) -> None:
     tried: list[dict[str, Any]] = [middle]
     for path, span in search.free.items():
         tried += [middle | {path: value} for value in span.samples()[1:]]
-    for values in tried:
-        recipe_of(search, recipe, values)
+    return _shares(search, [recipe_of(search, recipe, values) for values in tried])
+
+
+def _shares(search: Search, recipes: Sequence[Recipe]) -> bool:
+    reason = next(filter(None, map(refusal, recipes)), "")
+    if not reason and len(set(map(base_key, recipes))) > 1:
+        reason = "the space holds other bases, data or stages"
+    if not reason and search.scheduler.kind == "pbt":
+        reason = "scheduler pbt goes on from checkpoints, which shared trials have none of"
+    if reason and search.shared == "on":
+        raise ConfigError("these trials cannot share a base", where="shared", got=reason, remedy="shared: auto, or off")
+    return search.shared != "off" and not reason
 
 
 def grid(search: Search) -> list[dict[str, Any]]:

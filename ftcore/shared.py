@@ -29,39 +29,12 @@ from ftcore.data_parallel import PlainStepper
 from ftcore.errors import ConfigError, FtcoreError, TrainingError
 from ftcore.layers.shared_lora import Ranges, SharedLinear, Update
 from ftcore.loop import Blocks, seed_all
-from ftcore.methods.lora import Lora
 from ftcore.models import CausalModel, autocast_dtype, autocasting, choose_layout, load_base
 from ftcore.recipe import Recipe
-from ftcore.stages.base import Models, Stage
+from ftcore.sharing import base_key, refusal
+from ftcore.stages.base import Models
 
 Line = dict[str, Any]
-
-
-def refusal(recipe: Recipe) -> str:
-    """Why this recipe cannot share its base with others; "" when it can. No weights are looked at."""
-    method = recipe.method
-    reasons = {
-        "only LoRA over a frozen base is shared": not isinstance(method, Lora),
-        "dropout draws from one stream, which others would share": getattr(method, "dropout", 0) > 0,
-        "DoRA needs the norm of base and update together": getattr(method, "dora", False),
-        "whole modules would be trained beside the base": bool(getattr(method, "modules_to_save", ())),
-        "another backend executes its steps": recipe.backend.kind != "plain",
-        "it has several workers": recipe.resources.max_workers > 1,
-        "it continues from an adapter": recipe.model.adapter is not None,
-        "examples are not packed": not (recipe.data.pack and recipe.stage.packs),
-        "the stage asks the base too": recipe.stage.needs_reference,
-        "the stage makes its own batches": type(recipe.stage).experience is not Stage.experience,
-        "fp16 has one loss scale for all": recipe.model.dtype == "fp16",
-    }  # fmt: skip
-    return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def base_key(recipe: Recipe) -> tuple[str, ...]:
-    """What candidates of one base have in common."""
-    held = recipe.method.held(recipe.model.dtype) if isinstance(recipe.method, Lora) else ""
-    loading = [str(getattr(recipe.method, name, "")) for name in ("bits", "quant_type", "double_quant", "compute_dtype")]
-    sections = [each.model_dump_json() for each in (recipe.model, recipe.data, recipe.stage, recipe.backend)]
-    return (*sections, held, *loading)
 
 
 class _Part(CausalModel):
@@ -111,7 +84,7 @@ class Shared:
     def __init__(self, recipe: Recipe, prepared: Blocks, device: str = "cpu") -> None:
         """Loads the base of `recipe`. Raises ConfigError when candidates cannot share it."""
         if reason := refusal(recipe):
-            raise ConfigError("this recipe cannot share its base with other trials", got=reason, remedy="search it with --shared off")
+            raise ConfigError("this recipe cannot share its base with other trials", got=reason, remedy="search with --shared off")
         self.key, self.prepared, self.world = base_key(recipe), prepared, World(device=device)
         base = load_base(recipe.model, recipe.method, device=device)
         base.requires_grad_(False)

@@ -2,14 +2,16 @@
 
 In: a Search, a Recipe. Out: Found (`search.json`), and the winner's run. Runs in: the driver.
 
-A trial of one worker takes that worker's CPUs and GPUs. One of several workers takes a little memory and no CPU, so that its workers can
-have all of the cluster; only as many run at once as their workers have room for. So none waits for what another holds.
+A trial of one worker takes that worker's CPUs and GPUs. One of several workers, or one that shares its base, takes a little memory and no
+CPU, so that its workers or its host can have all of the cluster; only as many run at once as those have room for. So none waits for what
+another holds.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cluster.connect import connect
 from cluster.resources import alive_nodes, check_fits, fits
+from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, Interrupted, TrainingError
 from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
 from ftcore.report.search_page import shown_values, write_search_page
@@ -32,10 +35,11 @@ from ftcore.search import Choices, Even, Search, check
 from ftcore.storage import Folder, digest_of
 from ftcore.trials import Found
 from pipelines.fit import Outcome, fit
+from pipelines.hosting import open_hosts
 from pipelines.prepare import prepare
 from pipelines.runs import SEARCHED, Log, same_command
 from pipelines.telling import Teller
-from pipelines.trial import Job, Trial
+from pipelines.trial import Job, Trial, trial_recipe, with_looks
 
 STATE = "tune"
 ACTOR_BYTES = 200 * 1024**2
@@ -50,7 +54,7 @@ def search_folder(recipe: Recipe) -> Folder:
 def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
     """Runs all trials, or those that are left of a search that was interrupted. Raises ConfigError for what cannot be searched, before any
     trial; TrainingError when every trial failed; Interrupted on Ctrl-C."""
-    check(search, recipe)
+    shares = check(search, recipe)
     folder, digest = search_folder(recipe), digest_of([search.model_dump(mode="json"), recipe.model_dump(mode="json")])
     found = Found.read(folder)
     if found is not None and found.digest != digest:
@@ -58,7 +62,8 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
             "this search was begun with another recipe or space", where=folder, wanted="the same ones",
             remedy=f"name={recipe.name}-2 begins another beside it",
         )  # fmt: skip
-    if not prepare(recipe, log=log).num_blocks("validation"):
+    prepared = prepare(recipe, log=log)
+    if not prepared.num_blocks("validation"):
         raise ConfigError(
             "there are no validation rows to compare trials by", where="data.validation", got=recipe.data.validation, remedy="0.05 or more"
         )
@@ -68,7 +73,7 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
     else:
         if found is None:
             Found(digest, search.mode).write(folder)
-        _run(search, recipe, folder, left, log)
+        _run(search, recipe, folder, prepared if shares else None, left, log)
     found = Found.read(folder)
     assert found is not None
     write_search_page(folder, search, found)
@@ -81,9 +86,15 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
 def crown(search: Search, recipe: Recipe, found: Found, *, log: Log = print) -> Outcome:
     """Makes the best trial the recipe's result: trained to its end if it is not, published, with the search in its card."""
     best, folder = found.ranked()[0], search_folder(recipe)
-    run = RunDir(str(folder / "trials"), best.run)
-    trained = parse_recipe(run.folder.read("recipe.yaml").decode(), plugins=recipe.plugins)
-    output = recipe.output.model_copy(update={"runs": trained.output.runs})
+    trials = str(folder / "trials")
+    run = RunDir(trials, best.run or f"{best.id}.alone")
+    if best.run:
+        trained = parse_recipe(run.folder.read("recipe.yaml").decode(), plugins=recipe.plugins)
+    else:  # it shared its base: trained again alone, it has the same losses, and all its proofs
+        trained = trial_recipe(search, recipe, best.values, run.name, trials)
+        trained = with_looks(trained, prepare(trained, log=log).num_blocks("train"), search.looks, sealed=False)
+        trained = trained.model_copy(update={"resources": recipe.resources})
+    output = recipe.output.model_copy(update={"runs": trials})
     run.folder.write_json(SEARCHED, search_facts(search, found))
     log(f"the best of {len(found.trials)} trials: {best.id} ({shown_values(best.values)}), {search.metric} {best.best(search.mode):.5g}")
     outcome = fit(trained.model_copy(update={"output": output}), log=log)
@@ -105,15 +116,20 @@ def search_facts(search: Search, found: Found) -> dict[str, int | str]:
     }
 
 
-def _run(search: Search, recipe: Recipe, folder: Folder, seconds: float | None, log: Log) -> None:
+def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None, seconds: float | None, log: Log) -> None:
+    """`shared`: the blocks that trials which share a base learn from."""
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "0", "TUNE_GLOBAL_CHECKPOINT_S": "5"}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else it prints a table at every result, whatever `verbose` says
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     connect(dashboard=False, log=log)
-    asked = recipe.resources.model_copy(update={"workers": recipe.resources.min_workers})
+    asked = recipe.resources.model_copy(update={"workers": 1 if shared else recipe.resources.min_workers})
     check_fits(asked, alive_nodes())
-    job = Job(search.model_dump_json(), dump_recipe(recipe), recipe.plugins, str(folder / "trials"))
-    trainable = tune.with_resources(tune.with_parameters(Trial, job=job), trial_resources(asked))
+    room = max(1, fits(asked, alive_nodes()) // asked.max_workers)
+    together = search.together if shared else 1
+    at_once = min(room * together, search.concurrent or room * together, search.num_trials)
+    hosts = open_hosts(math.ceil(at_once / together), recipe, shared, asked) if shared else []
+    job = Job(search.model_dump_json(), dump_recipe(recipe), recipe.plugins, str(folder / "trials"), tuple(hosts))
+    trainable = tune.with_resources(tune.with_parameters(Trial, job=job), trial_resources(asked, is_guest=bool(hosts)))
     place, filesystem = storage_of(folder)
     state = f"{place}/{STATE}"
     if Tuner.can_restore(state, storage_filesystem=filesystem):
@@ -122,7 +138,7 @@ def _run(search: Search, recipe: Recipe, folder: Folder, seconds: float | None, 
     else:
         config = TuneConfig(
             metric=search.metric, mode=search.mode, search_alg=searcher_of(search), scheduler=scheduler_of(search),
-            num_samples=samples_of(search), max_concurrent_trials=num_at_once(search, asked), time_budget_s=seconds, reuse_actors=True,
+            num_samples=samples_of(search), max_concurrent_trials=at_once, time_budget_s=seconds, reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         )  # fmt: skip
         teller = Teller(str(folder), search.model_dump_json())
@@ -132,7 +148,8 @@ def _run(search: Search, recipe: Recipe, folder: Folder, seconds: float | None, 
         )  # fmt: skip
         space = {} if search.searcher == "tpe" else space_of(search)
         tuner = Tuner(trainable, param_space=space, tune_config=config, run_config=run)
-    log(f"{search.num_trials} trials, {search.searcher}, {search.scheduler.kind}; at once: {num_at_once(search, asked)}")
+    sharing = f", {together} to a base" if hosts else ""
+    log(f"{search.num_trials} trials, {search.searcher}, {search.scheduler.kind}; {at_once} at once{sharing}")
     grid = tuner.fit()
     if _interrupted(grid):
         raise Interrupted("the search was stopped", where=folder, remedy=f"go on with: {same_command()}")
@@ -144,17 +161,11 @@ def _interrupted(grid: Any) -> bool:
     return any(trial.status in ("PENDING", "RUNNING", "PAUSED") for trial in trials)
 
 
-def trial_resources(asked: Resources) -> PlacementGroupFactory:
-    """What one trial's actor holds."""
-    if asked.max_workers > 1:
+def trial_resources(asked: Resources, *, is_guest: bool) -> PlacementGroupFactory:
+    """What one trial's actor holds; its workers or its host hold the rest."""
+    if asked.max_workers > 1 or is_guest:
         return PlacementGroupFactory([{"memory": ACTOR_BYTES}])
     return PlacementGroupFactory([{"CPU": asked.cpus_per_worker} | ({"GPU": asked.gpus_per_worker} if asked.gpus_per_worker else {})])
-
-
-def num_at_once(search: Search, asked: Resources) -> int:
-    """Trials whose workers all have room at the same time."""
-    room = max(1, fits(asked, alive_nodes()) // asked.max_workers)
-    return min(room, search.concurrent or room, search.num_trials)
 
 
 def samples_of(search: Search) -> int:

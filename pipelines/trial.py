@@ -13,10 +13,9 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from ray import tune
 
@@ -31,6 +30,7 @@ from ftcore.rundir import RunDir
 from ftcore.search import Search, recipe_of
 from pipelines.branch import branch
 from pipelines.fit import Start, Task, train_once
+from pipelines.hosting import Together
 from pipelines.launch import launch, launch_beside
 from pipelines.lead import Hear
 from pipelines.prepare import prepare
@@ -50,6 +50,8 @@ class Job:
     plugins: tuple[str, ...]
     runs: str
     """Folder of the trials' run folders."""
+    hosts: tuple[Any, ...] = ()
+    """Who trains them together; none: each has its own workers."""
 
 
 def decoded(config: Mapping[str, Any], search: Search) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def decoded(config: Mapping[str, Any], search: Search) -> dict[str, Any]:
 
 
 def trial_recipe(search: Search, recipe: Recipe, values: Mapping[str, Any], name: str, runs: str) -> Recipe:
-    """The recipe of one trial: its own values and name; it publishes nothing."""
+    """The recipe of one trial: its own values and name; it publishes nothing. A loss does not depend on the number of workers."""
     drawn = recipe_of(search, recipe, values)
     output = drawn.output.model_copy(update={"runs": runs, "adapter": None, "loggers": (), "checkpoint_every": 10**9})
     resources = drawn.resources.model_copy(update={"workers": drawn.resources.min_workers})
@@ -74,41 +76,109 @@ def with_looks(recipe: Recipe, num_blocks: int, looks: int, *, sealed: bool) -> 
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"every_steps": every}), "output": output})
 
 
+class Runner(Protocol):
+    """What gives a trial's results."""
+
+    def next(self) -> Mapping[str, Any]:
+        """Waits for the next validation; `done` is in the last one. Raises what ended the run."""
+
+    def end(self) -> None:
+        """It is not wanted any more."""
+
+
+class Alone:
+    """A run of its own, as `fit` has them, with a folder: it goes on from what it sealed."""
+
+    def __init__(self, search: Search, recipe: Recipe, asked: threading.Event) -> None:
+        self.search, self.recipe, self.asked = search, recipe, asked
+        self.results: SimpleQueue[dict[str, Any] | BaseException] = SimpleQueue()
+        self.latest: dict[str, Any] = {}
+        self.run = RunDir(recipe.output.runs, recipe.name)
+        self.thread = threading.Thread(target=self._run, name="trial", daemon=True)
+        self.thread.start()
+
+    def next(self) -> Mapping[str, Any]:
+        found = self.results.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def end(self) -> None:
+        self.asked.set()
+        self.thread.join(LEAVE_S)
+
+    def _run(self) -> None:
+        """In a thread of its own: the whole run. Its last result says that it is done."""
+        try:
+            with holding(self.run, log.info):
+                train_once(self.run, self.recipe, log=log.info, start=self._start(), also=self._hear)
+            self.results.put(self._whole() | {"done": True})
+        except BaseException as error:  # handed to `next`
+            self.results.put(error)
+
+    def _start(self) -> Start:
+        recipe = self.recipe
+
+        def beside(task: Task, hear: Hear) -> None:
+            launch_beside(task, recipe.resources, hear=hear, preload=PRELOAD, asked=self.asked)
+
+        def on_train(task: Task, hear: Hear) -> None:
+            connection = connect(log=log.info)
+            launch(task, recipe.resources, connection, name=recipe.name, hear=hear, preload=PRELOAD, asked=self.asked)
+
+        return beside if recipe.resources.max_workers == 1 else on_train
+
+    def _hear(self, message: Message) -> None:
+        if message["event"] == "lines":
+            for line in message["lines"]:
+                self._take(line)
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        """A journal line; that of a validation is a result, but for the last one, which waits until the run is sealed."""
+        self.latest |= {key: value for key, value in line.items() if isinstance(value, int | float)}
+        if "validation_loss" in line and line["step"] < self.latest.get("num_steps", math.inf):
+            self.results.put(self._result())
+
+    def _result(self) -> dict[str, Any]:
+        return self.latest | {"run": self.run.name, "share": round(100 * self.latest["step"] / self.latest["num_steps"], 2)}
+
+    def _whole(self) -> dict[str, Any]:
+        """The last result, of a run that may have been finished before."""
+        for line in read_lines(self.run):
+            self.latest |= {key: value for key, value in line.items() if isinstance(value, int | float)}
+        return self._result() | {"share": 100.0}
+
+
 class Trial(tune.Trainable):
-    """Ray Tune's view of a run. `step` waits for the next validation; ending it ends the run's worker at once."""
+    """Ray Tune's view of a run: each step is the next validation."""
 
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
         self.job = job
         self.search = Search.model_validate_json(job.search)
         self.base = parse_recipe(job.recipe, plugins=job.plugins)
+        self.runner: Runner | None = None
         self._new(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The same actor takes the next trial: nothing is started anew."""
-        self._end()
+        self.cleanup()
         self._new(new_config)
         return True
 
     def _new(self, config: dict[str, Any]) -> None:
         self.values = decoded(config, self.search)
-        self.results: SimpleQueue[dict[str, Any] | BaseException] = SimpleQueue()
-        self.asked = threading.Event()
-        self.thread: threading.Thread | None = None
-        self.latest: dict[str, Any] = {}
+        self.runner = None
         self.told = 0
-        """Step of the last result that `step` gave."""
+        """Step of the last result."""
         self.origin: tuple[str, int] | None = None
         """Run and step that a checkpoint of Tune's stands for."""
         self.name = str(self.trial_id)
         """Of the run's folder."""
 
     def step(self) -> dict[str, Any]:
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._run, name="trial", daemon=True)
-            self.thread.start()
-        found = self.results.get()
-        if isinstance(found, BaseException):
-            raise found
+        if self.runner is None:
+            self.runner = self._opened()
+        found = dict(self.runner.next())
         if self.search.metric not in found:
             raise TrainingError(
                 "the search's metric is not among what this trial reports", where="metric", got=self.search.metric,
@@ -116,6 +186,10 @@ class Trial(tune.Trainable):
             )  # fmt: skip
         self.told = int(found["step"])
         return found
+
+    def cleanup(self) -> None:
+        if self.runner is not None:
+            self.runner.end()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """A pointer: the checkpoint itself lies sealed in the run's folder, where all of them are kept while values change."""
@@ -130,33 +204,15 @@ class Trial(tune.Trainable):
         assert checkpoint is not None
         self.origin = (checkpoint["run"], checkpoint["step"])
 
-    def cleanup(self) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        self.asked.set()
-        if self.thread is not None:
-            self.thread.join(LEAVE_S)
-
-    def _run(self) -> None:
-        """In a thread of its own: the whole run. Its last result says that it is done."""
-        try:
-            run, recipe = self._opened()
-            with holding(run, log.info):
-                train_once(run, recipe, log=log.info, start=self._start(recipe), also=self._hear)
-            self.results.put(self._whole(run) | {"done": True})
-        except BaseException as error:  # handed to `step`
-            self.results.put(error)
-
-    def _opened(self) -> tuple[RunDir, Recipe]:
+    def _opened(self) -> Runner:
         recipe = trial_recipe(self.search, self.base, self.values, self.name, self.job.runs)
         prepared = prepare(recipe, log=log.info)
-        if not prepared.num_blocks("validation"):
-            raise TrainingError("there are no validation rows to compare trials by", where="data.validation", got=recipe.data.validation)
         recipe = with_looks(recipe, prepared.num_blocks("train"), self.search.looks, sealed=self.search.scheduler.kind == "pbt")
+        if self.job.hosts:
+            return Together(list(self.job.hosts), self.name, recipe, recipe.resources.max_failures)
         if self.origin is not None:
             recipe = self._branched(recipe, *self.origin)
-        return RunDir(recipe.output.runs, recipe.name), recipe
+        return Alone(self.search, recipe, threading.Event())
 
     def _branched(self, recipe: Recipe, donor: str, step: int) -> Recipe:
         """Goes on in the folder of the run it stood in; with another's weights, or other values, in a new one."""
@@ -172,35 +228,3 @@ class Trial(tune.Trainable):
         recipe = recipe.model_copy(update={"name": self.name})
         branch(RunDir(runs, donor), step, RunDir(runs, self.name), recipe)
         return recipe
-
-    def _start(self, recipe: Recipe) -> Start:
-        if recipe.resources.max_workers == 1:
-            return partial(self._beside, recipe)
-
-        def on_train(task: Task, hear: Hear) -> None:
-            launch(task, recipe.resources, connect(log=log.info), name=recipe.name, hear=hear, preload=PRELOAD, asked=self.asked)
-
-        return on_train
-
-    def _beside(self, recipe: Recipe, task: Task, hear: Hear) -> None:
-        launch_beside(task, recipe.resources, hear=hear, preload=PRELOAD, asked=self.asked)
-
-    def _hear(self, message: Message) -> None:
-        if message["event"] == "lines":
-            for line in message["lines"]:
-                self._take(line)
-
-    def _take(self, line: Mapping[str, Any]) -> None:
-        """A journal line; that of a validation is a result, but for the last one, which waits until the run is sealed."""
-        self.latest |= {key: value for key, value in line.items() if isinstance(value, int | float)}
-        if "validation_loss" in line and line["step"] < self.latest.get("num_steps", math.inf):
-            self.results.put(self._result())
-
-    def _result(self) -> dict[str, Any]:
-        return self.latest | {"run": self.name, "share": round(100 * self.latest["step"] / self.latest["num_steps"], 2)}
-
-    def _whole(self, run: RunDir) -> dict[str, Any]:
-        """The last result, of a run that may have been finished before."""
-        for line in read_lines(run):
-            self.latest |= {key: value for key, value in line.items() if isinstance(value, int | float)}
-        return self._result() | {"share": 100.0}

@@ -27,6 +27,7 @@ OPTIONS = {
     "scheduler.kind": "asha (default), median, pbt or none",
     "trials": "how many (default: 16)",    "minutes": "no trial goes on after this long",
     "concurrent": "trials at once",
+    "shared": "auto (default: LoRA trials train together over one base), on or off",
     "metric": "what decides (default: validation_loss)",
     "seed": "of what is drawn (default: 0)",
 }  # fmt: skip

@@ -1,0 +1,146 @@
+"""Hosting: trials that share one frozen base, several to a process: a host trains them, each looked after by an actor of its own.
+
+In: recipes of trials. Out: what each validation came to. Runs in: a host (a Ray actor that holds a worker's CPUs and GPUs), and beside it
+the trials' own actors, which hold neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from cluster.runtime_env import worker_variables
+from ftcore.data.prepared import Prepared
+from ftcore.errors import Interrupted
+from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
+
+Result = dict[str, Any]
+
+
+class Host:
+    """Trains whoever has begun and not ended; one step of all of them after another, as long as there is any."""
+
+    def __init__(self, recipe: str, plugins: tuple[str, ...], prepared: str, gpus: float) -> None:
+        self.recipe, self.plugins, self.prepared, self.device = recipe, plugins, prepared, "cuda" if gpus else "cpu"
+        self.loop = asyncio.get_event_loop()
+        self.wanted: dict[str, Recipe] = {}
+        """Who is to be trained; the thread follows."""
+        self.results: dict[str, asyncio.Queue[Result | BaseException]] = {}
+        self.changed = threading.Event()
+        threading.Thread(target=self._train, name="host", daemon=True).start()
+
+    async def num_guests(self) -> int:
+        return len(self.wanted)
+
+    async def begin(self, name: str, recipe: str) -> None:
+        self.results[name] = asyncio.Queue()
+        self.wanted[name] = parse_recipe(recipe, plugins=self.plugins)
+        self.changed.set()
+
+    async def look(self, name: str) -> Result:
+        """Waits for the next validation of `name`. Raises what ended it."""
+        found = await self.results[name].get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    async def end(self, name: str) -> None:
+        self.wanted.pop(name, None)
+        if name in self.results:
+            self.results[name].put_nowait(Interrupted("this trial was ended"))
+
+    def _train(self) -> None:
+        try:
+            from ftcore.shared import Shared  # late: loads torch, beside the trials' own start
+
+            base = parse_recipe(self.recipe, plugins=self.plugins)
+            shared = Shared(base, Prepared.open(self.prepared), self.device)
+            while True:
+                self.changed.wait()
+                self.changed.clear()
+                while self._follow(shared):
+                    for name, told in shared.step().items():
+                        self._take(name, told)
+        except BaseException as error:  # every guest hears of it
+            for name in list(self.wanted):
+                self._put(name, error)
+            raise
+
+    def _follow(self, shared: Any) -> bool:
+        """Lets in and out who came and went since the last step. Whether anybody is there."""
+        wanted = dict(self.wanted)
+        for name in shared.candidates.keys() - wanted.keys():
+            shared.drop(name)
+        for name in wanted.keys() - shared.candidates.keys():
+            try:
+                shared.add(name, wanted[name])
+            except BaseException as error:
+                self._put(name, error)
+        return bool(shared.candidates)
+
+    def _take(self, name: str, told: list[Result] | BaseException) -> None:
+        if isinstance(told, BaseException):
+            self._put(name, told)
+            return
+        latest = {key: value for line in told for key, value in line.items() if isinstance(value, int | float)}
+        over = name in self.wanted and latest["step"] == latest["num_steps"]
+        if any("validation_loss" in line for line in told):
+            share = round(100 * latest["step"] / latest["num_steps"], 2)
+            self._put(name, latest | {"run": "", "share": share} | ({"done": True} if over else {}))
+        if over:
+            self.wanted.pop(name, None)
+
+    def _put(self, name: str, found: Result | BaseException) -> None:
+        if isinstance(found, BaseException):
+            self.wanted.pop(name, None)
+        queue = self.results.get(name)
+        if queue is not None:
+            self.loop.call_soon_threadsafe(queue.put_nowait, found)
+
+
+def open_hosts(number: int, recipe: Recipe, prepared: Prepared, resources: Resources) -> list[ActorHandle[Host]]:
+    """Starts hosts, each with one worker's CPUs and GPUs; a host that dies is started again."""
+    url = str(prepared.folder.path.resolve()) if prepared.folder.is_local else prepared.url
+    options: dict[str, Any] = {
+        "num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": -1,
+        "runtime_env": {"env_vars": worker_variables(resources)}, "max_concurrency": 1000,
+    }  # fmt: skip
+    host: Any = ray.remote(**options)(Host)
+    return [host.remote(dump_recipe(recipe), recipe.plugins, url, resources.gpus_per_worker) for _ in range(number)]
+
+
+class Together:
+    """One trial as a guest of a host."""
+
+    def __init__(self, hosts: list[Any], name: str, recipe: Recipe, max_failures: int) -> None:
+        self.hosts, self.name, self.recipe, self.left = hosts, name, recipe, max_failures
+        self.host: Any = None
+        self.share = 0.0
+
+    def next(self) -> Mapping[str, Any]:
+        """The next validation. A host that died begins it again from its first step: what was told before is not told twice."""
+        while True:
+            try:
+                if self.host is None:
+                    guests = ray.get([host.num_guests.remote() for host in self.hosts])
+                    self.host = self.hosts[guests.index(min(guests))]
+                    ray.get(self.host.begin.remote(self.name, dump_recipe(self.recipe)))
+                found: Mapping[str, Any] = ray.get(self.host.look.remote(self.name))
+            except RayActorError:
+                self.host, self.left = None, self.left - 1
+                if self.left == -1:
+                    raise
+                continue
+            if found["share"] > self.share:
+                self.share = found["share"]
+                return found
+
+    def end(self) -> None:
+        if self.host is not None:
+            self.host.end.remote(self.name)
