@@ -1,0 +1,115 @@
+"""What is searched: ranges, relations, what may differ between trials, and the recipe of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftcore.errors import ConfigError
+from ftcore.formula import Formula
+from ftcore.recipe import Recipe
+from ftcore.search import Search, check, grid, is_range, load_search, recipe_of
+
+LR = "optim.lr={log: [1e-4, 1e-2]}"
+
+
+def recipe(**changes: Any) -> Recipe:
+    values = {
+        "name": "base", "model": {"path": "some/base"}, "data": {"sources": "rows.jsonl"},
+        "method": {"kind": "lora", "rank": 8, "alpha": 16}, "stage": "sft", "optim": {"max_steps": 10}, **changes,
+    }  # fmt: skip
+    return Recipe.model_validate(values)
+
+
+def search(*words: str, **options: Any) -> Search:
+    return load_search(None, words, options)
+
+
+def test_ranges_are_told_from_values() -> None:
+    assert is_range(LR) and is_range('method.rank={"choice": [4, 8]}') and is_range("method.alpha={equals: 2 * method.rank}")
+    assert not is_range("optim.lr=1e-4") and not is_range("data.sources=[{path: rows.jsonl}]") and not is_range("method={kind: lora}")
+
+
+def test_a_trials_recipe_has_its_values_and_what_follows_from_them() -> None:
+    wanted = search(LR, "method.rank={choice: [4, 32]}", "method.alpha={equals: 2 * method.rank}")
+    made = recipe_of(wanted, recipe(), {"optim.lr": 3e-3, "method.rank": 32})
+    assert (made.optim.lr, made.method.rank, made.method.alpha) == (3e-3, 32, 64)
+    assert made.model_copy(update={"optim": recipe().optim, "method": recipe().method}) == recipe()
+
+
+def test_a_method_without_a_key_that_was_drawn_goes_without_it() -> None:
+    wanted = search("method.kind={choice: [lora, full]}", "method.rank={choice: [4, 8]}", "method.alpha={equals: 2 * method.rank}")
+    assert recipe_of(wanted, recipe(), {"method.kind": "full", "method.rank": 4}).method.kind == "full"
+    made = recipe_of(wanted, recipe(), {"method.kind": "lora", "method.rank": 4})
+    assert (made.method.kind, made.method.alpha) == ("lora", 8)
+    assert recipe_of(search("method.kind={choice: [qlora, lora]}"), recipe(), {"method.kind": "qlora"}).method.rank == 8
+
+
+def test_whole_sections_are_choices_too() -> None:
+    wanted = search("method={choice: [{kind: lora, rank: 4}, {kind: full}]}")
+    assert [recipe_of(wanted, recipe(), values).method.kind for values in grid(wanted)] == ["lora", "full"]
+
+
+def test_a_grid_is_every_combination() -> None:
+    wanted = search("method.rank={choice: [4, 8]}", "optim.lr={choice: [1e-3, 1e-4, 1e-5]}", searcher="grid")
+    assert wanted.num_trials == 6 == len({tuple(values.items()) for values in grid(wanted)})
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (["optim.lrr={log: [1e-4, 1e-2]}"], {}, r"optim\.lrr.*(?s:.*)did you mean"),
+        (["method.rank={range: [0, 8]}"], {}, "(?s)the trial with method.rank=0|greater than"),
+        ([], {}, "space"),
+        (["optim.lr={log: [0, 1]}"], {}, "above 0"),
+        (["optim.lr={log: [1e-2, 1e-4]}"], {}, "lower end comes first"),
+        (["optim.lr={choice: []}"], {}, "choice"),
+        (["method.alpha={equals: 2 * method.rank}"], {}, "every key follows from another"),
+        ([LR, "method.alpha={equals: __import__('os')}"], {}, "wanted numbers, recipe paths"),
+        ([LR, "method.alpha={equals: 2 * method.kind}"], {}, "no number of this recipe"),
+        ([LR, "method.alpha={equals: 2 *}"], {}, "cannot read"),
+        ([LR], {"searcher": "grid"}, "grid takes choices only"),
+        ([LR], {"searcher": "gird"}, "tpe.*random.*grid"),
+        (["name={choice: [a, b]}"], {}, "the same in all trials"),
+        (["data.validation={range: [0.1, 0.2]}"], {}, "the same in all trials"),
+        (["method.rank={choice: [4, 8]}"], {"scheduler.kind": "pbt", "searcher": "random"}, "pbt changes a trial while it trains"),
+        ([LR], {"trials": "0"}, "trials"),
+        (["method.dropout={range: [0.0, 0.1]}"], {"shared": "on"}, "cannot share a base(?s:.*)dropout"),
+        (["model.path={choice: [a/b, c/d]}"], {"shared": "on"}, "other bases"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_any_trial(words: list[str], options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(search(*words, **options), recipe())
+
+
+def test_trials_share_a_base_where_all_of_the_space_allows_it() -> None:
+    assert check(search(LR, "method.rank={choice: [4, 8]}"), recipe())
+    assert not check(search(LR, "method.dropout={range: [0.0, 0.1]}"), recipe())
+    assert not check(search("method.kind={choice: [lora, full]}"), recipe())
+    assert not check(search(LR, shared="off"), recipe())
+
+
+def test_a_search_file_is_checked_like_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "search.yaml"
+    file.write_text("space:\n  optim.lr: {log: [1e-4, 1e-2]}\ntrails: 3\n")
+    with pytest.raises(ConfigError, match=r"(?s)trails.*did you mean.*trials"):
+        load_search(file)
+    file.write_text("space:\n  optim.lr: {log: [1e-4, 1e-2]}\ntrials: 3\n")
+    found = load_search(file, ["method.rank={choice: [4, 8]}"], {"trials": "5", "seed": None})
+    assert (found.trials, set(found.space)) == (5, {"optim.lr", "method.rank"})
+
+
+def test_losses_are_to_be_small_and_everything_else_large() -> None:
+    assert [search(LR, metric=name).mode for name in ("validation_loss", "perplexity", "accuracy")] == ["min", "min", "max"]
+    assert search(LR, metric="accuracy", goal="min").mode == "min"
+
+
+@given(st.integers(1, 64), st.floats(0.1, 10))
+def test_a_relation_is_plain_arithmetic(rank: int, factor: float) -> None:
+    assert Formula(f"{factor} * method.rank + 1").value({"method": {"rank": rank}}) == pytest.approx(factor * rank + 1)
+    assert Formula("max(2, method.rank // 2) ** 2 - -1").value({"method": {"rank": rank}}) == max(2, rank // 2) ** 2 + 1
