@@ -17,7 +17,7 @@ MAX_EVENTS = 1000
 
 
 def remember(run: RunDir, what: str, **facts: Any) -> None:
-    """Adds one event: `began`, `went on`, `failure`, `going`, `growing`, `group`; each with the time and what is known."""
+    """Adds one event: `began`, `went on`, `failure`, `going`, `growing`, `group`, `branched`; each with the time and what is known."""
     events = recall(run)[-MAX_EVENTS + 1 :]
     run.folder.write_json(FILE, [*events, {"time": time.time(), "what": what, **facts}])
 
@@ -49,6 +49,8 @@ def _in_words(event: Mapping[str, Any]) -> str:
             return f"worker {', '.join(map(str, event['ranks'])) or 'unknown'}: {event['why']}"
         case "growing":
             return f"room for {event['to']} workers"
+        case "branched":
+            return f"with the weights of {event['donor']} at step {event['step']}"
         case "group":
             return f"{event['size']} worker{'s' * (event['size'] != 1)} from the newest sealed checkpoint"
         case _:

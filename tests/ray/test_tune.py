@@ -1,0 +1,126 @@
+"""Searches on real Ray Tune: trials that share a base, and of their own; one that fails, one that takes over another's weights; a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftcore.adapters import AdapterStore
+from ftcore.errors import TrainingError
+from ftcore.recipe import Recipe, dump_recipe
+from ftcore.rundir import RunDir
+from ftcore.search import Search, load_search
+from ftcore.trials import Found
+from pipelines.searching import crown, find, search_folder
+from tests.ray.small_runs import write_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
+SPACE = ("optim.lr={log: [1e-3, 3e-2]}", "method.rank={choice: [2, 8]}", "method.alpha={equals: 2 * method.rank}")
+
+
+def recipe_in(folder: Path, base: Path, name: str, **changes: Any) -> Recipe:
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        write_rows(rows, count=80)
+    return Recipe.model_validate(
+        {
+            "name": name,
+            "model": {"path": str(base), "dtype": "fp32"},
+            "data": {"sources": [str(rows)], "max_length": 128, "validation": 0.2, "redact": "off", "cache": str(folder / "prepared")},
+            "method": {"kind": "lora", "rank": 4, "targets": "all-linear"},
+            "stage": "sft",
+            "optim": {"lr": 1e-5, "batch_size": 2, "max_steps": 12},
+            "output": {"runs": str(folder / "runs"), "store": str(folder / "adapters"), "adapter": "acme/best"},
+            **changes,
+        }
+    )
+
+
+def searched(recipe: Recipe, *words: str, **options: Any) -> tuple[Search, Found, list[str]]:
+    said: list[str] = []
+    search = load_search(None, words or SPACE, {"trials": 4, "looks": 3, **options})
+    return search, find(search, recipe, log=said.append), said
+
+
+def test_trials_that_share_a_base_end_in_a_published_winner(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "together")
+    search, found, said = searched(recipe, **{"scheduler.kind": "none"})
+    assert any("4 to a base" in line for line in said)
+    best = found.ranked()[0]
+    assert [trial.state for trial in found.trials.values()] == ["done"] * 4
+    outcome = crown(search, recipe, found, log=said.append)
+    assert outcome.ref is not None
+    card = AdapterStore(recipe.output.store).card(outcome.ref)
+    assert (card.method.rank, card.method.alpha) == (best.values["method.rank"], 2 * best.values["method.rank"])
+    assert card.metrics["search.trials"] == 4 and "optim.lr" in str(card.metrics["search.space"])
+    assert outcome.metrics["validation_loss"] == pytest.approx(best.best("min"), abs=1e-5), "trained alone it is what it was with others"
+    page = (search_folder(recipe).path / "report.html").read_text()
+    assert best.id in page and "<svg" in page and "<script" not in page
+
+
+def test_a_trial_that_fails_does_not_end_the_rest(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A target that no layer of this model has is only seen when the model is there."""
+    recipe = recipe_in(tmp_path, tiny_model_dir, "one-fails")
+    _, found, _ = searched(recipe, "method.targets={choice: [all-linear, [no_such_layer]]}", searcher="grid", shared="off")
+    assert sorted(trial.state for trial in found.trials.values()) == ["done", "failed"]
+    failed = next(trial for trial in found.trials.values() if trial.state == "failed")
+    assert "no_such_layer" in str(failed.values) and "matches no linear layer" in failed.error
+    assert found.ranked()[0].run, "a trial of its own has a run folder to go on from"
+
+
+def test_when_every_trial_fails_the_search_says_why(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "all-fail", method={"kind": "lora", "targets": ["no_such_layer"]})
+    with pytest.raises(TrainingError, match=r"(?s)no trial of this search could be judged.*matches no linear layer"):
+        searched(recipe, "optim.lr={choice: [1e-3]}", searcher="grid")
+
+
+def test_a_metric_that_no_trial_reports_is_said(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"(?s)metric is not among what this trial reports"):
+        searched(recipe_in(tmp_path, tiny_model_dir, "no-metric"), trials=1, metric="accuracy")
+
+
+def test_the_worst_goes_on_from_the_best(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Population based training: a trial takes over another's weights and optimizer state, with another rate from there on."""
+    recipe = recipe_in(tmp_path, tiny_model_dir, "population", optim={"lr": 1e-3, "batch_size": 2, "max_steps": 24})
+    rates = "optim.lr={choice: [1e-6, 3e-6, 1e-2, 2e-2]}"
+    _, found, _ = searched(recipe, rates, searcher="random", trials=4, looks=8, **{"scheduler.kind": "pbt", "scheduler.every": 25})
+    branched = [trial for trial in found.trials.values() if "." in trial.run]
+    assert branched, {trial.id: trial.values for trial in found.trials.values()}
+    for trial in branched:
+        run = RunDir(str(search_folder(recipe) / "trials"), trial.run)
+        [event] = [each for each in run.folder.read_json("history.json") if each["what"] == "branched"]
+        assert event["donor"].split(".")[0] != trial.id
+
+
+def test_a_search_that_is_killed_goes_on_with_what_is_left(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "killed", optim={"lr": 1e-5, "batch_size": 2, "max_steps": 30})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    command = [sys.executable, "-m", "pipelines.tune", str(file), *SPACE, "--trials", "4", "--scheduler", "none", "--concurrent", "1"]
+    environment = {**os.environ, "FTCORE_LOCAL_CPUS": "2"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    folder, until = search_folder(recipe), time.monotonic() + 120
+    while time.monotonic() < until:
+        found = Found.read(folder)
+        if found is not None and [trial.state for trial in found.trials.values()].count("done") >= 2:
+            break
+        time.sleep(0.2)
+    time.sleep(6)  # Ray Tune keeps its own state every five seconds
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = Found.read(folder)
+    assert before is not None
+    done = {name for name, trial in before.trials.items() if trial.state == "done"}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "going on with the search" in again.stdout and "acme/best" in again.stdout
+    after = Found.read(folder)
+    assert after is not None and len(after.trials) == 4 and all(trial.state == "done" for trial in after.trials.values())
+    assert all(after.trials[name].looks == before.trials[name].looks for name in done), "what was done is not done again"
