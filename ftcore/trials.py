@@ -5,6 +5,8 @@ In: what the driver hears. Out: `search.json` beside the trials' runs. Runs in: 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,3 +84,21 @@ class Found:
             key: Tried(**{**each, "looks": tuple(Look(**look) for look in each["looks"])}) for key, each in held["trials"].items()
         }  # fmt: skip
         return cls(**{**held, "trials": trials})
+
+
+def table(found: Found, metric: str, most: int = 10) -> str:
+    """The best trials, a line each."""
+    ranked = found.ranked()
+    lines = [f"{'trial':<12}{metric:>18}{'came to':>10}{'steps':>8}  values"]
+    for trial in ranked[:most]:
+        lines.append(f"{trial.id:<12}{trial.best(found.mode):>18.5g}{trial.share:>8.0f} %{trial.steps:>8}  {shown_values(trial.values)}")
+    left = len(found.trials) - min(most, len(ranked))
+    return "\n".join(lines) + (f"\n... and {left} more in the report" if left else "")
+
+
+def shown_values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path} {value_text(value)}" for path, value in values.items())
+
+
+def value_text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

@@ -29,11 +29,11 @@ from cluster.resources import alive_nodes, check_fits, fits
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, Interrupted, TrainingError
 from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
-from ftcore.report.search_page import shown_values, write_search_page
+from ftcore.report.search_page import write_search_page
 from ftcore.rundir import RunDir
 from ftcore.search import Choices, Even, Search, check
 from ftcore.storage import Folder, digest_of
-from ftcore.trials import Found
+from ftcore.trials import Found, shown_values
 from pipelines.fit import Outcome, fit
 from pipelines.hosting import open_hosts
 from pipelines.prepare import prepare

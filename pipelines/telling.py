@@ -5,7 +5,6 @@ In: what Ray Tune says of its trials. Out: Found in `search.json`, lines in the 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from ray import tune
 
 from ftcore.search import Search
 from ftcore.storage import Folder
-from ftcore.trials import Found, Look, Tried
+from ftcore.trials import Found, Look, Tried, shown_values
 from pipelines.trial import decoded
 
 
@@ -39,7 +38,7 @@ class Teller(tune.Callback):
         held = self.found.trials.get(trial.trial_id)
         values = decoded(trial.config, self.wanted)
         if held is None:
-            self._say(trial.trial_id, "begins: " + shown(values))
+            self._say(trial.trial_id, "begins: " + shown_values(values))
         self._keep(replace(held, state="running", values=values) if held else Tried(trial.trial_id, values))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any) -> None:
@@ -72,10 +71,6 @@ class Teller(tune.Callback):
         best = next(iter(self.found.ranked()), None)
         best_text = f"   (best so far: {best.id} {best.best(self.found.mode):.4f})" if best else ""
         print(f"trial {trial}  {text}{best_text}", flush=True)
-
-
-def shown(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={json.dumps(value)}" for path, value in values.items())
 
 
 def _cause(trial: Any) -> str:

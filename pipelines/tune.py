@@ -20,7 +20,7 @@ from cluster.connect import connect_early
 from ftcore.cli import guarded
 from ftcore.recipe import load_recipe
 from ftcore.search import check, is_range, load_search
-from ftcore.trials import Found
+from ftcore.trials import table
 
 OPTIONS = {
     "searcher": "tpe (default), random or grid",
@@ -65,18 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     if outcome.ref:
         say(f"{'adapter':<32}{outcome.ref}\n\nnext:  ftcore adapters show {outcome.ref} --store {outcome.store}")
     return 0
-
-
-def table(found: Found, metric: str, most: int = 10) -> str:
-    """The best trials, a line each."""
-    from ftcore.report.search_page import shown_values
-
-    ranked = found.ranked()
-    lines = [f"{'trial':<12}{metric:>18}{'came to':>10}{'steps':>8}  values"]
-    for trial in ranked[:most]:
-        lines.append(f"{trial.id:<12}{trial.best(found.mode):>18.5g}{trial.share:>8.0f} %{trial.steps:>8}  {shown_values(trial.values)}")
-    left = len(found.trials) - min(most, len(ranked))
-    return "\n".join(lines) + (f"\n... and {left} more in the report" if left else "")
 
 
 if __name__ == "__main__":

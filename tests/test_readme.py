@@ -16,6 +16,7 @@ import pytest
 from ftcore import errors
 from ftcore.cli import COMMANDS, main
 from ftcore.recipe import load_recipe
+from ftcore.search import check, is_range, load_search
 from serving.settings import load_settings
 
 REPO = Path(__file__).resolve().parents[1]
@@ -74,8 +75,11 @@ def test_an_ftcore_command_parses(command: str) -> None:
 
 
 def check_overrides(recipe: str, arguments: list[str]) -> None:
-    overrides = tuple(word for word in arguments if OVERRIDE.match(word))
-    load_recipe(REPO / recipe, overrides)
+    words_set = [word for word in arguments if OVERRIDE.match(word)]
+    ranges = [word for word in words_set if is_range(word)]
+    found = load_recipe(REPO / recipe, [word for word in words_set if word not in ranges])
+    if ranges:
+        check(load_search(None, ranges), found)
 
 
 @pytest.mark.parametrize("command", [line for line in COMMAND_LINES if "pipelines/recipes/" in line])

@@ -20,7 +20,7 @@ from ftcore.report import HTML, page_environment
 from ftcore.report.chart import nice_ticks
 from ftcore.search import Log, Search
 from ftcore.storage import Folder
-from ftcore.trials import Found, Tried
+from ftcore.trials import Found, Tried, shown_values, value_text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1040, 300, 60, 60, 28, 20
 FEWEST = 4
@@ -88,7 +88,7 @@ def _axis(name: str, values: Sequence[Any], *, logarithmic: bool) -> Axis:
     else:
         places = {key: (number + 0.5) / len(ordered) for number, key in enumerate(ordered)}
         ends = ordered
-    return Axis(name, places, tuple((places[key], _text(distinct[key])) for key in ends))
+    return Axis(name, places, tuple((places[key], value_text(distinct[key])) for key in ends))
 
 
 def _turned(axis: Axis) -> Axis:
@@ -180,11 +180,3 @@ def _distribution(span: Any) -> Any:
     low, high = span.bounds()
     kind = distributions.IntDistribution if span.is_whole else distributions.FloatDistribution
     return kind(low, high, log=isinstance(span, Log))
-
-
-def shown_values(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{path} {_text(value)}" for path, value in values.items())
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
