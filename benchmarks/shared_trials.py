@@ -2,7 +2,7 @@
 
     python benchmarks/shared_trials.py [--candidates 2,4,8] [--steps 12] [--rounds 3] [--threads 1]
 
-The demo's base, rows, blocks and recipe, LoRA of ranks 4 to 32 at rates of their own. Optimizer steps alone are timed; start-up (loading the
+The demo's base, rows, blocks and recipe, LoRA of ranks 4 to 32 at rates of their own. Steps alone are timed; start-up (loading the
 base, applying LoRA) is told apart. Both end with the same losses (tests/unit/test_shared.py). Goal: 1.3x.
 """
 
