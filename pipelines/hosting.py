@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -66,7 +67,7 @@ class Host:
                 self.changed.clear()
                 while self._follow(shared):
                     for name, told in shared.step().items():
-                        self._take(name, told)
+                        self._take(name, told, over=name not in shared.candidates)
         except BaseException as error:  # every guest hears of it
             for name in list(self.wanted):
                 self._put(name, error)
@@ -84,14 +85,13 @@ class Host:
                 self._put(name, error)
         return bool(shared.candidates)
 
-    def _take(self, name: str, told: list[Result] | BaseException) -> None:
+    def _take(self, name: str, told: list[Result] | BaseException, *, over: bool) -> None:
         if isinstance(told, BaseException):
             self._put(name, told)
             return
         latest = {key: value for line in told for key, value in line.items() if isinstance(value, int | float)}
-        over = name in self.wanted and latest["step"] == latest["num_steps"]
         if any("validation_loss" in line for line in told):
-            share = round(100 * latest["step"] / latest["num_steps"], 2)
+            share = 100.0 if over else round(100 * latest["step"] / latest["num_steps"], 2)
             self._put(name, latest | {"run": "", "share": share} | ({"done": True} if over else {}))
         if over:
             self.wanted.pop(name, None)
@@ -104,15 +104,21 @@ class Host:
             self.loop.call_soon_threadsafe(queue.put_nowait, found)
 
 
-def open_hosts(number: int, recipe: Recipe, prepared: Prepared, resources: Resources) -> list[ActorHandle[Host]]:
-    """Starts hosts, each with one worker's CPUs and GPUs; a host that dies is started again."""
+@contextmanager
+def hosts(number: int, recipe: Recipe, prepared: Prepared, resources: Resources) -> Iterator[list[ActorHandle[Host]]]:
+    """Hosts, each with one worker's CPUs and GPUs, until the body ends; a host that dies is started again."""
     url = str(prepared.folder.path.resolve()) if prepared.folder.is_local else prepared.url
     options: dict[str, Any] = {
         "num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": -1,
         "runtime_env": {"env_vars": worker_variables(resources)}, "max_concurrency": 1000,
     }  # fmt: skip
     host: Any = ray.remote(**options)(Host)
-    return [host.remote(dump_recipe(recipe), recipe.plugins, url, resources.gpus_per_worker) for _ in range(number)]
+    started = [host.remote(dump_recipe(recipe), recipe.plugins, url, resources.gpus_per_worker) for _ in range(number)]
+    try:
+        yield started
+    finally:
+        for each in started:
+            ray.kill(each)
 
 
 class Together:

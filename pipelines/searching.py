@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from ftcore.search import Choices, Even, Search, check
 from ftcore.storage import Folder, digest_of
 from ftcore.trials import Found, shown_values
 from pipelines.fit import Outcome, fit
-from pipelines.hosting import open_hosts
+from pipelines.hosting import hosts
 from pipelines.prepare import prepare
 from pipelines.runs import SEARCHED, Log, same_command
 from pipelines.telling import Teller
@@ -121,38 +122,41 @@ def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "0", "TUNE_GLOBAL_CHECKPOINT_S": "5"}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else it prints a table at every result, whatever `verbose` says
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    connect(dashboard=False, log=log)
+    connect(log=log)
     asked = recipe.resources.model_copy(update={"workers": 1 if shared else recipe.resources.min_workers})
     check_fits(asked, alive_nodes())
     room = max(1, fits(asked, alive_nodes()) // asked.max_workers)
     together = search.together if shared else 1
     at_once = min(room * together, search.concurrent or room * together, search.num_trials)
-    hosts = open_hosts(math.ceil(at_once / together), recipe, shared, asked) if shared else []
-    job = Job(search.model_dump_json(), dump_recipe(recipe), recipe.plugins, str(folder / "trials"), tuple(hosts))
-    trainable = tune.with_resources(tune.with_parameters(Trial, job=job), trial_resources(asked, is_guest=bool(hosts)))
+    with ExitStack() as held:
+        started = held.enter_context(hosts(math.ceil(at_once / together), recipe, shared, asked)) if shared else []
+        job = Job(search.model_dump_json(), dump_recipe(recipe), recipe.plugins, str(folder / "trials"), tuple(started))
+        trainable = tune.with_resources(tune.with_parameters(Trial, job=job), trial_resources(asked, is_guest=bool(started)))
+        tuner = _tuner(search, folder, trainable, at_once, seconds, log)
+        sharing = f", {together} to a base" if started else ""
+        log(f"{search.num_trials} trials, {search.searcher}, {search.scheduler.kind}; {at_once} at once{sharing}")
+        grid = tuner.fit()
+    if _interrupted(grid):
+        raise Interrupted("the search was stopped", where=folder, remedy=f"go on with: {same_command()}")
+
+
+def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, seconds: float | None, log: Log) -> Tuner:
+    """Ray Tune's own driver, or that of a search that was interrupted."""
     place, filesystem = storage_of(folder)
     state = f"{place}/{STATE}"
     if Tuner.can_restore(state, storage_filesystem=filesystem):
         log(f"going on with the search in {folder}")
-        tuner = Tuner.restore(state, trainable, resume_unfinished=True, storage_filesystem=filesystem)
-    else:
-        config = TuneConfig(
-            metric=search.metric, mode=search.mode, search_alg=searcher_of(search), scheduler=scheduler_of(search),
-            num_samples=samples_of(search), max_concurrent_trials=at_once, time_budget_s=seconds, reuse_actors=True,
-            trial_dirname_creator=lambda trial: str(trial.trial_id),
-        )  # fmt: skip
-        teller = Teller(str(folder), search.model_dump_json())
-        run = RunConfig(
-            name=STATE, storage_path=place, storage_filesystem=filesystem, callbacks=[teller], verbose=0,
-            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-        )  # fmt: skip
-        space = {} if search.searcher == "tpe" else space_of(search)
-        tuner = Tuner(trainable, param_space=space, tune_config=config, run_config=run)
-    sharing = f", {together} to a base" if hosts else ""
-    log(f"{search.num_trials} trials, {search.searcher}, {search.scheduler.kind}; {at_once} at once{sharing}")
-    grid = tuner.fit()
-    if _interrupted(grid):
-        raise Interrupted("the search was stopped", where=folder, remedy=f"go on with: {same_command()}")
+        return Tuner.restore(state, trainable, resume_unfinished=True, storage_filesystem=filesystem)
+    config = TuneConfig(
+        metric=search.metric, mode=search.mode, search_alg=searcher_of(search), scheduler=scheduler_of(search),
+        num_samples=1 if search.searcher == "grid" else search.trials, max_concurrent_trials=at_once, time_budget_s=seconds,
+        reuse_actors=True, trial_dirname_creator=lambda trial: str(trial.trial_id),
+    )  # fmt: skip
+    run = RunConfig(
+        name=STATE, storage_path=place, storage_filesystem=filesystem, callbacks=[Teller(str(folder), search.model_dump_json())], verbose=0,
+        checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+    )  # fmt: skip
+    return Tuner(trainable, param_space={} if search.searcher == "tpe" else space_of(search), tune_config=config, run_config=run)
 
 
 def _interrupted(grid: Any) -> bool:
@@ -166,10 +170,6 @@ def trial_resources(asked: Resources, *, is_guest: bool) -> PlacementGroupFactor
     if asked.max_workers > 1 or is_guest:
         return PlacementGroupFactory([{"memory": ACTOR_BYTES}])
     return PlacementGroupFactory([{"CPU": asked.cpus_per_worker} | ({"GPU": asked.gpus_per_worker} if asked.gpus_per_worker else {})])
-
-
-def samples_of(search: Search) -> int:
-    return 1 if search.searcher == "grid" else search.trials
 
 
 def space_of(search: Search) -> dict[str, Any]:
