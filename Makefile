@@ -28,8 +28,8 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell cat tests/vllm.txt 2>/dev/null | c
 # LiteLLM wants an older openai than the tests' own.
 LITELLM_VENV ?= .venv-litellm
 LITELLM_STAMP := $(LITELLM_VENV)/.installed-$(shell cat tests/litellm.txt 2>/dev/null | cksum | tr ' ' -)
-# Tests at a time (`make test JOBS=2`, on 4 cores or more): those on Ray one after another in one process, all others in the rest.
-JOBS ?= 1
+# Tests at a time: those on Ray one after another in one process, all others in the rest; they wait more than they compute. JOBS=1: all in one.
+JOBS ?= 2
 # One compute thread a process unless told otherwise: tests and the demo run several workers on a small machine.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
