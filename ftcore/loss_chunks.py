@@ -34,7 +34,8 @@ class Head:
 def loss_bytes(head: Head, tokens: int, trained_tokens: int) -> tuple[int, int]:
     """(held at most while the loss is computed, held as its backward pass begins), activations of the layers below not counted."""
     wide = 8 if head.compute == 8 else 4  # logits are reduced in fp32, or fp64 for fp64
-    elements = min(trained_tokens, chunk_rows(head.vocabulary)) * head.vocabulary
+    rows = min(trained_tokens, chunk_rows(head.vocabulary))
+    elements, following = rows * head.vocabulary, min(rows, trained_tokens - rows) * head.vocabulary
     states = trained_tokens * head.hidden * (head.stream + (head.compute if head.compute != head.stream else 0))
     weight = head.vocabulary * head.hidden
     if not head.exact:
@@ -46,10 +47,10 @@ def loss_bytes(head: Head, tokens: int, trained_tokens: int) -> tuple[int, int]:
         return states + 3 * wide * elements, states + wide * (head.vocabulary * trained_tokens + 4 * elements)
     d_hidden = trained_tokens * head.hidden * head.compute
     narrow = head.compute if head.compute != wide else 0
-    made, used = elements * (narrow + wide), elements * (wide + narrow)
-    several = made + used if trained_tokens > chunk_rows(head.vocabulary) else 0  # a chunk's names still hold it while the next is made
+    made, used = narrow + wide, wide + narrow  # bytes of a logit while it is made, and while it is used
+    several = following * made + elements * used if following else 0  # a chunk's names still hold it while the next is made
     copy = weight * head.compute if head.compute != head.weight else 0
     d_weight = weight * wide if head.trained else 0
     product = weight * head.compute if head.trained else 0  # of a chunk's gradient and its hidden states, before it is added
-    forward = copy + d_weight + max(made, several, used + product)
+    forward = copy + d_weight + max(elements * made, several, elements * used + product)
     return states + d_hidden + forward, states + 2 * d_hidden + 2 * d_weight
