@@ -18,7 +18,7 @@ from ftcore.loss_chunks import Head, loss_bytes
 from ftcore.moved import Moved, base_bytes, moved
 from ftcore.recipe import Recipe
 from ftcore.shapes import Shape
-from ftcore.zero_config import configuration
+from ftcore.zero_config import reduce_bucket
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -151,7 +151,7 @@ def _sharded_state(recipe: Recipe, backend: DeepSpeed, shape: Shape, moves: Move
     base = 0 if moves.full else base_bytes(shape, recipe.method, dtype)
     share = ranks if whole else 1
     optimizer_away, weights_away = backend.offload_optimizer != "none", backend.offload_params != "none"
-    bucket = configuration(backend, recipe.optim, bf16=halves, num_trainable=moves.count)["zero_optimization"]["reduce_bucket_size"]  # type: ignore[index,call-overload]
+    bucket = reduce_bucket(backend, moves.count)
     gathered = max(shape.embedding, *(layer.num_parameters for layer in shape.layers)) * (weight if moves.full else dtype)
     gradients = moves.count * 4 // (1 if backend.zero == 1 else ranks)
     after_load: tuple[Phase, ...] = ("step", "checkpoint")
