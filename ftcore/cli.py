@@ -38,6 +38,9 @@ COMMANDS: dict[str, Command] = {
         "ftcore.recipe_commands:validate", "RECIPE [PATH=VALUE ...]", "check a recipe; print what differs from the defaults"
     ),
     "preview": Command("ftcore.data.preview:main", "RECIPE [PATH=VALUE ...]", "show rows token by token, coloured by trained or not"),
+    "plan": Command(
+        "pipelines.plan:main", "RECIPE [PATH=VALUE ...] [--gpu NAME]", "memory, disk, network and time of a run before it is launched"
+    ),
     "prepare": Command(
         "pipelines.prepare:main", "RECIPE [PATH=VALUE ...]", "rows to packed blocks, with the audit, before any worker starts"
     ),

@@ -18,12 +18,7 @@ from torch.autograd import Function
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits held at once: 4 Mi elements, 16 MiB in fp32."""
-
-
-def chunk_rows(vocabulary: int) -> int:
-    return max(16, CHUNK_ELEMENTS // vocabulary)
+from ftcore.loss_chunks import chunk_rows
 
 
 class _LinearCrossEntropy(Function):

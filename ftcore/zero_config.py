@@ -92,12 +92,22 @@ def configuration(backend: DeepSpeed, optim: Optim, *, bf16: bool, num_trainable
     `num_trainable`: the reduce bucket is allocated whole, and again in each reduction, so for an adapter it is a quarter of the adapter.
     """
     tree: Tree = {}
-    fitting = {"zero_optimization.reduce_bucket_size": min(BUCKET, max(num_trainable // 4, 1_000_000))}
+    fitting = {"zero_optimization.reduce_bucket_size": _fitting_bucket(num_trainable)}
     for path, value in {**DEFAULTS, **fitting, **dict(leaves(backend.deepspeed))}.items():
         _put(tree, path, value)
     for path, (value, _) in derived(backend, optim, bf16=bf16).items():
         _put(tree, path, value)
     return tree
+
+
+def _fitting_bucket(num_trainable: int) -> int:
+    return min(BUCKET, max(num_trainable // 4, 1_000_000))
+
+
+def reduce_bucket(backend: DeepSpeed, num_trainable: int) -> int:
+    """Elements of the reduce bucket: what the raw section says, else what fits the number of trained parameters."""
+    said = dict(leaves(backend.deepspeed)).get("zero_optimization.reduce_bucket_size")
+    return int(said) if isinstance(said, int | float) else _fitting_bucket(num_trainable)
 
 
 def conflicts(backend: DeepSpeed, optim: Optim) -> Iterator[tuple[str, str]]:

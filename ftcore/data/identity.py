@@ -91,10 +91,23 @@ def _remote_content(file: SourceFile) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
+def model_config(model: Model) -> dict[str, Any]:
+    """The model's config.json; {} without one. Of a model that is elsewhere, small files alone are fetched. Raises ModelError."""
+    config = _model_folder(model) / "config.json"
+    if not config.is_file():
+        return {}
+    try:
+        found = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise ModelError("this file is not JSON", where=config, got=str(error)[:200], remedy="copy or download it again") from error
+    if not isinstance(found, dict):
+        raise ModelError("this file is not a JSON object", where=config, got=type(found).__name__, remedy="copy or download it again")
+    return found
+
+
 def model_type(model: Model) -> str:
     """The architecture's name in config.json ("" without one); it chooses the template where the tokenizer has none."""
-    config = _model_folder(model) / "config.json"
-    return str(json.loads(config.read_text()).get("model_type", "")) if config.is_file() else ""
+    return str(model_config(model).get("model_type", ""))
 
 
 def tokenizer_files_digest(model: Model) -> str:

@@ -80,12 +80,12 @@ class Lora(Method):
         wanted: str | list[str] = self.targets if isinstance(self.targets, str) else list(self.targets)
         if wanted == "auto":
             family = family_of(model.config.model_type).targets  # names of all its versions: those this model has
-            wanted = [target for target in family if any(_matches(name, [target]) for name in linear)] or "all-linear"
+            wanted = [target for target in family if any(matches(name, [target]) for name in linear)] or "all-linear"
         if wanted == "all-linear":
             return "all-linear"
-        unmatched = [wanted] if isinstance(wanted, str) else [t for t in wanted if not any(_matches(name, [t]) for name in linear)]
+        unmatched = [wanted] if isinstance(wanted, str) else [t for t in wanted if not any(matches(name, [t]) for name in linear)]
         if isinstance(wanted, str):
-            unmatched = [] if any(_matches(name, wanted) for name in linear) else [wanted]
+            unmatched = [] if any(matches(name, wanted) for name in linear) else [wanted]
         if unmatched:
             raise ModelError(
                 "a LoRA target matches no linear layer of this model", where="method.targets", got=", ".join(unmatched),
@@ -138,7 +138,7 @@ def names_module(name: str, module: str) -> bool:
     return module == name or module.endswith("." + name)
 
 
-def _matches(name: str, targets: str | list[str]) -> bool:
+def matches(name: str, targets: str | list[str]) -> bool:
     """PEFT's rule: a string is a regular expression over the whole name, a list holds names or endings."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ftcore import losses
+from ftcore import loss_chunks, losses
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 16 * 50)
+    monkeypatch.setattr(loss_chunks, "CHUNK_ELEMENTS", 16 * 50)
 
 
 def drawn(dtype: torch.dtype, trained_head: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,185 @@
+"""Plan: what a run will take, before anything is launched: memory, disk, network, time, cost; and the nearest recipe that fits.
+
+    ftcore plan pipelines/recipes/sft-lora.yaml --gpu H100 --price 2.5
+
+In: RECIPE and PATH=VALUE overrides. Out: tables, or JSON; exit code 0 when it fits (also tightly, without --strict), 3 when not.
+Runs in: a person's terminal, the driver; no torch and no ray, unless `--probe` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: the rooms are siblings of this script's folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cluster.node_facts import NodeFacts, node_facts
+from ftcore.alternatives import Alternative
+from ftcore.cli import guarded
+from ftcore.devices import DEVICES, MODEL_FLOPS_SHARE, Device, device_of
+from ftcore.errors import ConfigError
+from ftcore.forecast import Forecast, forecast, pasted, verdict_of
+from ftcore.memory import GIB
+from ftcore.recipe import Recipe, load_recipe
+
+NOT_RUNNABLE = 3
+"""As `ftcore doctor` has it."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    recipe = load_recipe(options.recipe, options.overrides)
+    device = device_of(options.gpu) if options.gpu else None
+    known = forecast(recipe)
+    memory_gib, source = memory_of(recipe, options.memory, device)
+    seconds = known.seconds(device) if device else None
+    if options.probe:
+        from ftcore.plan_probe import probe  # loads torch
+
+        seconds = probe(known)
+    facts = figures(known, memory_gib, seconds, options.price)
+    if options.json:
+        print(json.dumps(facts | {"memory_from": source, "notes": known.notes}, indent=1))
+    else:
+        print("\n".join(report(known, facts, memory_gib, source, device, measured=options.probe)))
+    verdict = facts["verdict"]
+    return NOT_RUNNABLE if verdict == "does not fit" or (verdict == "tight" and options.strict) else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ftcore plan", description="What a run will take, before it is launched. Exit code 0 or 3.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, like pipelines/recipes/sft-lora.yaml")
+    parser.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="a key set over the file's, like backend.micro_batch=4")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--gpu", metavar="NAME", help=f"what each worker computes on: {' | '.join(DEVICES)}")
+    place.add_argument("--memory", metavar="GIB", type=_above_zero, help="what one worker may take")
+    parser.add_argument("--price", metavar="X", type=_above_zero, help="of one worker for an hour; the cost is told in the same money")
+    parser.add_argument("--probe", action="store_true", help="time two shallow models of this width here, for the time of a step")
+    parser.add_argument("--strict", action="store_true", help="a tight fit, too, makes the exit code 3")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    return parser.parse_intermixed_args(argv)
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"wanted a number above 0, got {text}")
+    return value
+
+
+def memory_of(recipe: Recipe, given: float | None, device: Device | None) -> tuple[float | None, str]:
+    """(GiB that one worker may take, where the figure comes from); None where nobody knows."""
+    if given is not None:
+        return given, "--memory"
+    on_gpu = recipe.resources.gpus_per_worker > 0
+    if device is not None:
+        if not on_gpu:
+            raise ConfigError(
+                "this recipe trains on CPUs", where="--gpu", got="resources.gpus_per_worker: 0", wanted="1 or more",
+                remedy="add resources.gpus_per_worker=1, or give --memory",
+            )  # fmt: skip
+        return device.memory_gib * min(1.0, recipe.resources.gpus_per_worker), f"{device.name}: {device.source}"
+    here = node_facts()
+    if on_gpu:
+        return _smallest_gpu(here)
+    if not here.memory_free_gib:
+        return None, "this machine does not say how much memory is free: give --memory GIB"
+    workers = recipe.resources.max_workers
+    return here.memory_free_gib / workers, f"free on this machine, by {workers} worker{'s' * (workers != 1)}"
+
+
+def _smallest_gpu(here: NodeFacts) -> tuple[float | None, str]:
+    sizes = [float(name.rsplit(",", 1)[1].split()[0]) / 1024 for name in here.gpus]
+    return (min(sizes), "the smallest GPU of this machine") if sizes else (None, "no GPU here to ask: give --gpu NAME or --memory GIB")
+
+
+def figures(known: Forecast, memory_gib: float | None, seconds: float | None, price: float | None) -> dict[str, Any]:
+    """What a program may want of it."""
+    verdict = known.verdict(memory_gib * GIB) if memory_gib else None
+    found = known.nearest(memory_gib * GIB) if memory_gib and verdict != "fits" else None
+    workers = known.recipe.resources.max_workers
+    return {
+        "verdict": verdict, "memory_gib": memory_gib, "peak_gib": known.need.peak / GIB, "phase": known.need.worst_phase,
+        "host_peak_gib": known.need.host_peak / GIB, "parameters": known.shape.num_parameters, "parameters_by_part": known.shape.parts(),
+        "trained": known.moves.count, "parts": [asdict(part) for part in known.need.parts], "disk_gib": known.disk_bytes / GIB,
+        "network_gib_per_step": known.network_bytes / GIB, "steps": known.steps, "seconds": seconds,
+        "cost": price * workers * seconds / 3600 if price and seconds else None, "nearest": found.overrides if found else None,
+    }  # fmt: skip
+
+
+def report(
+    known: Forecast, facts: dict[str, Any], memory_gib: float | None, source: str, device: Device | None, *, measured: bool
+) -> list[str]:
+    shape, recipe = known.shape, known.recipe
+    parts = ", ".join(f"{name} {count:,}" for name, count in shape.parts().items())
+    lines = [
+        f"{recipe.name}: {recipe.method.kind} of {recipe.model.path} ({shape.model_type}), {recipe.resources.max_workers} worker(s), "
+        f"backend {recipe.backend.kind}",
+        f"parameters     {shape.num_parameters:,} ({parts})",
+        f"trained        {known.moves.count:,} ({known.moves.count / shape.num_parameters:.2%})",
+        "", *_memory_table(known), "",
+        f"disk           {facts['disk_gib']:.2f} GiB: {recipe.output.keep} checkpoints kept, the best, one being written, and the result",
+        f"network        {facts['network_gib_per_step']:.3f} GiB sent by each worker in a step",
+        f"steps          {known.steps if known.steps is not None else 'unknown until the rows are prepared'}",
+        f"time           {_time(facts['seconds'], device, measured=measured)}",
+    ]  # fmt: skip
+    lines += [f"cost           {facts['cost']:.2f}"] if facts["cost"] is not None else []
+    lines += [f"note: {text}" for text in known.notes]
+    if memory_gib is None:
+        return [*lines, "", f"not judged: {source}", *_devices(known)]
+    lines += ["", f"{facts['verdict'].upper()}: {known.need.peak / GIB:.2f} GiB of {memory_gib:.2f} GiB a worker ({source})"]
+    return lines if facts["verdict"] == "fits" else [*lines, *_ways_out(known, memory_gib)]
+
+
+def _memory_table(known: Forecast) -> Iterator[str]:
+    phase = known.need.worst_phase
+    yield f"memory of the rank that holds most, in phase `{phase}`:"
+    for part in known.need.parts:
+        if phase in part.phases:
+            place = " (host)" if part.on_host and known.need.on_gpu else ""
+            yield f"  {part.bytes / GIB:>9.2f} GiB  {part.name + place:<36}{part.why}"
+    yield f"  {known.need.peak / GIB:>9.2f} GiB  in all" + (
+        f"; {known.need.host_peak / GIB:.2f} GiB on its host" if known.need.on_gpu else ""
+    )
+
+
+def _time(seconds: float | None, device: Device | None, *, measured: bool) -> str:
+    if seconds is None:
+        return "unknown: give --gpu NAME, or --probe on the machine that will train" if device is None else "unknown without steps"
+    how = (
+        "by a probe on this machine"
+        if measured
+        else f"by {device.name if device else ''}'s datasheet at {MODEL_FLOPS_SHARE:.0%} of its peak"
+    )
+    return f"{seconds / 3600:.2f} h ({seconds:,.0f} s), {how}"
+
+
+def _devices(known: Forecast) -> Iterator[str]:
+    for device in DEVICES.values():
+        yield f"  {device.name:<10}{device.memory_gib:>7.1f} GiB  {known.verdict(device.memory_gib * GIB)}"
+
+
+def _ways_out(known: Forecast, memory_gib: float) -> Iterator[str]:
+    found = known.nearest(memory_gib * GIB)
+    if found is None:
+        yield "no change of this recipe that is known here would fit: take a smaller model, or larger devices"
+    else:
+        yield f"nearest that fits ({found.peak / GIB:.2f} GiB):"
+        yield f"  {pasted(found)}"
+    yield "one change at a time:"
+    for other in known.alternatives():
+        yield _row(other, verdict_of(other.peak, memory_gib * GIB))
+
+
+def _row(other: Alternative, verdict: str) -> str:
+    return f"  {other.peak / GIB:>9.2f} GiB  {verdict:<14}{pasted(other)}"
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
