@@ -124,3 +124,19 @@ def test_a_search_that_is_killed_goes_on_with_what_is_left(tiny_model_dir: Path,
     after = Found.read(folder)
     assert after is not None and len(after.trials) == 4 and all(trial.state == "done" for trial in after.trials.values())
     assert all(after.trials[name].looks == before.trials[name].looks for name in done), "what was done is not done again"
+
+
+@pytest.mark.proof
+def test_trials_of_two_workers_on_two_cores_wait_for_nobody(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A trial's actor holds no core that its workers need, and a trial that ends early leaves none of them held."""
+    recipe = recipe_in(tmp_path, tiny_model_dir, "wide", resources={"workers": 2}, optim={"lr": 1e-5, "batch_size": 2, "max_steps": 12})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    options = ["--trials", "4", "--shared", "off", "--searcher", "random", "--concurrent", "4"]
+    command = [sys.executable, "-m", "pipelines.tune", str(file), "optim.lr={choice: [1e-7, 1e-2]}", *options]
+    done = subprocess.run(command, env={**os.environ, "FTCORE_LOCAL_CPUS": "2"}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 at once" in done.stdout
+    found = Found.read(search_folder(recipe))
+    assert found is not None
+    assert {trial.state for trial in found.trials.values()} <= {"done", "stopped"} and len(found.trials) == 4
