@@ -121,7 +121,8 @@ def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None
     """`shared`: the blocks that trials which share a base learn from."""
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "0", "TUNE_GLOBAL_CHECKPOINT_S": "5"}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else it prints a table at every result, whatever `verbose` says
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    for name in ("ray.tune", "ray.air"):  # what fails is told by `pipelines.telling`
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     connect(log=log)
     asked = recipe.resources.model_copy(update={"workers": 1 if shared else recipe.resources.min_workers})
     check_fits(asked, alive_nodes())
@@ -201,10 +202,16 @@ def scheduler_of(search: Search) -> TrialScheduler:
     if how.kind == "median":
         return MedianStoppingRule(time_attr="share", grace_period=how.grace, min_samples_required=3)
     if how.kind == "pbt":
-        return PopulationBasedTraining(
-            time_attr="share", perturbation_interval=how.every, hyperparam_mutations=space_of(search), custom_explore_fn=None
-        )
+        return PopulationBasedTraining(time_attr="share", perturbation_interval=how.every, hyperparam_mutations=_mutations(search))
     return FIFOScheduler()
+
+
+def _mutations(search: Search) -> dict[str, Any]:
+    """A choice moves to its neighbour in the list; a number is multiplied, or drawn anew."""
+    spans, domains = search.free, space_of(search)
+    return {
+        path: [json.dumps(value) for value in span.choice] if isinstance(span, Choices) else domains[path] for path, span in spans.items()
+    }
 
 
 def storage_of(folder: Folder) -> tuple[str, Any]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from ftcore.search import Search
@@ -74,7 +76,9 @@ class Teller(tune.Callback):
 
 
 def _cause(trial: Any) -> str:
-    """The error's own first line: a trial's traceback is in its log."""
-    error = trial.pickled_error_file and trial.get_pickled_error()
+    """The error's own first line; the rest of it is in the trial's log. Ray Tune's own reader looks where the file is copied to later."""
+    if not trial.pickled_error_file:
+        return "unknown"
+    error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     cause = getattr(error, "cause", None) or error
-    return next(iter(str(cause).splitlines()), type(cause).__name__) if cause else "unknown"
+    return next(iter(str(cause).splitlines()), type(cause).__name__)

@@ -75,6 +75,7 @@ def test_a_trial_that_fails_does_not_end_the_rest(local_ray: None, tiny_model_di
     assert found.ranked()[0].run, "a trial of its own has a run folder to go on from"
 
 
+@pytest.mark.proof
 def test_when_every_trial_fails_the_search_says_why(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, tiny_model_dir, "all-fail", method={"kind": "lora", "targets": ["no_such_layer"]})
     with pytest.raises(TrainingError, match=r"(?s)no trial of this search could be judged.*matches no linear layer"):
@@ -86,6 +87,7 @@ def test_a_metric_that_no_trial_reports_is_said(local_ray: None, tiny_model_dir:
         searched(recipe_in(tmp_path, tiny_model_dir, "no-metric"), trials=1, metric="accuracy")
 
 
+@pytest.mark.proof
 def test_the_worst_goes_on_from_the_best(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
     """Population based training: a trial takes over another's weights and optimizer state, with another rate from there on."""
     recipe = recipe_in(tmp_path, tiny_model_dir, "population", optim={"lr": 1e-3, "batch_size": 2, "max_steps": 24})
@@ -99,6 +101,7 @@ def test_the_worst_goes_on_from_the_best(local_ray: None, tiny_model_dir: Path, 
         assert event["donor"].split(".")[0] != trial.id
 
 
+@pytest.mark.proof
 def test_a_search_that_is_killed_goes_on_with_what_is_left(tiny_model_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, tiny_model_dir, "killed", optim={"lr": 1e-5, "batch_size": 2, "max_steps": 30})
     file = tmp_path / "recipe.yaml"
