@@ -77,11 +77,11 @@ $(DEMO_STAMP): | $(RUN)
 	@rm -f $(VENV)/.installed-demo-*; touch $@
 
 $(DEV_STAMP): $(DEMO_STAMP)
-	@$(call install,train$(comma)serve$(comma)otel$(comma)dev)
+	@$(call install,train$(comma)serve$(comma)eval$(comma)otel$(comma)dev)
 	@rm -f $(VENV)/.installed-dev-*; touch $@
 
 $(BENCH_STAMP): $(DEV_STAMP)
-	@$(call install,train$(comma)serve$(comma)otel$(comma)dev$(comma)bench)
+	@$(call install,train$(comma)serve$(comma)eval$(comma)otel$(comma)dev$(comma)bench)
 	@rm -f $(VENV)/.installed-bench-*; touch $@
 
 $(S3_STAMP): | $(RUN)

@@ -21,7 +21,7 @@ from ftcore.demo.shell import shell_session
 from ftcore.demo.simulator import sessions
 from ftcore.demo.tenants import CEILING, Ceiling, conversation_of, demo_teams
 from ftcore.errors import DataError
-from ftcore.evals.metrics import Interval
+from ftcore.evals.intervals import Interval
 from ftcore.evals.tasks.next_operation import Line, Table, judge
 from ftcore.recipe import Model
 from pipelines.demo import main, parse, two_tenants

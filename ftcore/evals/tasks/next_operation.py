@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ftcore.data.types import Conversation
-from ftcore.evals.metrics import Interval, closed_share, perplexity, ratio, ratio_difference
+from ftcore.evals.intervals import Interval, closed_share, perplexity, ratio, ratio_difference
 from ftcore.evals.predictors import Forecast, Predictor
 
 HEADINGS = ("predictor", "exact match %", "95 % interval", "perplexity", "95 % interval")
