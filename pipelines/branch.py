@@ -40,6 +40,4 @@ def branch(donor: RunDir, step: int, into: RunDir, recipe: Recipe) -> None:
 
 
 def _copied(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        if file.is_file() and file.name != MANIFEST:
-            shutil.copyfile(file, target / file.name)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
