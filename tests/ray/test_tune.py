@@ -108,7 +108,7 @@ def test_a_search_that_is_killed_goes_on_with_what_is_left(tiny_model_dir: Path,
     file.write_text(dump_recipe(recipe))
     command = [sys.executable, "-m", "pipelines.tune", str(file), *SPACE, "--trials", "4", "--scheduler", "none", "--concurrent", "1"]
     environment = {**os.environ, "FTCORE_LOCAL_CPUS": "2"}
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     folder, until = search_folder(recipe), time.monotonic() + 120
     while time.monotonic() < until:
         found = Found.read(folder)
