@@ -32,7 +32,7 @@ def write_report(run: RunDir, *, comparison: str = "") -> str:
     curves = drawn_curves(lines)
     if curves:
         run.folder.write(PNG, png(curves))
-    page = _environment().get_template("report.html.jinja").render(
+    page = environment().get_template("report.html.jinja").render(
         name=run.name, place=run.url, made=utc_now(), tool=f"ftcore {ftcore.__version__}",
         finished=run.is_finished(), steps=run.checkpoint_steps(),
         figures=figures(lines), charts=[(curve, svg(curve)) for curve in curves], audit=_audit(run), recipe=_text(run, "recipe.yaml"),
@@ -56,7 +56,8 @@ def drawn_curves(lines: list[dict[str, Any]]) -> list[Curve]:
     return [curve for curve in curves if curve]
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of pages that are safe to open whatever rows and names hold."""
     environment = Environment(
         loader=PackageLoader("ftcore.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=_shown,
