@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
+from ftcore.adapters import AdapterStore
 from ftcore.cli import main
+from ftcore.data.duplicates import item_text
+from ftcore.evals.heldout import held_out, items_of
+from ftcore.evals.records import Records
+from ftcore.evals.tasks.labels import named
+from ftcore.publish import import_adapter
+from ftcore.recipe import Model, load_recipe
 from pipelines import evaluate
+from pipelines.prepare import prepare
 from tests.answering import Answering, answering
+from tests.oracles import Truth, make_adapter
 
 
 def conversation(number: int, answer: str = "") -> dict[str, Any]:
@@ -51,3 +60,122 @@ def test_the_better_system_is_found_and_a_stopped_evaluation_asks_nobody_again(
     capsys.readouterr()
     assert main(["compare", str(out), good, poor]) == 0
     assert f"{good} is better than {poor} by 50.0 points" in capsys.readouterr().out
+
+
+def recipe_of(tmp_path: Path, base: Path, sources: list[dict[str, Any]], **data: Any) -> Path:
+    section = {"sources": sources, "cache": str(tmp_path / "cache"), "max_length": 256, "engine": "process", "validation": 0, **data}
+    values = {"name": "t", "model": {"path": str(base)}, "data": section, "method": "lora", "stage": "sft"}
+    path = tmp_path / "t.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_a_recipes_test_rows_are_exactly_those_that_training_never_sees(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [conversation(n) for n in range(60)] + [{"messages": []}])
+    recipe = load_recipe(recipe_of(tmp_path, tiny_model_dir, [{"path": str(rows)}], test=0.3, max_rejected=0.5))
+    prepared = prepare(recipe, log=lambda _: None)
+    trained = {item_text(item) for item in items_of(recipe, prepared.rows("train"), prepared.origins)}
+    tests = held_out(recipe, prepared)
+    held = {row.words for row in tests.rows}
+    assert len(held) == prepared.num_rows("test") >= 10 and len(trained) == prepared.num_rows("train")
+    assert not held & trained and len(held | trained) == 60
+    assert [turn.role for turn in tests.rows[0].turns] == ["user"] and tests.rows[0].reference.startswith("It is")
+
+
+def test_planted_leaks_are_found_word_for_word_and_nearly(server: Answering, tiny_model_dir: Path, tmp_path: Path) -> None:
+    long = "The quarterly report of the northern branch was sent to the archive by the new clerk on a rainy Monday in the late autumn of"
+    train = [conversation(n) for n in range(40)] + [conversation(99, f"{long} 1998, they say.")]
+    tests = [conversation(n) for n in range(100, 120)] + [conversation(7), conversation(99, f"{long} 1998, we think.")]
+    sources = [{"path": str(write(tmp_path / "train.jsonl", train)), "split": "train"}]
+    sources += [{"path": str(write(tmp_path / "test.jsonl", tests)), "split": "test"}]
+    recipe = recipe_of(tmp_path, tiny_model_dir, sources, duplicates="keep")
+    command = [str(recipe), "--systems", f"{server.url}#good", "--here"]
+    assert evaluate.main([*command, "--out", str(tmp_path / "out")]) == 0
+    leaks = json.loads((tmp_path / "out" / "results.json").read_text())["about"]["leaks"]
+    places = [(leak["id"].rpartition(" ")[2], leak["copy_of"].rpartition(" ")[2]) for leak in leaks]
+    assert places == [("21", "8"), ("22", "41")] and leaks[0]["similarity"] == 1 > leaks[1]["similarity"] >= 0.8
+    assert len(server.questions("good")) == 20
+    assert evaluate.main([*command, "--out", str(tmp_path / "kept"), "--leaks", "keep"]) == 0
+    assert len(server.questions("good")) == 20 + 22
+
+
+def test_base_examples_and_adapter_share_one_engine_and_likelihoods_are_the_models_own(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = make_adapter(tiny_model_dir, tmp_path / "made", 1), AdapterStore(tmp_path / "store")
+    ref = import_adapter(folder, "acme/support", model=Model(path=str(tiny_model_dir)), store=store, log=lambda _: None)
+    store.promote(ref)
+    rows = write(tmp_path / "rows.jsonl", [conversation(n) for n in range(40)])
+    recipe = recipe_of(tmp_path, tiny_model_dir, [{"path": str(rows)}], test=0.3)
+    command = [str(recipe), f"output.store={store}", "--systems", "base", "base+2", "acme/support", "--here", "--limit", "5"]
+    command += ["--max-tokens", "4", "--context", "256"]
+    assert evaluate.main([*command, "--out", str(tmp_path / "said")]) == 0
+    lines = json.loads((tmp_path / "said" / "results.json").read_text())["lines"]
+    assert [line["name"] for line in lines] == ["base", "base+2", "acme/support"] and lines[2]["adapter_bytes"] > 0 == lines[0][
+        "adapter_bytes"
+    ]
+    assert all(line["first_token_s"] > 0 and line["num_failed"] == 0 for line in lines)
+    said = [[row.text for row in Records(str(tmp_path / "said")).answers(line["key"])] for line in lines]
+    assert len({tuple(texts) for texts in said}) == 3
+
+    assert evaluate.main([*command, "--out", str(tmp_path / "weighed"), "--task", "likelihood"]) == 0
+    records = Records(str(tmp_path / "weighed"))
+    truth = Truth(tiny_model_dir, {ref.digest: folder})
+    first = records.questions()[0]
+    for digest, line in (("", lines[0]), (ref.digest, lines[2])):
+        given = records.answers(line["key"])[0]
+        before, whole = token_ids(tiny_model_dir, first.turns[0].content, first.reference)
+        logps = truth.logps(digest, whole)
+        nll = -sum(float(logps[at - 1][whole[at]]) for at in range(before, len(whole)))
+        assert given.nll == pytest.approx(nll, abs=1e-3) and given.num_tokens == len(whole) - before
+    assert "perplexity per token" in capsys.readouterr().out
+
+
+def token_ids(base: Path, question: str, answer: str) -> tuple[int, list[int]]:
+    """How many ids come before the answer, and all of them with the stop token."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    before = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return len(before), tokenizer(f"{text}{answer}<|im_end|>", add_special_tokens=False)["input_ids"]
+
+
+def test_labels_are_weighed_by_the_engine_and_read_from_an_endpoints_words(server: Answering, tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [*conversation(n)["messages"][:1], {"role": "assistant", "content": "even" if n % 2 else "odd"}]} for n in range(12)
+    ]
+    path, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    command = ["--rows", str(path), "--base", str(tiny_model_dir), "--out", str(out), "--here"]
+    assert evaluate.main([*command, "--systems", "base"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["about"]["task"] == "labels" and set(results["about"]["metrics"]) == {"accuracy", "f1_macro", "auc", "ece"}
+    given = Records(str(out)).answers(results["lines"][0]["key"])
+    assert {row.chosen for row in given} <= {"even", "odd"} and all(
+        row.scores[row.chosen or ""] == max(row.scores.values()) for row in given
+    )
+    assert evaluate.main([*command, "--systems", "base", f"{server.url}#good"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["about"]["metrics"] == ["accuracy", "f1_macro"]
+    assert {row.chosen for row in Records(str(out)).answers(results["lines"][1]["key"])} == {""}
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("positive", "positive"), ("Positive.", "positive"), ("It is not positive", "not positive"), ("positive or negative", ""), ("", ""),
+     ("I think negative!", "negative"), ("+", "+"), ("nonpositive", "")],
+)  # fmt: skip
+def test_a_label_is_read_from_words_only_where_one_is_named(text: str, label: str) -> None:
+    assert named(text, ["positive", "negative", "not positive", "+"]) == label
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b[31m"
+
+
+def test_hostile_rows_are_shown_as_what_they_are(server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [conversation(n, f"{HOSTILE} {n} | `x` *y*") for n in range(8)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert evaluate.main(["--rows", str(path), "--systems", f"{server.url}#good", "--out", str(tmp_path / "out"), "--here"]) == 0
+    page = (tmp_path / "out" / "results.html").read_text()
+    assert "&lt;script&gt;" in page and "<script" not in page and "<img" not in page and "\u202e" not in page and "\x1b" not in page
+    assert "\x1b" not in capsys.readouterr().out
