@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from ftcore.report.evaluation import write_page
 from ftcore.storage import digest_of
 from pipelines.evaluating import Evaluation, Means, answer_all
 from pipelines.prepare import prepare
+from pipelines.runs import at_home, placed
 
 Log = Callable[[str], None]
 
@@ -59,7 +61,7 @@ class Wanted:
 def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     """Raises FtcoreErrors: what is wrong with rows, systems or metrics before anything is generated."""
     _check_words(wanted)
-    recipe = load_recipe(wanted.recipe, wanted.overrides) if wanted.recipe else None
+    recipe = at_home(load_recipe(wanted.recipe, wanted.overrides), log) if wanted.recipe else None
     systems = _systems(wanted, recipe)
     prepared = prepare(recipe, log=log) if recipe else None
     tests, leaks = _rows(wanted, recipe, prepared, log)
@@ -76,10 +78,11 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
         if system.endpoint is not None:
             system.endpoint.check()
     shots = _shots(max(system.shots for system in systems), recipe, prepared, wanted.seed)
-    records = Records(wanted.out)
+    out = placed(wanted.out)
+    records = Records(out)
     records.claim(_facts(wanted, tests, task, shots))
     num_windows = records.write_questions(tests.rows)
-    work = Evaluation(wanted.out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
+    work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
     log(str(answer_all(work, num_windows, means, log)))
     about = About(
         tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks
@@ -101,13 +104,13 @@ def _check_words(wanted: Wanted) -> None:
         TASKS[wanted.task]
     for name in wanted.metrics:
         METRICS[name].check()
-    check_place("--out", wanted.out)
+    check_place("--out", placed(wanted.out))
 
 
 def _systems(wanted: Wanted, recipe: Recipe | None) -> list[System]:
-    base = wanted.base or (recipe.model.path if recipe else "")
+    base = _found(wanted.base or (recipe.model.path if recipe else ""))
     revision = recipe.model.revision if recipe and not wanted.base else "main"
-    store = wanted.store or (recipe.output.store if recipe else "adapters")
+    store = placed(wanted.store or (recipe.output.store if recipe else "adapters"))
     systems = resolve(wanted.systems, base=base, revision=revision, store=store, key_variable=wanted.key_variable)
     shown = next((system for system in systems if system.shots), None)
     if shown is not None and recipe is None:
@@ -118,6 +121,11 @@ def _systems(wanted: Wanted, recipe: Recipe | None) -> list[System]:
             wanted="a recipe before --systems",
         )
     return systems
+
+
+def _found(base: str) -> str:
+    """A folder's whole path: workers run elsewhere. A hub name stays one."""
+    return str(Path(base).expanduser().absolute()) if base and Path(base).expanduser().is_dir() else base
 
 
 def _rows(wanted: Wanted, recipe: Recipe | None, prepared: Prepared | None, log: Log) -> tuple[TestSet, list[Leak]]:

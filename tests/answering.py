@@ -21,7 +21,9 @@ class Answering:
         self.asked: Counter[tuple[str, str]] = Counter()
         self.keys: set[str] = set()
         self.busy = 0
-        """So many requests are told to come back."""
+        """So many questions are told to come back."""
+        self.stranger_after = -1
+        """After so many questions no model is known any more; -1: never."""
         self.url = ""
 
     def questions(self, model: str) -> list[str]:
@@ -29,10 +31,12 @@ class Answering:
 
     def reply(self, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
         question, model = body["messages"][-1]["content"], body["model"]
-        if self.busy:
+        if self.busy and question != "Hello":
             self.busy -= 1
             return 429, {"Retry-After": "0"}, {"error": "busy"}
         self.asked[model, question] += 1
+        if 0 <= self.stranger_after < self.asked.total():
+            return 404, {}, {"error": "all models are gone"}
         if model == "nonsense":
             return 200, {}, {"weather": "fine"}
         if model == "strict" and question != "Hello":

@@ -50,7 +50,7 @@ class Endpoint:
     def check(self) -> None:
         """Asks for one token. Raises ConfigError or FtcoreError with the endpoint's own words."""
         try:
-            self.answer([Message("user", "Hello")], (), 1, num_tries=2)
+            self.answer([Message("user", "Hello")], (), 1, num_tries=3)
         except DataError as error:
             raise ConfigError(
                 "this endpoint refuses a plain question", where=self.url, got=error.got, remedy="check the model's name"

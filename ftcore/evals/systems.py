@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def _resolved(word: str, base: str, revision: str, store: str, key_variable: str
             raise ConfigError("which base?", where=f"--systems {word}", wanted="a recipe, or --base FOLDER")
         return _of_voice(word, shots, Voice(base, revision, store, None))
     if Path(who).is_dir():
-        return _of_voice(word, shots, Voice(str(Path(who)), "main", store, None))
+        return _of_voice(word, shots, Voice(str(Path(who).absolute()), "main", store, None))
     if who.startswith((".", "/", "~")) or who.count("/") != 1:
         remedy = "" if "/" not in who else "a folder starts where the command runs"
         raise ConfigError("there is no such system", where="--systems", got=word, wanted=WANTED, remedy=remedy)
@@ -94,6 +94,7 @@ def _of_voice(word: str, shots: int, voice: Voice) -> System:
         )  # fmt: skip
     folder = base_folder(voice.base, voice.revision)
     check_base(folder)
+    voice = replace(voice, base=str(folder.absolute()) if Path(voice.base).is_dir() else voice.base)
     weights = weights_digest(folder)
     if voice.ref is None:
         return System(word, shots, voice, weights=weights)

@@ -12,6 +12,8 @@ import pytest
 from ftcore.adapters import AdapterStore
 from ftcore.cli import main
 from ftcore.data.duplicates import item_text
+from ftcore.errors import ConfigError
+from ftcore.evals import endpoint
 from ftcore.evals.heldout import held_out, items_of
 from ftcore.evals.records import Records
 from ftcore.evals.tasks.labels import named
@@ -179,3 +181,84 @@ def test_hostile_rows_are_shown_as_what_they_are(server: Answering, tmp_path: Pa
     page = (tmp_path / "out" / "results.html").read_text()
     assert "&lt;script&gt;" in page and "<script" not in page and "<img" not in page and "\u202e" not in page and "\x1b" not in page
     assert "\x1b" not in capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says when it refuses."""
+    capsys.readouterr()
+    assert main(["evaluate", *arguments, "--here"]) != 0
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    return said
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_asked(
+    server: Answering, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = write(tmp_path / "rows.jsonl", [conversation(n) for n in range(9)]), str(tmp_path / "out")
+    recipe = str(recipe_of(tmp_path, tiny_model_dir, [{"path": str(rows)}]))
+    good, common = f"{server.url}#good", ["--rows", str(rows), "--out", out]
+    assert "did you mean `exact_match`?" in refused(capsys, *common, "--systems", good, "--metrics", "exact_mach")
+    assert "metric `accuracy` cannot be computed from task `answers`" in refused(
+        capsys, *common, "--systems", good, "--metrics", "accuracy"
+    )
+    assert "did you mean `labels`?" in refused(capsys, *common, "--systems", good, "--task", "lables")
+    assert "does not tell how likely" in refused(capsys, *common, "--systems", good, "--task", "likelihood")
+    assert "none of the labels" in refused(capsys, *common, "--systems", good, "--labels", "yes", "no")
+    assert "named twice" in refused(capsys, *common, "--systems", good, good)
+    assert "which base?" in refused(capsys, *common, "--systems", "base")
+    assert "tenant/name[@digest]" in refused(capsys, *common, "--systems", "bse")
+    assert "no such system" in refused(capsys, *common, "--systems", "./merged")
+    assert "needs its model's name" in refused(capsys, *common, "--systems", server.url)
+    assert "come from a recipe's training split" in refused(capsys, *common, "--systems", "base+2", "--base", str(tiny_model_dir))
+    assert "holds no test rows out" in refused(capsys, recipe, "--systems", "base", "--out", out)
+    assert "which rows?" in refused(capsys, "--systems", good, "--out", out)
+    unanswered = write(tmp_path / "unanswered.jsonl", [{"messages": [{"role": "user", "content": "And?"}]}])
+    assert "no row has a question and an answer" in refused(capsys, "--rows", str(unanswered), "--systems", good, "--out", out)
+    assert "no such model or path" in refused(capsys, *common, "--systems", good, f"{server.url}#stranger")
+    assert "no chat completion" in refused(capsys, *common, "--systems", good, f"{server.url}#nonsense")
+    assert server.questions("good") == [] and not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_an_endpoint_that_is_away_is_said_so_and_one_that_is_busy_is_waited_for(
+    server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    rows, out = write(tmp_path / "rows.jsonl", [conversation(n) for n in range(9)]), str(tmp_path / "out")
+    command = ["--rows", str(rows), "--out", out]
+    capsys.readouterr()
+    assert main(["evaluate", *command, "--here", "--systems", "http://127.0.0.1:9/v1#any"]) == 1
+    assert "this endpoint does not answer" in capsys.readouterr().err
+    monkeypatch.setenv("SECRET_OF_MINE", "k-123")
+    server.busy = 3
+    assert evaluate.main([*command, "--here", "--systems", f"{server.url}#good", "--key-variable", "SECRET_OF_MINE"]) == 0
+    assert server.keys == {"Bearer k-123"} and len(server.questions("good")) == 9
+    for file in Path(out).rglob("*"):
+        assert file.is_dir() or b"k-123" not in file.read_bytes()
+
+
+def test_rows_that_an_endpoint_refuses_count_as_wrong_and_are_told(
+    server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = write(tmp_path / "rows.jsonl", [conversation(n) for n in range(9)]), tmp_path / "out"
+    assert evaluate.main(["--rows", str(rows), "--out", str(out), "--here", "--systems", f"{server.url}#strict"]) == 0
+    assert "9 rows without answer count as wrong (the endpoint refuses this row: 400" in capsys.readouterr().out
+
+
+def test_two_folders_over_the_same_rows_are_compared_and_others_refused(
+    server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there, other = (write(tmp_path / f"{name}.jsonl", [conversation(n) for n in rows]) for name, rows in
+                          (("here", range(40)), ("there", reversed(range(40))), ("other", range(1, 41))))  # fmt: skip
+    for rows, model in ((here, "good"), (there, "poor"), (other, "poor")):
+        assert evaluate.main(["--rows", str(rows), "--out", f"{rows}.out", "--here", "--systems", f"{server.url}#{model}"]) == 0
+    good, poor = f"{server.url}#good", f"{server.url}#poor"
+    capsys.readouterr()
+    assert main(["compare", f"{here}.out", f"{there}.out", good, poor, "--metrics", "exact_match"]) == 0
+    assert f"{good} is better than {poor} by 50.0 points" in capsys.readouterr().out
+    assert main(["compare", f"{here}.out", f"{other}.out", good, poor]) == 3
+    assert "not of the same rows" in capsys.readouterr().err
+    assert main(["compare", f"{here}.out", good[:-1], good]) == 2
+    assert f"did you mean `{good}`?" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="another evaluation"):
+        evaluate.main(["--rows", str(other), "--out", f"{here}.out", "--here", "--systems", good])
