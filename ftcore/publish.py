@@ -43,14 +43,14 @@ Log = Callable[[str], None]
 
 
 def publish_run(run: RunDir, recipe: Recipe, prepared: Prepared, *, log: Log = print) -> AdapterRef:
-    """Verifies and publishes a finished run's `final/` as `output.adapter`, and promotes it if the recipe says so."""
+    """Verifies and publishes a finished run's `final/` as `output.adapter`, and promotes it if the recipe says so and asks for no gate."""
     store = AdapterStore(recipe.output.store)
     parent = run.folder.read_json("parent/manifest.json").get("ref") if run.folder.exists("parent/manifest.json") else None
     with run.opened("final") as final:
         result = run.folder.read_json("final/result.json")
         size, metrics = int(result["world_size"]), result["metrics"]
         ref = publish_final(recipe, final, prepared.manifest, metrics=metrics, world_size=size, store=store, parent=parent, log=log)
-    if recipe.output.promote:
+    if recipe.output.promote and recipe.output.gate is None:
         store.promote(ref)
         log(f"{ref.tenant}/{ref.name} now means {ref}")
     return ref

@@ -18,6 +18,7 @@ if not __package__:  # run as a file: the rooms are siblings of this script's fo
 
 from ftcore.cli import guarded
 from ftcore.engines.torch import Torch, add_base_options
+from ftcore.recipe import load_recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.evaluating import Means
     from pipelines.judging import Wanted, evaluate
 
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     wanted = Wanted(
-        recipe=options.recipe, overrides=tuple(options.overrides), rows=tuple(options.rows), systems=tuple(options.systems),
+        recipe=recipe, rows=tuple(options.rows), systems=tuple(options.systems),
         base=options.base, store=options.store, out=options.out, task=options.task, labels=tuple(options.labels),
         metrics=tuple(options.metrics), limit=options.limit, keep_leaks=options.leaks == "keep", max_tokens=options.max_tokens,
         seed=options.seed, key_variable=options.key_variable, at_once=options.at_once,

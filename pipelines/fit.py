@@ -83,7 +83,12 @@ def _made(run: RunDir, recipe: Recipe, log: Log) -> AdapterRef | None:
         parent_into(run, recipe, log)
         with recording_base(run, recipe):
             _train(run, recipe, prepared, log)
-    return publish_once(run, recipe, log)
+    ref = publish_once(run, recipe, log)
+    if ref is not None and recipe.output.gate is not None:
+        from pipelines.gate import judge_at_gate  # loads torch
+
+        judge_at_gate(run, recipe, recipe.output.gate, ref, log)
+    return ref
 
 
 def _train(run: RunDir, recipe: Recipe, prepared: Prepared, log: Log) -> None:

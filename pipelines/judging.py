@@ -25,7 +25,7 @@ from ftcore.evals.results import About, Results, weigh_up
 from ftcore.evals.systems import System, resolve
 from ftcore.evals.tasks.base import TASKS, Task, choose
 from ftcore.places import check_place
-from ftcore.recipe import Recipe, load_recipe
+from ftcore.recipe import Recipe
 from ftcore.report.evaluation import write_page
 from ftcore.storage import digest_of
 from pipelines.evaluating import Evaluation, Means, answer_all
@@ -39,29 +39,28 @@ Log = Callable[[str], None]
 class Wanted:
     """A command line of `ftcore evaluate`."""
 
-    recipe: str
-    overrides: tuple[str, ...]
-    rows: tuple[str, ...]
+    recipe: Recipe | None
     systems: tuple[str, ...]
-    base: str
-    store: str
     out: str
-    task: str
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-    limit: int
-    keep_leaks: bool
-    max_tokens: int
-    seed: int
-    key_variable: str
-    at_once: int
     engine: Torch
+    rows: tuple[str, ...] = ()
+    base: str = ""
+    store: str = ""
+    task: str = "auto"
+    labels: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    limit: int = 0
+    keep_leaks: bool = False
+    max_tokens: int = 256
+    seed: int = 0
+    key_variable: str = ""
+    at_once: int = 8
 
 
 def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     """Raises FtcoreErrors: what is wrong with rows, systems or metrics before anything is generated."""
     _check_words(wanted)
-    recipe = at_home(load_recipe(wanted.recipe, wanted.overrides), log) if wanted.recipe else None
+    recipe = at_home(wanted.recipe, log) if wanted.recipe else None
     systems = _systems(wanted, recipe)
     prepared = prepare(recipe, log=log) if recipe else None
     tests, leaks = _rows(wanted, recipe, prepared, log)
