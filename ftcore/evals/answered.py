@@ -79,7 +79,8 @@ def require(rows: Rows, facts: Sequence[Fact], metric: str) -> None:
                 )
 
 
-def group_codes(rows: Rows) -> tuple[list[int], int]:
-    """The number of each row's group, and how many groups there are."""
-    codes: dict[tuple[str, str], int] = {}
-    return [codes.setdefault((row.group, "" if row.group else row.id), len(codes)) for row in rows], len(codes)
+def group_codes(rows: Rows) -> tuple[list[int] | slice, int]:
+    """What spreads weights of groups over the rows (`weights[:, codes]`), and how many groups there are."""
+    numbers: dict[tuple[str, str], int] = {}
+    codes = [numbers.setdefault((row.group, "" if row.group else row.id), len(numbers)) for row in rows]
+    return slice(None) if len(numbers) == len(rows) else codes, len(numbers)

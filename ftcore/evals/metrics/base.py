@@ -93,8 +93,7 @@ class Metric:
         value = float(prepared.score(np.ones((1, len(rows))))[0])
         if num_groups < 2:
             return Measured(self.name, Interval(value, np.nan, np.nan), prepared.how, len(rows), num_groups)
-        score = prepared.score if num_groups == len(rows) else lambda weights: prepared.score(weights[:, codes])
-        drawn = resampled(score, num_groups, width=len(rows), halves=self.halves, seed=seed)
+        drawn = resampled(lambda w: prepared.score(w[:, codes]), num_groups, width=len(rows), halves=self.halves, seed=seed)
         interval = from_draws(value, np.clip(drawn, *RANGE[self.unit]), confidence)
         return Measured(self.name, interval, prepared.how, len(rows), num_groups)
 
