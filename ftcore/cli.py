@@ -58,6 +58,12 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("serving.commands:serve_main", "[FILE] base=... store=...", "answer over HTTP, each tenant with its own adapters"),
     "chat": Command("ftcore.chat_command:main", "[REF] [--base DIR]", "talk to an adapter, or to a bare base, in the terminal"),
     "generate": Command("pipelines.generate:main", "REF ROWS --out DIR", "answer many rows with an adapter, into Parquet"),
+    "evaluate": Command(
+        "pipelines.evaluate:main",
+        "RECIPE --systems base NAME --out DIR",
+        "judge base, k-shot, adapters, endpoints on the same held-out rows",
+    ),
+    "compare": Command("ftcore.evals.compare_command:main", "DIR A B", "is A better than B? in a sentence, from finished evaluations"),
     "tenants": Command("serving.tenant_commands:main", "add|key|rotate|list FOLDER ...", "make, rotate and revoke tenants' keys"),
     "audit": Command(
         "serving.audit_commands:main", "list|verify|usage STORE", "what was asked, by whom, and what became of it; no content"

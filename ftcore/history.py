@@ -17,7 +17,7 @@ MAX_EVENTS = 1000
 
 
 def remember(run: RunDir, what: str, **facts: Any) -> None:
-    """Adds one event: `began`, `went on`, `failure`, `going`, `growing`, `group`, `branched`; each with the time and what is known."""
+    """Adds one event: `began`, `went on`, `failure`, `going`, `growing`, `group`, `branched`, `gate`; each with its time and facts."""
     events = recall(run)[-MAX_EVENTS + 1 :]
     run.folder.write_json(FILE, [*events, {"time": time.time(), "what": what, **facts}])
 
@@ -53,5 +53,7 @@ def _in_words(event: Mapping[str, Any]) -> str:
             return f"with the weights of {event['donor']} at step {event['step']}"
         case "group":
             return f"{event['size']} worker{'s' * (event['size'] != 1)} from the newest sealed checkpoint"
+        case "gate":
+            return ("passed: " if event["passed"] else "shut: ") + str(event["why"])
         case _:
             return ""

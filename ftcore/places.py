@@ -24,11 +24,12 @@ def check_places(recipe: Recipe) -> None:
     places = {"output.runs": recipe.output.runs, "data.cache": recipe.data.cache}
     places |= {"output.store": recipe.output.store} if recipe.output.adapter else {}
     with ThreadPoolExecutor(len(places), "ftcore-places") as pool:
-        for outcome in [pool.submit(_check, key, url) for key, url in places.items()]:
+        for outcome in [pool.submit(check_place, key, url) for key, url in places.items()]:
             outcome.result()
 
 
-def _check(key: str, url: str) -> None:
+def check_place(key: str, url: str) -> None:
+    """The same for one place; `key` is what the message calls it."""
     folder, name = Folder(url), f".probe-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         folder.write(name, PROBE)

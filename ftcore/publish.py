@@ -46,7 +46,7 @@ Log = Callable[[str], None]
 def publish_run(
     run: RunDir, recipe: Recipe, prepared: Prepared, *, facts: Mapping[str, int | str] = MappingProxyType({}), log: Log = print
 ) -> AdapterRef:
-    """Verifies and publishes a finished run's `final/` as `output.adapter`, and promotes it if the recipe says so.
+    """Verifies and publishes a finished run's `final/` as `output.adapter`, and promotes it if the recipe says so and asks for no gate.
 
     `facts`: what the card says beside the run's own metrics (of the search that it won, for one).
     """
@@ -56,7 +56,7 @@ def publish_run(
         result = run.folder.read_json("final/result.json")
         size, metrics = int(result["world_size"]), {**result["metrics"], **facts}
         ref = publish_final(recipe, final, prepared.manifest, metrics=metrics, world_size=size, store=store, parent=parent, log=log)
-    if recipe.output.promote:
+    if recipe.output.promote and recipe.output.gate is None:
         store.promote(ref)
         log(f"{ref.tenant}/{ref.name} now means {ref}")
     return ref

@@ -172,6 +172,23 @@ class Eval(Section):
     """Which step the result is made of, when there are validation rows."""
 
 
+class Gate(Section):
+    """What a new version must show on the recipe's test rows before its name points at it."""
+
+    metric: str
+    """Of `ftcore evaluate`: exact_match, accuracy, perplexity, ..."""
+    min: float | None = None
+    """At least as good as this, in the metric's own unit: 0.8 for 80 points of exact match; a perplexity may be at most this."""
+    better_than: Literal["current"] | None = None
+    """Told better than the version that the name points at; a first version has none to beat."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Gate:
+        if self.min is None and self.better_than is None:
+            raise ValueError("a gate needs `min`, or `better_than: current`")
+        return self
+
+
 class Output(Section):
     """Where things land."""
 
@@ -183,6 +200,8 @@ class Output(Section):
     """Publish as `tenant/name`; unset: train and keep the result in the run folder only."""
     promote: bool = True
     """Point the name at the new version once it is published."""
+    gate: Gate | None = None
+    """Promote only what passes."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints (one is always made at the end)."""
     keep: int = Field(2, ge=1)

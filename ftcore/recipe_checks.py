@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftcore.data.families import template_names
 from ftcore.data.formats.base import FORMATS
+from ftcore.evals.metrics.base import METRICS
 from ftcore.methods.qlora import Qlora
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _resources, _urls)
+    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _gate, _resources, _urls)
     return [*(problem for check in checks for problem in check(recipe)), *recipe.backend.refusals(recipe)]
 
 
@@ -120,6 +121,23 @@ def _schedule(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "eval.patience", "early stopping needs validation rows; set data.validation above 0 or a source with split: validation"
     if all(source.split in ("validation", "test") for source in data.sources):
         yield "data.sources", "no source has rows to train on: every one is split: validation or test"
+
+
+def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    gate, data = recipe.output.gate, recipe.data
+    if gate is None:
+        return
+    if gate.metric not in METRICS:
+        near = difflib.get_close_matches(gate.metric, list(METRICS), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield "output.gate.metric", f"unknown metric; got {gate.metric}; wanted {' | '.join(METRICS)}{hint}"
+    if recipe.output.adapter is None or not recipe.output.promote:
+        yield (
+            "output.gate",
+            "nothing is promoted, so nothing is held back; set output.adapter and leave output.promote on, or remove this key",
+        )
+    if data.test == 0 and all(source.split != "test" for source in data.sources):
+        yield "output.gate", "a gate judges on test rows; set data.test above 0, or a source with split: test"
 
 
 def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
-"""Speaker: a base with at most one adapter, proven, that answers conversations in this process. What serving does, without serving.
+"""Speaker: a base with its adapters, proven, that answers conversations in this process. What serving does, without serving.
 
-In: an engine section, a base, a version from the store. Out: text as it comes, or whole Answers. Runs in: `ftcore chat`, `ftcore generate`.
+In: an engine section, a base, a version from the store. Out: text as it comes, or whole Answers. Runs in: `ftcore chat`, `ftcore generate`,
+`ftcore evaluate`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.data.types import Message
@@ -17,6 +19,8 @@ from ftcore.errors import ConfigError, IntegrityError
 from ftcore.export.merge import model_of
 from ftcore.served_base import ServedBase
 from ftcore.text_stream import TextStream
+
+Tools = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -64,37 +68,47 @@ class Speaker:
     async def open(cls, voice: Voice, engine: Engine) -> Speaker:
         """Raises IntegrityError or ModelError when the adapter is not what its card says, on this base."""
         base = ServedBase(voice.base, voice.revision)
-        live = await engine.open(str(base.folder))
+        speaker = cls(base, await engine.open(str(base.folder)), voice.ref.digest if voice.ref else "")
         try:
             if voice.ref is not None:
-                store = AdapterStore(voice.store)
-                base.require_card(store.card(voice.ref))
-                with tempfile.TemporaryDirectory(prefix="ftcore-speaker-") as scratch:
-                    folder = store.fetch(voice.ref, scratch)
-                    await live.load_adapter(voice.ref.digest, folder)
-                    if live.computes:
-                        await base.prove(live, voice.ref.digest, folder, live.precision)
+                await speaker.learn(voice.ref, voice.store)
         except BaseException:
-            await live.close()
+            await speaker.close()
             raise
-        return cls(base, live, voice.ref.digest if voice.ref else "")
+        return speaker
+
+    async def learn(self, ref: AdapterRef, store: str) -> None:
+        """Loads a version and proves it; `adapter` may name its digest from now on. Raises as `open` does."""
+        place = AdapterStore(store)
+        self._base.require_card(place.card(ref))
+        with tempfile.TemporaryDirectory(prefix="ftcore-speaker-") as scratch:
+            folder = place.fetch(ref, scratch)
+            await self._engine.load_adapter(ref.digest, folder)
+            if self._engine.computes:
+                await self._base.prove(self._engine, ref.digest, folder, self._engine.precision)
 
     async def close(self) -> None:
         await self._engine.close()
 
-    async def say(self, messages: Sequence[Message], max_tokens: int, sampling: Sampling) -> AsyncGenerator[str | Answer, None]:
-        """Pieces of text as they come, and last the whole Answer. Closing the iterator ends the answer."""
-        prompt = self._base.chat_prompt(messages)
+    async def say(
+        self, messages: Sequence[Message], max_tokens: int, sampling: Sampling, *, adapter: str | None = None, tools: Tools = ()
+    ) -> AsyncGenerator[str | Answer, None]:
+        """Pieces of text as they come, and last the whole Answer. Closing the iterator ends the answer.
+
+        `adapter`: digest of one that it learnt, "" for the bare base; None takes the voice it was opened with.
+        """
+        digest = self._digest if adapter is None else adapter
+        prompt = self._base.chat_prompt(messages, tools)
         self._number += 1
         limit = max(1, min(max_tokens, self._engine.max_context - len(prompt)))
-        request = Request(str(self._number), prompt, self._digest, limit, self._base.stop_ids, sampling)
+        request = Request(str(self._number), prompt, digest, limit, self._base.stop_ids, sampling)
         stream, said, count = TextStream(self._base.tokenizer), "", 0
         async with aclosing(self._engine.generate(request)) as tokens:
             async for token in tokens:
                 if token.finish == "abort":
                     raise EngineEnded("this answer was ended by the engine")
-                if token.adapter != self._digest:
-                    raise IntegrityError("another adapter's slot computed this answer", got=token.adapter[:12], wanted=self._digest[:12])
+                if token.adapter != digest:
+                    raise IntegrityError("another adapter's slot computed this answer", got=token.adapter[:12], wanted=digest[:12])
                 count += token.finish != "stop"
                 text = ("" if token.finish == "stop" else stream.push(token.id)) + (stream.end() if token.finish else "")
                 said += text

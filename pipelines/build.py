@@ -18,10 +18,11 @@ from ftcore.data.audit import Audit
 from ftcore.data.building import building
 from ftcore.data.duplicates import PAIR, bands, clusters, key_ranges
 from ftcore.data.encode_rows import EncodeRows
-from ftcore.data.prepared import Prepared, PreparedWriter, Shard
+from ftcore.data.prepared import KEPT, Prepared, PreparedWriter, Shard
 from ftcore.data.read import Piece, plan
 from ftcore.data.sources import is_local
 from ftcore.data.split import SPLITS
+from ftcore.data.staging import StagedPart
 from ftcore.data.tasks import PARTS, Answer, Order, find_copies, pack_window, packs, staged_parts
 from ftcore.data.verdict import judge
 from ftcore.recipe import Data, Recipe, dump_recipe
@@ -157,6 +158,7 @@ def _judge_and_pack(tasks: Tasks, work: Work, writer: PreparedWriter, audit: Aud
     except Exception:
         log(audit.table())
         raise
+    _record_rows(parts, writer)
     orders = []
     for window in windows:
         segments = [[segment.part, segment.reading] for segment in window.segments]
@@ -172,6 +174,19 @@ def _judge_and_pack(tasks: Tasks, work: Work, writer: PreparedWriter, audit: Aud
     log(audit.table())
     for line in audit.warnings(data):
         log(f"warning: {line}")
+
+
+def _record_rows(parts: Sequence[StagedPart], writer: PreparedWriter) -> None:
+    """Which rows each split holds: evaluation reads its test rows by it, and looks for them among those that were trained on."""
+    for part in parts:
+        items, splits = part.items(), part.verdicts()["split"]
+        for code, name in enumerate(SPLITS):
+            chosen = items[splits == code]
+            kept = np.zeros(len(chosen), KEPT)
+            for field in KEPT.names or ():
+                kept[field] = chosen[field]
+            if len(kept):
+                writer.add_rows(name, kept, part.part.files)
 
 
 def _ranges(data: Data, num_rows: int) -> list[Order]:

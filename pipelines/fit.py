@@ -72,6 +72,10 @@ def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
     with holding(run, log):
         train_once(run, recipe, log=log, start=start_for(recipe, log))
         ref = publish_once(run, recipe, log)
+        if ref is not None and recipe.output.gate is not None:
+            from pipelines.gate import judge_at_gate  # loads torch
+
+            judge_at_gate(run, recipe, recipe.output.gate, ref, log)
 
     from ftcore.report import write_report
 

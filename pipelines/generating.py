@@ -9,7 +9,6 @@ A window that lies there is not made again, so the same command goes on where it
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import time
 from collections import Counter
@@ -19,12 +18,9 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
 import ray.data
 
 from cluster.connect import connect
-from cluster.runtime_env import following
 from ftcore.data.formats.base import recognise, to_item
 from ftcore.data.formats.messages import message
 from ftcore.data.read import plan, read
@@ -33,9 +29,11 @@ from ftcore.data.types import Conversation, Message, Rejected, Row
 from ftcore.engines.base import Sampling
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
+from ftcore.parts import claim, read_table, write_table
 from ftcore.recipe import Source
 from ftcore.speaker import Speaker, Voice
 from ftcore.storage import Folder, digest_of, is_sealed, seal
+from pipelines.errands import environment
 
 WINDOW = 256
 """Rows of one Parquet file, and what a stopped worker makes again at most."""
@@ -81,27 +79,16 @@ def generate(wanted: Wanted, *, workers: int = 1, gpus: float = 0) -> int:
     """Answers every row. Raises ConfigError when the folder holds another job's answers."""
     pieces = plan([Source(path=path) for path in wanted.rows])
     out, facts = Folder(wanted.out), wanted.facts(pieces)
-    if not out.create(JOB, json.dumps(facts, indent=1).encode()):
-        held = out.read_json(JOB)
-        apart = sorted(key for key in facts if held.get(key) != facts[key])
-        if apart:
-            raise ConfigError(
-                "this folder holds the answers of another job", where=out, got=", ".join(f"other {key}" for key in apart),
-                remedy="give another --out, or the same rows and options",
-            )  # fmt: skip
-        if is_sealed(out):
-            print(f"made before: {out}")
-            return 0
+    claim(out, JOB, facts, "this folder holds the answers of another job")
+    if is_sealed(out):
+        print(f"made before: {out}")
+        return 0
     connection = connect(log=print)
     started = time.monotonic()
     counts = Counter[str]()
     orders = [{"number": number, "piece": json.dumps(asdict(piece))} for number, piece in enumerate(pieces)]
     options: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus, "concurrency": max(1, min(workers, len(orders)))}
-    if connection.kind in ("cluster", "job") and following():
-        options["runtime_env"] = {"env_vars": following()}
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
+    options |= environment(connection)
     worker: Any = _Worker
     rows = ray.data.from_items(orders, override_num_blocks=len(orders))
     answers = rows.flat_map(worker, fn_constructor_args=(wanted,), **options)
@@ -129,7 +116,7 @@ class _Worker:
         for number, window in enumerate(_windows(rows)):
             key = f"rows/part-{order['number']:05d}-{number:05d}.parquet"
             found = self.out.exists(key)
-            table = pq.read_table(io.BytesIO(self.out.read(key))) if found else self._answered(window, key)
+            table = read_table(self.out, key) if found else self._answered(window, key)
             failed = len(table) - table["error"].null_count
             tokens = sum(filter(None, table["completion_tokens"].to_pylist()))
             yield {"rows": len(table), "failed": failed, "tokens": tokens, "found": len(table) if found else 0}
@@ -137,9 +124,7 @@ class _Worker:
     def _answered(self, window: Sequence[Row | Rejected], key: str) -> pa.Table:
         records = self.runner.run(self._answer_all(window))
         table = pa.Table.from_pylist(records, SCHEMA)
-        file = io.BytesIO()
-        pq.write_table(table, file)
-        self.out.write(key, file.getvalue())
+        write_table(self.out, key, table)
         return table
 
     async def _answer_all(self, window: Sequence[Row | Rejected]) -> list[dict[str, Any]]:

@@ -37,11 +37,6 @@ def at_home(recipe: Recipe, log: Log) -> Recipe:
     """In a submitted job, relative places to write to land under FTCORE_HOME (else ~/ftcore): the job's own folder is Ray's to delete."""
     if not inside_job():
         return recipe
-    home = Path(os.environ.get("FTCORE_HOME") or Path.home() / "ftcore")
-
-    def placed(path: str) -> str:
-        return path if "://" in path or Path(path).is_absolute() else str(home / path)
-
     output, data = recipe.output, recipe.data
     moved = recipe.model_copy(
         update={
@@ -50,8 +45,16 @@ def at_home(recipe: Recipe, log: Log) -> Recipe:
         }
     )
     if moved != recipe:
-        log(f"job: runs, adapters and prepared blocks with relative paths land under {home} (FTCORE_HOME)")
+        log(f"job: runs, adapters and prepared blocks with relative paths land under {placed('.')} (FTCORE_HOME)")
     return moved
+
+
+def placed(path: str) -> str:
+    """A place to write to, the same for the driver and its workers."""
+    if "://" in path:
+        return path
+    home = Path(os.environ.get("FTCORE_HOME") or Path.home() / "ftcore") if inside_job() else Path.cwd()
+    return str((home / path).absolute())
 
 
 def began_with(run: RunDir, recipe: Recipe, log: Log) -> Prepared | None:

@@ -180,6 +180,7 @@ LATE: dict[str, str] = {
     "serving.commands": "`--help` and wrong settings are answered without ray and torch",
     "pipelines.prepare": "a cache hit starts at once, without what building needs",
     "pipelines.build": "small data is prepared without ray",
+    "pipelines.evaluating": "small sets are judged without ray",
     "pipelines.invariants": "`doctor` answers without torch",
     "pipelines.fit": "the driver launches workers before it loads what only they and the report need",
     "ftcore.quantisation": "recipes and settings are read without torch",

@@ -9,7 +9,7 @@ import pytest
 
 from ftcore.backends.base import BACKENDS
 from ftcore.methods.base import METHODS
-from ftcore.recipe import Recipe, Source, dump_recipe, load_recipe, parse_recipe
+from ftcore.recipe import Gate, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from ftcore.recipe_commands import recipe_schema
 from ftcore.recipe_file import read_tree
 from ftcore.section import leaf_paths
@@ -80,6 +80,7 @@ def keys() -> list[str]:
         for key in cls.model_fields
         if key != "kind" and cls.__module__.startswith("ftcore.")
     ]
+    branches += [f"output.gate[set].{key}" for key in Gate.model_fields]
     return sorted([*leaf_paths(Recipe), *(f"data.sources.N.{key}" for key in Source.model_fields)]) + sorted(branches)
 
 

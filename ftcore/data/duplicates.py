@@ -62,11 +62,16 @@ def item_text(item: Item) -> str:
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
     """MinHash of the word shingles of each text: uint32 [N, NUM_HASHES]; equal places estimate the Jaccard similarity."""
-    found = [sketch.hashvalues for sketch in MinHash.generator([_shingles(text) for text in texts], num_perm=NUM_HASHES, seed=1)]
-    return np.array(found, np.uint32).reshape(len(texts), NUM_HASHES)
+    return sketches_of([shingles(text) for text in texts])
 
 
-def _shingles(text: str) -> list[bytes]:
+def sketches_of(sets: Sequence[Sequence[bytes]]) -> np.ndarray:
+    """The same, of sets of shingles."""
+    found = [sketch.hashvalues for sketch in MinHash.generator(sets, num_perm=NUM_HASHES, seed=1)]
+    return np.array(found, np.uint32).reshape(len(sets), NUM_HASHES)
+
+
+def shingles(text: str) -> list[bytes]:
     words = _WORD.findall(text.lower())
     last = max(1, len(words) - SHINGLE_WORDS + 1)
     return list({" ".join(words[at : at + SHINGLE_WORDS]).encode("utf-8", "replace") for at in range(last)})

@@ -6,7 +6,6 @@ Runs in: Ray Data actors (one tokenizer each), or the driver; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 
@@ -14,8 +13,9 @@ from ftcore.data.audit import Audit
 from ftcore.data.chat import Chat
 from ftcore.data.duplicates import content_hash, item_text
 from ftcore.data.encode import TOO_LONG, OverlongRefused, encode_item
-from ftcore.data.formats.base import recognise, to_item
+from ftcore.data.formats.base import to_item
 from ftcore.data.identity import model_type
+from ftcore.data.items import format_of, head_of
 from ftcore.data.read import Piece, num_passes, read
 from ftcore.data.redact import redact_item
 from ftcore.data.split import asked
@@ -26,9 +26,6 @@ from ftcore.data.types import Rejected, Row
 from ftcore.errors import DataError
 from ftcore.recipe import Recipe, Source, parse_recipe
 from ftcore.storage import Folder
-
-HEAD_ROWS = 32
-"""Good rows a format is recognised by, at the beginning of each piece."""
 
 
 class EncodeRows:
@@ -59,8 +56,10 @@ class EncodeRows:
     def _encode_piece(self, piece: Piece, writer: PartWriter, audit: Audit) -> None:
         source = self.recipe.data.sources[piece.source]
         rows = read(piece)
-        head = _head(rows)
-        name = self._format(source, head, audit)
+        head = head_of(rows)
+        name, why = format_of(source, head, self.recipe.stage.item)
+        if why:
+            audit.note(f"{source.path}: format {name}, because {why}")
         for row in chain(head, rows):
             audit.read += 1
             if isinstance(row, Rejected):
@@ -89,23 +88,3 @@ class EncodeRows:
             return
         examples = encode_item(item, self.recipe.stage, self.chat, data)
         writer.add(content, asked(source), passes, examples, item_text(item) if writer.near_threshold is not None else "")
-
-    def _format(self, source: Source, head: list[Row | Rejected], audit: Audit) -> str:
-        rows = [row for row in head if isinstance(row, Row)]
-        if source.format != "auto":
-            return source.format
-        if not rows:
-            return "auto"  # nothing here gets as far as a format
-        name, reason = recognise(rows, self.recipe.stage.item)
-        audit.note(f"{source.path}: format {name}, because {reason}")
-        return name
-
-
-def _head(rows: Iterator[Row | Rejected]) -> list[Row | Rejected]:
-    """The first rows, up to and with HEAD_ROWS good ones."""
-    head: list[Row | Rejected] = []
-    num_good = 0
-    while num_good < HEAD_ROWS and (row := next(rows, None)) is not None:
-        head.append(row)
-        num_good += isinstance(row, Row)
-    return head

@@ -25,7 +25,7 @@ from ftcore.storage import Folder, digest_of, file_digest
 if TYPE_CHECKING:
     from ftcore.recipe import Model, Recipe
 
-VERSION = 1
+VERSION = 2
 """Of the layout of a prepared folder."""
 MEMO = ".sources.json"
 """In a local cache folder: SHA-256 of source files by path, size and modification time, so that they are hashed once."""

@@ -5,6 +5,7 @@ the driver (open, seal), train workers (read).
 
     <cache>/<digest>/train-00000.parquet ...   ids list<int32>, mask list<uint8>, lengths list<int32>, rows list<int64>: one record a block
     <cache>/<digest>/train-lengths.npy         int32, tokens in each block of the split
+    <cache>/<digest>/train-rows.npy            KEPT records: which rows the split is made of, in the order that `Block.rows` counts
     <cache>/<digest>/manifest.json             files with sizes and SHA-256, shards, counts, audit, digests
 """
 
@@ -17,7 +18,7 @@ import os
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,8 @@ from ftcore.storage import MANIFEST, Folder, arriving, canonical_json, explain_o
 SCHEMA = pa.schema(
     {"ids": pa.list_(pa.int32()), "mask": pa.list_(pa.uint8()), "lengths": pa.list_(pa.int32()), "rows": pa.list_(pa.int64())}
 )
+KEPT = np.dtype([("hash", "u8"), ("check", "u8"), ("file", "i4"), ("row", "i8")])
+"""A row of a split. hash, check: of its content; file: index into the manifest's `origins`; row: its number there."""
 GROUP_TOKENS = 1 << 17
 """About so many tokens are decoded to read one block (a parquet row group)."""
 log = logging.getLogger(__name__)
@@ -114,6 +117,8 @@ class PreparedWriter:
         self._prefix = "" if building.is_local else f"{building.url.rsplit('/', 1)[-1].rsplit('-', 1)[-1]}-"
         self.shards: dict[str, list[Shard]] = {}
         self._tokens: dict[str, list[np.ndarray]] = {}
+        self._rows: dict[str, list[np.ndarray]] = {}
+        self._origins: dict[str, int] = {}
 
     def key(self, split: Split, number: int) -> str:
         return f"{self._prefix}{split}-{number:05d}.parquet"
@@ -123,6 +128,13 @@ class PreparedWriter:
         self.shards.setdefault(split, []).append(shard)
         self._tokens.setdefault(split, []).append(tokens)
 
+    def add_rows(self, split: Split, kept: np.ndarray, files: Sequence[str]) -> None:
+        """KEPT records of further rows, in the split's order, whose `file` counts `files`."""
+        origins = np.array([self._origins.setdefault(file, len(self._origins)) for file in files], np.int32)
+        kept = kept.copy()
+        kept["file"] = origins[kept["file"]]
+        self._rows.setdefault(split, []).append(kept)
+
     def seal(self, facts: dict[str, Any]) -> Prepared:
         """Writes the manifest last and opens the result. `facts` are added to the manifest (counts, audit, digests).
 
@@ -131,11 +143,15 @@ class PreparedWriter:
         shards = {split: [asdict(shard) for shard in found] for split, found in self.shards.items()}
         files = {shard.key: {"sha256": shard.sha256, "bytes": shard.bytes} for found in self.shards.values() for shard in found}
         lengths = {split: f"{self._prefix}{split}-lengths.npy" for split in self._tokens}
-        for split, key in lengths.items():
-            data = _npy(np.concatenate(self._tokens[split]).astype(np.int32))
+        rows = {split: f"{self._prefix}{split}-rows.npy" for split in self._rows}
+        arrays = {key: np.concatenate(self._tokens[split]).astype(np.int32) for split, key in lengths.items()}
+        for key, array in {**arrays, **{key: np.concatenate(self._rows[split]) for split, key in rows.items()}}.items():
+            data = _npy(array)
             self.folder.write(key, data)
             files[key] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        manifest = {**facts, "files": files, "digest": self.digest, "shards": shards, "lengths": lengths}
+        manifest = {
+            **facts, "files": files, "digest": self.digest, "shards": shards, "lengths": lengths, "rows": rows, "origins": [*self._origins],
+        }  # fmt: skip
         target = self.cache / self.digest
         if not self.folder.is_local:
             return self._seal_remote(files, manifest)
@@ -224,11 +240,22 @@ class Prepared:
         """int64 [num_blocks]: tokens in each block."""
         if split not in self.manifest["lengths"]:
             return np.zeros(0, np.int64)
-        key = self.manifest["lengths"][split]
+        return self._array(self.manifest["lengths"][split]).astype(np.int64)
+
+    def rows(self, split: str) -> np.ndarray:
+        """KEPT records of the split's rows; `origins` names their files."""
+        return self._array(self.manifest["rows"][split]) if split in self.manifest["rows"] else np.zeros(0, KEPT)
+
+    @property
+    def origins(self) -> list[str]:
+        """The files rows came from, as messages name them."""
+        return list(self.manifest["origins"])
+
+    def _array(self, key: str) -> np.ndarray:
         data = self.folder.read(key)
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][key]["sha256"]:
             raise _damaged(f"{self.folder}/{key}", "other bytes", "the bytes that were sealed")
-        return np.load(io.BytesIO(data), allow_pickle=False).astype(np.int64)
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
 
     def block(self, split: str, index: int) -> Block:
         """The block at `index`; its arrays are read-only views."""

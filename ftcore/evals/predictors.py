@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 
 from ftcore.data.chat import Chat
 from ftcore.data.collate import IGNORED, Batch, collate
-from ftcore.data.types import Block, Conversation, Example, Message
+from ftcore.data.types import Block, Conversation, Example
+from ftcore.evals.shots import prompted
 from ftcore.models import CausalModel
 
 BATCH_TOKENS = 4096
@@ -59,15 +60,6 @@ class LanguageModel:
         encoded = [self.chat.encode(prompted(conversation, self.examples)) for conversation in conversations]
         with self.active():
             return teacher_forced(self.model, encoded, pad_id=self.chat.tokenizer.pad_token_id or 0)
-
-
-def prompted(conversation: Conversation, examples: Sequence[Conversation]) -> Conversation:
-    """The conversation after some solved ones of the same user where there are any; nothing of the examples is scored."""
-    lead = [m for m in conversation.messages if m.role == "system"]
-    alike = [e for e in examples if [m for m in e.messages if m.role == "system"] == lead] or list(examples)
-    before: list[Message] = [replace(m, weight=0) for example in alike for m in example.messages if m.role != "system"]
-    rest = [m for m in conversation.messages if m.role != "system"]
-    return replace(conversation, messages=(*lead, *before, *rest))
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ def drawn_curves(lines: list[dict[str, Any]]) -> list[Curve]:
 
 
 def page_environment() -> Environment:
+    """Templates of pages that are safe to open whatever rows and names hold."""
     environment = Environment(
         loader=PackageLoader("ftcore.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=_shown,

@@ -13,7 +13,8 @@ from ftcore.data.chat import Chat
 from ftcore.data.tokenizer import load_tokenizer
 from ftcore.data.types import Conversation, Message, Origin
 from ftcore.evals.intervals import Interval, closed_share, perplexity, ratio, ratio_difference
-from ftcore.evals.predictors import Forecast, LanguageModel, answer_runs, batches, prompted, teacher_forced
+from ftcore.evals.predictors import Forecast, LanguageModel, answer_runs, batches, teacher_forced
+from ftcore.evals.shots import prompted
 from ftcore.evals.tasks.next_operation import judge
 from ftcore.models import CausalModel, choose_layout, load_base
 from ftcore.recipe import Data, Model, Source

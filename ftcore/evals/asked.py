@@ -1,0 +1,69 @@
+"""Asked: a question of a test set and its right answer: a conversation cut before its last answer.
+
+In: items as training reads them. Out: Asked rows; the same as Parquet. Runs in: the driver, workers; no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+
+from ftcore.data.duplicates import content_hash, item_text
+from ftcore.data.types import Conversation, Item, Message, Preference
+from ftcore.errors import DataError
+
+SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "content", "turns", "tools", "reference", "words")])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question. `id` names its row in messages; `content`, 32 hex digits, the row's whole content wherever it lies."""
+
+    id: str
+    content: str
+    turns: tuple[Message, ...]
+    """What is asked: everything before the last answer."""
+    reference: str
+    """The right answer."""
+    tools: tuple[dict[str, Any], ...] = ()
+    words: str = ""
+    """All text of the row, by which near copies are found."""
+
+
+def asked_of(item: Item) -> Asked:
+    """Raises DataError for a row that asks nothing, or has no answer in words."""
+    first, second = content_hash(item)
+    if isinstance(item, Preference):
+        turns, answer = item.prompt, item.chosen
+    elif isinstance(item, Conversation):
+        last = max((at for at, turn in enumerate(item.messages) if turn.role == "assistant"), default=0)
+        turns, answer = item.messages[:last], item.messages[last]
+    else:
+        raise DataError("a document asks nothing", where=item.origin, wanted="conversations", remedy="name rows with answers: --rows FILE")
+    if not turns or not answer.content.strip():
+        raise DataError("this row has no answer in words", where=item.origin, wanted="a last answer that is text")
+    tools = item.tools if isinstance(item, Conversation) else ()
+    return Asked(str(item.origin), f"{first:016x}{second:016x}", turns, answer.content, tools, item_text(item))
+
+
+def to_table(rows: Iterable[Asked]) -> pa.Table:
+    return pa.Table.from_pylist([_record(row) for row in rows], SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Asked]:
+    return [_row(record) for record in table.to_pylist()]
+
+
+def _record(row: Asked) -> dict[str, str]:
+    plain = {field.name: getattr(row, field.name) for field in fields(row)}
+    turns = json.dumps([asdict(turn) for turn in row.turns], ensure_ascii=False)
+    return {**plain, "turns": turns, "tools": json.dumps(row.tools, ensure_ascii=False)}
+
+
+def _row(record: dict[str, str]) -> Asked:
+    turns = [Message(**{**turn, "tool_calls": tuple(turn["tool_calls"])}) for turn in json.loads(record["turns"])]
+    return Asked(**{**record, "turns": tuple(turns), "tools": tuple(json.loads(record["tools"]))})  # type: ignore[arg-type]

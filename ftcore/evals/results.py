@@ -1,0 +1,231 @@
+"""Results: what an evaluation came to: a line a system, verdicts against the first one, examples; as text, Markdown and JSON.
+
+In: questions, each system's Given rows. Out: Results. Runs in: the driver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ftcore.data.audit_table import printable_lines
+from ftcore.evals.answered import PRESENT, Answers
+from ftcore.evals.asked import Asked
+from ftcore.evals.given import Given, answers_of
+from ftcore.evals.leakage import Leak
+from ftcore.evals.metrics.base import METRICS, Measured
+from ftcore.evals.tables import as_markdown, as_text
+from ftcore.evals.verdict import Verdict, compare
+from ftcore.evals.words import Reading, read_as
+
+if TYPE_CHECKING:
+    from ftcore.evals.systems import System
+
+EXAMPLES = 5
+"""Of each kind, of each system."""
+ROWS_AT_ONCE = 256
+CUT = 1500
+"""Characters of a question or an answer that are shown."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What was judged, and how."""
+
+    origin: str
+    task: str
+    why: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    num_rows: int
+    left_out: Mapping[str, int]
+    leaks: tuple[Leak, ...]
+    leaks_kept: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One system. Seconds and tokens are medians over its answers, while up to a batch of them were made at once; None: not seen."""
+
+    name: str
+    key: str
+    measured: Mapping[str, Measured]
+    num_failed: int
+    failure: str
+    """Why the first failed row has no answer."""
+    first_token_s: float | None
+    answer_s: float | None
+    tokens_per_s: float | None
+    adapter_bytes: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row worth looking at. `shown`: system -> (its answer, its score by the first metric)."""
+
+    why: str
+    id: str
+    question: str
+    reference: str
+    shown: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Results:
+    about: About
+    reading: Reading
+    lines: tuple[Line, ...]
+    verdicts: tuple[Verdict, ...]
+    examples: tuple[Example, ...]
+
+    def cells(self) -> list[list[str]]:
+        """Headings, and a row a system."""
+        titles = [METRICS[name].title for name in self.about.metrics]
+        rows = [
+            ["system", *(cell for title in titles for cell in (title, "95 % interval")), "no answer", "first token", "tokens/s", "adapter"]
+        ]
+        for line in self.lines:
+            values = [_value(line.measured[name]) for name in self.about.metrics]
+            size = f"{line.adapter_bytes / 2**20:.1f} MiB" if line.adapter_bytes else "-"
+            first = "-" if line.first_token_s is None else f"{line.first_token_s:.2f} s"
+            speed = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}"
+            rows.append([line.name, *(cell for pair in values for cell in pair), str(line.num_failed), first, speed, size])
+        return rows
+
+    def notes(self) -> list[str]:
+        """Everything a reader must know about the numbers, one sentence each."""
+        about = self.about
+        notes = [f"{about.num_rows:,} rows: {about.origin}", f"task {about.task}: {about.why}", f"read as {self.reading}"]
+        notes += [f"{count:,} rows left out: {reason}" for reason, count in about.left_out.items()]
+        if about.leaks:
+            exact = sum(leak.similarity == 1 for leak in about.leaks)
+            done = "kept, as asked for" if about.leaks_kept else "left out"
+            first = f"{about.leaks[0].id} = {about.leaks[0].copy_of}"
+            notes.append(f"{len(about.leaks):,} rows were trained on too ({exact:,} word for word), {done}: {first}")
+        for name in about.metrics:
+            how = [line.measured[name].how for line in self.lines if line.measured[name].how]
+            fewer = min(line.measured[name].num_rows for line in self.lines)
+            notes += [f"{METRICS[name].title}: {how[0]}"] if how else []
+            notes += [f"{METRICS[name].title}: on the {fewer:,} rows that every system has it for"] if fewer < about.num_rows else []
+        notes += [
+            f"{line.name}: {line.num_failed:,} rows without answer count as wrong ({line.failure})"
+            for line in self.lines
+            if line.num_failed
+        ]
+        return [printable_lines(note) for note in notes]
+
+    def sentences(self) -> list[str]:
+        return [printable_lines(verdict.sentence()) for verdict in self.verdicts]
+
+    def text(self) -> str:
+        return "\n".join([*self.notes(), "", as_text(self.cells()), "", *self.sentences()])
+
+    def markdown(self) -> str:
+        notes, sentences = ("\n".join(f"* {_marked(line)}" for line in lines) for lines in (self.notes(), self.sentences()))
+        return "\n".join(["# Evaluation", "", notes, "", as_markdown(self.cells()), "", sentences, ""])
+
+    def to_json(self) -> dict[str, Any]:
+        """Values that are not numbers are null."""
+        return _finite(
+            {
+                "about": asdict(self.about), "reading": asdict(self.reading), "lines": [asdict(line) for line in self.lines],
+                "verdicts": [{**asdict(one), "better": one.better, "sentence": one.sentence()} for one in self.verdicts],
+            }
+        )  # type: ignore[return-value]  # fmt: skip
+
+
+def weigh_up(about: About, systems: Sequence[System], asked: Sequence[Asked], given: Mapping[str, Sequence[Given]]) -> Results:
+    """`given`: by the systems' names. The first system is the one that others are compared with."""
+    labelled = about.task == "labels"
+    answers = [answers_of(system.name, asked, given[system.name], labelled=labelled) for system in systems]
+    reading = read_as(answers[0].rows)
+    lines = [_line(system, given[system.name]) for system in systems]
+    verdicts = []
+    for name in about.metrics:
+        shared = in_common(name, answers)
+        for line, mine in zip(lines, shared, strict=True):
+            line.measured[name] = METRICS[name].measure(mine.rows, reading.language)  # type: ignore[index]
+        verdicts += [compare(name, other, shared[0], reading.language) for other in shared[1:]]
+    return Results(about, reading, tuple(lines), tuple(verdicts), tuple(_examples(about.metrics[0], asked, answers, reading)))
+
+
+def in_common(metric: str, answers: Sequence[Answers]) -> list[Answers]:
+    """The rows that have what the metric needs from every system; all rows where none has, so that the metric says what is missing."""
+    needs = METRICS[metric].needs
+    whole = [all(PRESENT[fact](row) for row in rows for fact in needs) for rows in zip(*(each.rows for each in answers), strict=True)]
+    if not any(whole):
+        return list(answers)
+    return [Answers(each.system, tuple(row for row, fits in zip(each.rows, whole, strict=True) if fits)) for each in answers]
+
+
+def _line(system: System, given: Sequence[Given]) -> Line:
+    failed = [row for row in given if row.error]
+    paced = [row.completion_tokens / row.seconds for row in given if row.seconds and row.completion_tokens]
+    return Line(
+        system.name, system.key, {}, len(failed), failed[0].error if failed else "", _median([row.first_token_s for row in given]),
+        _median([row.seconds or None for row in given]), _median(paced), system.num_bytes,
+    )  # fmt: skip
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    seen = [value for value in values if value is not None]
+    return median(seen) if seen else None
+
+
+def _examples(metric: str, asked: Sequence[Asked], answers: Sequence[Answers], reading: Reading) -> list[Example]:
+    """By the first metric: of each system the worst rows, and those that changed most against the first system."""
+    shared = in_common(metric, answers)
+    better = 1 if METRICS[metric].higher_is_better else -1
+    scores = [better * _row_scores(metric, each, reading) for each in shared]
+    by_id, found = {row.id: row for row in asked}, []
+
+    def example(why: str, at: int) -> Example:
+        row = by_id[shared[0].rows[at].id]
+        shown = {
+            each.system: (_cut(each.rows[at].text), METRICS[metric].shown(better * score[at]))
+            for each, score in zip(shared, scores, strict=True)
+        }
+        return Example(why, row.id, _cut(row.turns[-1].content), _cut(row.reference), shown)
+
+    for number, (each, score) in enumerate(zip(shared, scores, strict=True)):
+        if number:
+            change = np.nan_to_num(score - scores[0])
+            order = np.argsort(change, kind="stable")
+            found += [example(f"{each.system}: better than {shared[0].system}", at) for at in order[::-1][:EXAMPLES] if change[at] > 0]
+            found += [example(f"{each.system}: worse than {shared[0].system}", at) for at in order[:EXAMPLES] if change[at] < 0]
+        worst = np.argsort(np.nan_to_num(score, nan=np.inf), kind="stable")[:EXAMPLES]
+        found += [example(f"{each.system}: worst", at) for at in worst if score[at] < better * METRICS[metric].best]
+    return found
+
+
+def _row_scores(metric: str, answers: Answers, reading: Reading) -> np.ndarray:
+    """The metric of each row alone, [N]; nan where one row has none."""
+    score, count = METRICS[metric].prepare(answers.rows, reading.language).score, len(answers.rows)
+    return np.concatenate([score(np.eye(count)[at : at + ROWS_AT_ONCE]) for at in range(0, count, ROWS_AT_ONCE)])
+
+
+def _value(measured: Measured) -> tuple[str, str]:
+    metric = METRICS[measured.metric]
+    return metric.shown(measured.interval.value), metric.shown_ends(measured.interval)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CUT else f"{text[:CUT]} [{len(text) - CUT:,} more characters]"
+
+
+def _marked(text: str) -> str:
+    """As Markdown that says what the text says: no markup of its own."""
+    return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|" else character for character in text)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,182 @@
+"""Judging: an evaluation from end to end: which rows, which systems, what is wrong with either, the answers, what they come to.
+
+In: what was asked for. Out: Results, and the folder that holds them. Runs in: the driver.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ftcore.data.duplicates import content_hash, item_text
+from ftcore.data.prepared import Prepared
+from ftcore.data.types import Conversation
+from ftcore.engines.torch import Torch
+from ftcore.errors import ConfigError, DataError
+from ftcore.evals.heldout import TestSet, held_out, items_of, whole_files
+from ftcore.evals.leakage import NEAR_ROWS, Leak, exact_copies, near_copies
+from ftcore.evals.metrics.base import METRICS
+from ftcore.evals.records import WINDOW, Records
+from ftcore.evals.results import About, Results, weigh_up
+from ftcore.evals.systems import System, resolve
+from ftcore.evals.tasks.base import TASKS, Task, choose
+from ftcore.places import check_place
+from ftcore.recipe import Recipe
+from ftcore.report.evaluation import write_page
+from ftcore.storage import digest_of
+from pipelines.evaluating import Evaluation, Means, answer_all
+from pipelines.prepare import prepare
+from pipelines.runs import at_home, placed
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A command line of `ftcore evaluate`."""
+
+    recipe: Recipe | None
+    systems: tuple[str, ...]
+    out: str
+    engine: Torch
+    rows: tuple[str, ...] = ()
+    base: str = ""
+    store: str = ""
+    task: str = "auto"
+    labels: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    limit: int = 0
+    keep_leaks: bool = False
+    max_tokens: int = 256
+    seed: int = 0
+    key_variable: str = ""
+    at_once: int = 8
+
+
+def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
+    """Raises FtcoreErrors: what is wrong with rows, systems or metrics before anything is generated."""
+    _check_words(wanted)
+    recipe = at_home(wanted.recipe, log) if wanted.recipe else None
+    systems = _systems(wanted, recipe)
+    prepared = prepare(recipe, log=log) if recipe else None
+    tests, leaks = _rows(wanted, recipe, prepared, log)
+    task, why = choose(wanted.task, tests.rows, wanted.labels)
+    weighs = all(system.endpoint is None for system in systems)
+    task.check(tests.rows, weighs=weighs)
+    if task.weighed and wanted.engine.quantise != "none":
+        raise ConfigError(
+            "likelihoods are weighed in full precision", where="--quantise", got=wanted.engine.quantise, remedy="leave it out"
+        )
+    metrics = task.metrics(wanted.metrics, weighs=weighs)
+    log(f"{len(tests.rows):,} rows ({tests.origin}); task {task.name}: {why}; metrics: {', '.join(metrics)}")
+    for system in systems:
+        if system.endpoint is not None:
+            system.endpoint.check()
+    shots = _shots(max(system.shots for system in systems), recipe, prepared, wanted.seed)
+    out = placed(wanted.out)
+    records = Records(out)
+    records.claim(_facts(wanted, tests, task, shots))
+    num_windows = records.write_questions(tests.rows)
+    work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
+    log(str(answer_all(work, num_windows, means, log)))
+    about = About(
+        tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks
+    )
+    results = weigh_up(about, systems, tests.rows, {system.name: records.answers(system.key) for system in systems})
+    write_page(records.folder, results)
+    return results
+
+
+def _check_words(wanted: Wanted) -> None:
+    """What can be refused without reading anything."""
+    if not wanted.recipe and not wanted.rows:
+        raise ConfigError("which rows?", wanted="a recipe that holds test rows out, or --rows FILE")
+    if wanted.max_tokens < 1:
+        raise ConfigError("an answer has at least one token", where="--max-tokens", got=str(wanted.max_tokens), wanted="1 or more")
+    if wanted.limit < 0:
+        raise ConfigError("there is no such number of rows", where="--limit", got=str(wanted.limit), wanted="1 or more; 0 takes all")
+    if wanted.task != "auto":
+        TASKS[wanted.task]
+    for name in wanted.metrics:
+        METRICS[name].check()
+    check_place("--out", placed(wanted.out))
+
+
+def _systems(wanted: Wanted, recipe: Recipe | None) -> list[System]:
+    base = _found(wanted.base or (recipe.model.path if recipe else ""))
+    revision = recipe.model.revision if recipe and not wanted.base else "main"
+    store = placed(wanted.store or (recipe.output.store if recipe else "adapters"))
+    systems = resolve(wanted.systems, base=base, revision=revision, store=store, key_variable=wanted.key_variable)
+    shown = next((system for system in systems if system.shots), None)
+    if shown is not None and recipe is None:
+        raise ConfigError(
+            "examples come from a recipe's training split",
+            where=f"--systems {shown.name}",
+            got="no recipe",
+            wanted="a recipe before --systems",
+        )
+    return systems
+
+
+def _found(base: str) -> str:
+    """A folder's whole path: workers run elsewhere. A hub name stays one."""
+    return str(Path(base).expanduser().absolute()) if base and Path(base).expanduser().is_dir() else base
+
+
+def _rows(wanted: Wanted, recipe: Recipe | None, prepared: Prepared | None, log: Log) -> tuple[TestSet, list[Leak]]:
+    """The rows to judge on, without those that were trained on."""
+    if wanted.rows:
+        tests = whole_files(wanted.rows)
+    else:
+        assert recipe is not None and prepared is not None
+        tests = held_out(recipe, prepared)
+    leaks = _leaks(tests, recipe, prepared, log) if recipe and prepared else []
+    if leaks and not wanted.keep_leaks:
+        tests = tests.without({leak.id for leak in leaks}, "trained on too")
+        if not tests.rows:
+            raise DataError(
+                "every test row was trained on too", where=leaks[0].id, got=f"the content of {leaks[0].copy_of}", 
+                wanted="rows that were not", remedy="judge on other rows (--rows), or keep them (--leaks keep)",
+            )  # fmt: skip
+    return (tests.limited(wanted.limit) if wanted.limit else tests), leaks
+
+
+def _leaks(tests: TestSet, recipe: Recipe, prepared: Prepared, log: Log) -> list[Leak]:
+    train = prepared.rows("train")
+    found = exact_copies(tests.rows, train, prepared.origins)
+    if len(train) > NEAR_ROWS:
+        log(f"near copies of test rows were not looked for: more than {NEAR_ROWS:,} training rows")
+        return found
+    known = {leak.id for leak in found}
+    rest = [row for row in tests.rows if row.id not in known]
+    texts = ((str(item.origin), item_text(item)) for item in items_of(recipe, train, prepared.origins))
+    return found + near_copies(rest, texts, recipe.data.near_threshold)
+
+
+def _shots(most: int, recipe: Recipe | None, prepared: Prepared | None, seed: int) -> tuple[Conversation, ...]:
+    """The same solved examples for every row and system, drawn from the training split."""
+    if not most or recipe is None or prepared is None:
+        return ()
+    train = prepared.rows("train")
+    if recipe.stage.item is not Conversation or len(train) < most:
+        raise ConfigError(
+            "there are not so many solved examples", where="--systems", got=f"{len(train)} training rows of {recipe.stage.item.__name__}",
+            wanted=f"{most} conversations",
+        )  # fmt: skip
+    chosen = np.array(random.Random(seed).sample(range(len(train)), most))
+    items = {(item.origin.file, item.origin.row): item for item in items_of(recipe, train[chosen], prepared.origins)}
+    drawn = [items[prepared.origins[record["file"]], int(record["row"])] for record in train[chosen]]
+    return tuple(item for item in drawn if isinstance(item, Conversation))
+
+
+def _facts(wanted: Wanted, tests: TestSet, task: Task, shots: Sequence[Conversation]) -> dict[str, object]:
+    """What makes two evaluations the same one; the systems may be others."""
+    return {
+        "rows": tests.digest, "task": task.name, "labels": list(task.labels), "max_tokens": wanted.max_tokens, "window": WINDOW,
+        "context": wanted.engine.max_context, "dtype": wanted.engine.dtype, "quantise": wanted.engine.quantise,
+        "examples": digest_of([content_hash(shot) for shot in shots]),
+    }  # fmt: skip

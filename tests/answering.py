@@ -1,0 +1,80 @@
+"""A small OpenAI-compatible server whose models are right a known share of the time, and some that misbehave."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+WRONG_OF_TEN = {"good": 1, "poor": 6}
+
+
+class Answering:
+    """`asked`: questions each model was asked, with repeats; `keys`: what came as authorization."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[tuple[str, str]] = Counter()
+        self.keys: set[str] = set()
+        self.busy = 0
+        """So many questions are told to come back."""
+        self.stranger_after = -1
+        """After so many questions no model is known any more; -1: never."""
+        self.url = ""
+
+    def questions(self, model: str) -> list[str]:
+        return [question for (name, question), count in self.asked.items() if name == model and question != "Hello" for _ in range(count)]
+
+    def reply(self, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        question, model = body["messages"][-1]["content"], body["model"]
+        if self.busy and question != "Hello":
+            self.busy -= 1
+            return 429, {"Retry-After": "0"}, {"error": "busy"}
+        self.asked[model, question] += 1
+        if 0 <= self.stranger_after < self.asked.total():
+            return 404, {}, {"error": "all models are gone"}
+        if model == "nonsense":
+            return 200, {}, {"weather": "fine"}
+        if model == "strict" and question != "Hello":
+            return 400, {}, {"error": "too long"}
+        if model not in WRONG_OF_TEN and model != "strict":
+            return 404, {}, {"error": f"no model {model}"}
+        found = re.search(r"(\d+) plus (\d+)", question)
+        right = f"It is {int(found[1]) + int(found[2])}." if found else "Hello."
+        said = "No idea." if found and int(found[1]) % 10 < WRONG_OF_TEN[model] else right
+        usage = {"prompt_tokens": 9, "completion_tokens": 4}
+        return 200, {}, {"choices": [{"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}], "usage": usage}
+
+
+@contextmanager
+def answering() -> Iterator[Answering]:
+    told = Answering()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.keys.add(self.headers.get("authorization", ""))
+            code, headers, body = told.reply(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            data = json.dumps(body).encode()
+            self.send_response(code)
+            for name, value in {**headers, "content-length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    told.url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield told
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,79 @@
+"""The gate: a version that is not good enough is published and not promoted; its name means what it meant before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.errors import ConfigError
+from ftcore.publish import import_adapter
+from ftcore.recipe import Model, Recipe, parse_recipe
+from ftcore.rundir import RunDir
+from pipelines.fit import fit
+from pipelines.gate import judge_at_gate
+from tests.oracles import make_adapter
+
+
+def recipe_of(tmp_path: Path, base: Path, **gate: Any) -> Recipe:
+    rows = [{"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}."} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "name": "gated", "model": {"path": str(base), "dtype": "fp32"}, "method": "lora", "stage": "sft",
+        "data": {
+            "sources": str(tmp_path / "rows.jsonl"), "cache": str(tmp_path / "cache"), "max_length": 128, "validation": 0, "test": 0.3,
+            "engine": "process", "near_duplicates": "keep",
+        },
+        "optim": {"max_steps": 2, "warmup": 0, "batch_size": 2},
+        "output": {"runs": str(tmp_path / "runs"), "store": str(tmp_path / "store"), "adapter": "acme/sums", "gate": gate},
+    }  # fmt: skip
+    return parse_recipe(json.dumps(values))
+
+
+@pytest.fixture
+def versions(tiny_model_dir: Path, tmp_path: Path) -> tuple[AdapterRef, AdapterRef]:
+    """(a faint one, one that garbles what the base says)."""
+    store = AdapterStore(tmp_path / "store")
+    made = [make_adapter(tiny_model_dir, tmp_path / f"made-{strength}", 1, strength) for strength in (0.02, 3.0)]
+    faint, garbled = (import_adapter(folder, "acme/sums", Model(path=str(tiny_model_dir)), store, log=lambda _: None) for folder in made)
+    return faint, garbled
+
+
+def test_only_a_version_told_better_than_the_current_one_takes_its_place(
+    versions: tuple[AdapterRef, AdapterRef], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    faint, garbled = versions
+    store, said = AdapterStore(tmp_path / "store"), list[str]()
+    recipe = recipe_of(tmp_path, tiny_model_dir, metric="perplexity", better_than="current")
+    gate = recipe.output.gate
+    assert gate is not None
+    store.promote(faint)
+    run = RunDir(recipe.output.runs, recipe.name)
+    assert not judge_at_gate(run, recipe, gate, garbled, said.append)
+    assert store.resolve("acme/sums") == faint and f"goes on meaning {faint}: {garbled.full} is worse than {faint.full}" in said[-1]
+    assert not judge_at_gate(run, recipe, gate, garbled, said.append) and said[-1].startswith("judged before")
+    store.promote(garbled)
+    assert judge_at_gate(run, recipe, gate, faint, said.append)
+    assert store.resolve("acme/sums") == faint
+
+
+def test_a_run_whose_version_misses_the_least_value_publishes_it_and_promotes_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    outcome = fit(recipe_of(tmp_path, tiny_model_dir, metric="exact_match", min=0.99), log=said.append)
+    store = AdapterStore(tmp_path / "store")
+    assert outcome.ref is not None and store.is_sealed(outcome.ref) and not store.targets("acme", "sums")
+    assert any("acme/sums means nothing yet: exact match 0.0, wanted 99.0" in line for line in said)
+    assert "shut" in (outcome.run.folder.read("report.html")).decode()
+
+
+@pytest.mark.parametrize(
+    ("gate", "what"),
+    [({"metric": "exact_mach", "min": 1}, "did you mean exact_match"), ({"metric": "exact_match"}, "a gate needs `min`"),
+     ({"metric": "bleu", "min": 1, "better": "x"}, "better")],
+)  # fmt: skip
+def test_a_gate_that_says_nothing_is_refused(gate: dict[str, Any], what: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=what):
+        recipe_of(tmp_path, tmp_path, **gate)
