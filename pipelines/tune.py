@@ -18,6 +18,7 @@ if not __package__:  # run as a file: the rooms are siblings of this script's fo
 
 from cluster.connect import connect_early
 from ftcore.cli import guarded
+from ftcore.engines.torch import Torch
 from ftcore.recipe import load_recipe
 from ftcore.search import check, is_range, load_search
 from ftcore.trials import table
@@ -53,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     check(search, recipe)
     connect_early()
 
-    from pipelines.runs import at_home  # late: what is wrong with the words is said at once
+    from pipelines.evaluating import Means  # late: what is wrong with the words is said at once
+    from pipelines.judging import Wanted, evaluate
+    from pipelines.prepare import prepare
+    from pipelines.runs import at_home
     from pipelines.searching import crown, find, search_folder
 
     say = partial(print, flush=True)
@@ -61,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     found = find(search, recipe, log=say)
     outcome = crown(search, recipe, found, log=say)
     say("\n" + table(found, search.metric))
+    if outcome.ref and len(prepare(recipe, log=lambda line: None).rows("test")):
+        judged = Wanted(recipe, ("base", outcome.ref.full), f"{search_folder(recipe)}/test", Torch())
+        say("\n" + evaluate(judged, Means(here=True), say).text() + "\n")
     say(f"{'report':<32}{search_folder(recipe)}/report.html\n{'winner':<32}{outcome.run.url}")
     if outcome.ref:
         say(f"{'adapter':<32}{outcome.ref}\n\nnext:  ftcore adapters show {outcome.ref} --store {outcome.store}")
