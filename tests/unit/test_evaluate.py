@@ -114,12 +114,16 @@ def test_base_examples_and_adapter_share_one_engine_and_likelihoods_are_the_mode
     command += ["--max-tokens", "4", "--context", "256"]
     assert evaluate.main([*command, "--out", str(tmp_path / "said")]) == 0
     lines = json.loads((tmp_path / "said" / "results.json").read_text())["lines"]
-    assert [line["name"] for line in lines] == ["base", "base+2", "acme/support"] and lines[2]["adapter_bytes"] > 0 == lines[0][
-        "adapter_bytes"
-    ]
+    assert [line["name"] for line in lines] == ["base", "base+2", "acme/support"]
+    assert lines[2]["adapter_bytes"] > 0 == lines[0]["adapter_bytes"]
     assert all(line["first_token_s"] > 0 and line["num_failed"] == 0 for line in lines)
     said = [[row.text for row in Records(str(tmp_path / "said")).answers(line["key"])] for line in lines]
     assert len({tuple(texts) for texts in said}) == 3
+
+    capsys.readouterr()
+    added = ["base+1" if word == "base+2" else word for word in command]
+    assert evaluate.main([*added, "--out", str(tmp_path / "said")]) == 0
+    assert capsys.readouterr().out.count("5 answers, ") == 2  # of base+1, the only one not asked before
 
     assert evaluate.main([*command, "--out", str(tmp_path / "weighed"), "--task", "likelihood"]) == 0
     records = Records(str(tmp_path / "weighed"))
