@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +77,10 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
         if system.endpoint is not None:
             system.endpoint.check()
     shots = _shots(max(system.shots for system in systems), recipe, prepared, wanted.seed)
+    systems = [replace(system, examples=_digest(shots[: system.shots])) for system in systems]
     out = placed(wanted.out)
     records = Records(out)
-    records.claim(_facts(wanted, tests, task, shots))
+    records.claim(_facts(wanted, tests, task))
     num_windows = records.write_questions(tests.rows)
     work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
     log(str(answer_all(work, num_windows, means, log)))
@@ -167,16 +168,21 @@ def _shots(most: int, recipe: Recipe | None, prepared: Prepared | None, seed: in
             "there are not so many solved examples", where="--systems", got=f"{len(train)} training rows of {recipe.stage.item.__name__}",
             wanted=f"{most} conversations",
         )  # fmt: skip
-    chosen = np.array(random.Random(seed).sample(range(len(train)), most))
+    order = list(range(len(train)))
+    random.Random(seed).shuffle(order)  # whoever is shown fewer examples is shown the first of these
+    chosen = np.array(order[:most])
     items = {(item.origin.file, item.origin.row): item for item in items_of(recipe, train[chosen], prepared.origins)}
     drawn = [items[prepared.origins[record["file"]], int(record["row"])] for record in train[chosen]]
     return tuple(item for item in drawn if isinstance(item, Conversation))
 
 
-def _facts(wanted: Wanted, tests: TestSet, task: Task, shots: Sequence[Conversation]) -> dict[str, object]:
+def _digest(shots: Sequence[Conversation]) -> str:
+    return digest_of([content_hash(shot) for shot in shots]) if shots else ""
+
+
+def _facts(wanted: Wanted, tests: TestSet, task: Task) -> dict[str, object]:
     """What makes two evaluations the same one; the systems may be others."""
     return {
         "rows": tests.digest, "task": task.name, "labels": list(task.labels), "max_tokens": wanted.max_tokens, "window": WINDOW,
         "context": wanted.engine.max_context, "dtype": wanted.engine.dtype, "quantise": wanted.engine.quantise,
-        "examples": digest_of([content_hash(shot) for shot in shots]),
     }  # fmt: skip

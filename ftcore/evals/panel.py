@@ -13,18 +13,20 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ftcore.adapters import AdapterStore
 from ftcore.data.types import Conversation
 from ftcore.engines.base import Engine, Sampling
 from ftcore.errors import ConfigError, DataError
-from ftcore.evals.bench import Bench
 from ftcore.evals.given import Said
-from ftcore.evals.predictors import Forecast
 from ftcore.evals.systems import System
 from ftcore.recipe import Model
 from ftcore.speaker import Answer, Speaker, Voice
+
+if TYPE_CHECKING:
+    from ftcore.evals.bench import Bench
+    from ftcore.evals.predictors import Forecast
 
 GREEDY = Sampling(temperature=0.0, seed=0)
 
@@ -99,6 +101,8 @@ class EnginePanel(Panel):
         return self._speaker
 
     def _opened_bench(self) -> Bench:
+        from ftcore.evals.bench import Bench
+
         first = self._voices()[0]
         model = Model(path=first.base, revision=first.revision, dtype="fp32", attention="sdpa")
         with tempfile.TemporaryDirectory(prefix="ftcore-panel-") as scratch:

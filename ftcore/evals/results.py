@@ -144,13 +144,14 @@ def weigh_up(about: About, systems: Sequence[System], asked: Sequence[Asked], gi
     labelled = about.task == "labels"
     answers = [answers_of(system.name, asked, given[system.name], labelled=labelled) for system in systems]
     reading = read_as(answers[0].rows)
-    lines = [_line(system, given[system.name]) for system in systems]
+    measured: dict[str, dict[str, Measured]] = {system.name: {} for system in systems}
     verdicts = []
     for name in about.metrics:
         shared = in_common(name, answers)
-        for line, mine in zip(lines, shared, strict=True):
-            line.measured[name] = METRICS[name].measure(mine.rows, reading.language)  # type: ignore[index]
+        for each in shared:
+            measured[each.system][name] = METRICS[name].measure(each.rows, reading.language)
         verdicts += [compare(name, other, shared[0], reading.language) for other in shared[1:]]
+    lines = [_line(system, given[system.name], measured[system.name]) for system in systems]
     return Results(about, reading, tuple(lines), tuple(verdicts), tuple(_examples(about.metrics[0], asked, answers, reading)))
 
 
@@ -163,11 +164,11 @@ def in_common(metric: str, answers: Sequence[Answers]) -> list[Answers]:
     return [Answers(each.system, tuple(row for row, fits in zip(each.rows, whole, strict=True) if fits)) for each in answers]
 
 
-def _line(system: System, given: Sequence[Given]) -> Line:
+def _line(system: System, given: Sequence[Given], measured: Mapping[str, Measured]) -> Line:
     failed = [row for row in given if row.error]
     paced = [row.completion_tokens / row.seconds for row in given if row.seconds and row.completion_tokens]
     return Line(
-        system.name, system.key, {}, len(failed), failed[0].error if failed else "", _median([row.first_token_s for row in given]),
+        system.name, system.key, measured, len(failed), failed[0].error if failed else "", _median([row.first_token_s for row in given]),
         _median([row.seconds or None for row in given]), _median(paced), system.num_bytes,
     )  # fmt: skip
 

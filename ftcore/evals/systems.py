@@ -39,6 +39,8 @@ class System:
     """Digest of its base's weights."""
     num_bytes: int = 0
     """Of the adapter's files."""
+    examples: str = ""
+    """Digest of what it is shown; known once that is drawn."""
 
     @property
     def panel(self) -> str:
@@ -51,9 +53,9 @@ class System:
     def facts(self) -> dict[str, Any]:
         """What makes its answers its own, wherever its base lies."""
         if self.endpoint is not None:
-            return {"url": self.endpoint.url, "model": self.endpoint.model, "shots": self.shots}
+            return {"url": self.endpoint.url, "model": self.endpoint.model, "examples": self.examples}
         assert self.voice is not None
-        return {"weights": self.weights, "adapter": self.voice.ref.digest if self.voice.ref else "", "shots": self.shots}
+        return {"weights": self.weights, "adapter": self.voice.ref.digest if self.voice.ref else "", "examples": self.examples}
 
     @property
     def key(self) -> str:

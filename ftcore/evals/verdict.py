@@ -26,6 +26,8 @@ from ftcore.evals.words import Language
 
 POWER = 0.8
 """How often a difference is to be found when rows are counted for it."""
+NOISE = 1e-12
+"""Differences of less than this share of the values are rounding: the same rows, added up in another order."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ def compare(metric: str, ours: Answers, theirs: Answers, language: Language, *, 
             f"`{metric}` has no value on these rows", where=theirs.system if math.isfinite(our_value) else ours.system,
             got=f"{num_rows} rows", remedy="look at its answers, or take another metric",
         )  # fmt: skip
-    seen = our_value - their_value
+    noise = NOISE * max(abs(our_value), abs(their_value))
+    seen = our_value - their_value if abs(our_value - their_value) > noise else 0.0
     drawn = resampled(lambda w: difference(w, 0 * w), num_groups, width=2 * num_rows, halves=chosen.halves, seed=seed)
+    drawn[np.abs(drawn) <= noise] = 0.0
     swapped = np.concatenate([difference(w, 1 - w) for w in swap_weights(num_groups, seed + 1, 2 * num_rows)])
     as_large = np.abs(swapped[np.isfinite(swapped)]) >= abs(seen) - 1e-12
     finite = drawn[np.isfinite(drawn)]

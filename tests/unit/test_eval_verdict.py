@@ -204,3 +204,10 @@ def test_halves_scatter_a_mean_as_a_bootstrap_does(num_groups: int) -> None:
     values = np.random.default_rng(0).normal(size=num_groups)
     plain, halved = (resampled(lambda w: w @ values / w.sum(1), num_groups, halves=halves) for halves in (False, True))
     assert halved.mean() == pytest.approx(values.mean()) and halved.std() == pytest.approx(plain.std(), rel=0.06)
+
+
+def test_rounding_of_sums_is_no_difference() -> None:
+    rows = tuple(Answered(f"row-{n}", text="open mail", references=(f"open door {n}",)) for n in range(19))
+    other = tuple(replace(row, text="mail open") for row in rows)
+    told = compare("token_f1", Answers("a", rows), Answers("b", other), "en")
+    assert told.difference.value == told.spread == 0 and told.sentence().endswith("no difference on 19 rows")

@@ -17,6 +17,7 @@ from ftcore.evals import endpoint
 from ftcore.evals.heldout import held_out, items_of
 from ftcore.evals.records import Records
 from ftcore.evals.tasks.labels import named
+from ftcore.export.merge import merge_adapter
 from ftcore.publish import import_adapter
 from ftcore.recipe import Model, load_recipe
 from pipelines import evaluate
@@ -113,12 +114,16 @@ def test_base_examples_and_adapter_share_one_engine_and_likelihoods_are_the_mode
     command += ["--max-tokens", "4", "--context", "256"]
     assert evaluate.main([*command, "--out", str(tmp_path / "said")]) == 0
     lines = json.loads((tmp_path / "said" / "results.json").read_text())["lines"]
-    assert [line["name"] for line in lines] == ["base", "base+2", "acme/support"] and lines[2]["adapter_bytes"] > 0 == lines[0][
-        "adapter_bytes"
-    ]
+    assert [line["name"] for line in lines] == ["base", "base+2", "acme/support"]
+    assert lines[2]["adapter_bytes"] > 0 == lines[0]["adapter_bytes"]
     assert all(line["first_token_s"] > 0 and line["num_failed"] == 0 for line in lines)
     said = [[row.text for row in Records(str(tmp_path / "said")).answers(line["key"])] for line in lines]
     assert len({tuple(texts) for texts in said}) == 3
+
+    capsys.readouterr()
+    added = ["base+1" if word == "base+2" else word for word in command]
+    assert evaluate.main([*added, "--out", str(tmp_path / "said")]) == 0
+    assert capsys.readouterr().out.count("5 answers, ") == 2  # of base+1, the only one not asked before
 
     assert evaluate.main([*command, "--out", str(tmp_path / "weighed"), "--task", "likelihood"]) == 0
     records = Records(str(tmp_path / "weighed"))
@@ -262,3 +267,23 @@ def test_two_folders_over_the_same_rows_are_compared_and_others_refused(
     assert f"did you mean `{good}`?" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="another evaluation"):
         evaluate.main(["--rows", str(other), "--out", f"{here}.out", "--here", "--systems", good])
+
+
+def test_a_merged_model_is_a_base_of_its_own_and_a_strangers_adapter_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = make_adapter(tiny_model_dir, tmp_path / "made", 1), AdapterStore(tmp_path / "store")
+    ref = import_adapter(folder, "acme/support", model=Model(path=str(tiny_model_dir)), store=store, log=lambda _: None)
+    store.promote(ref)
+    merged = tmp_path / "merged"
+    merge_adapter(ref, store.fetch(ref, tmp_path / "fetched"), merged, log=lambda _: None)
+    rows = write(tmp_path / "rows.jsonl", [conversation(n) for n in range(6)])
+    command = ["--rows", str(rows), "--store", str(store), "--task", "likelihood"]
+    assert evaluate.main([*command, "--out", str(tmp_path / "out"), "--here", "--systems", "acme/support", str(merged)]) == 0
+    lines = json.loads((tmp_path / "out" / "results.json").read_text())["lines"]
+    values = [line["measured"]["perplexity"]["interval"]["value"] for line in lines]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    said = refused(capsys, *command, "--out", str(tmp_path / "other"), "--base", str(merged), "--systems", "acme/support")
+    assert "belongs to another base" in said
+    said = refused(capsys, *command, "--out", str(tmp_path / "other"), "--systems", str(folder))
+    assert "ftcore adapters import" in said

@@ -14,6 +14,7 @@ import numpy as np
 from ftcore.data.types import Conversation
 from ftcore.evals.intervals import Interval, closed_share, perplexity, ratio, ratio_difference
 from ftcore.evals.predictors import Forecast, Predictor
+from ftcore.evals.tables import as_markdown, as_text
 
 HEADINGS = ("predictor", "exact match %", "95 % interval", "perplexity", "95 % interval")
 
@@ -56,21 +57,16 @@ class Table:
         return closed_share(self[ours].exact_match.value, self[floor].exact_match.value, self[ceiling].exact_match.value)
 
     def text(self) -> str:
-        rows = [HEADINGS, *(line.cells() for line in self.lines)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-        padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-        drawn = ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
-        return "\n".join([self.caption(), drawn[0], "-" * len(drawn[0]), *drawn[1:]])
+        return f"{self.caption()}\n{as_text(self._cells())}"
 
     def caption(self) -> str:
         return f"{self.title} ({self.num_sessions} sessions, {self.num_operations} operations)"
 
     def markdown(self) -> str:
-        def row(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return f"**{self.caption()}**\n\n{as_markdown(self._cells())}"
 
-        rule = "|" + "|".join(["---"] + ["---:"] * (len(HEADINGS) - 1)) + "|"
-        return "\n".join([f"**{self.caption()}**", "", row(HEADINGS), rule, *(row(line.cells()) for line in self.lines)])
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [HEADINGS, *(line.cells() for line in self.lines)]
 
     def to_json(self) -> dict[str, object]:
         lines = [{key: value for key, value in asdict(line).items() if not _is_nan(value)} for line in self.lines]
