@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         help="a key to search: optim.lr='{log: [1e-4, 1e-2]}', method.rank='{choice: [4, 8]}', method.alpha='{equals: 2 * method.rank}'; "
         "or a key set over the recipe's, for all trials: optim.epochs=2",
     )  # fmt: skip
-    parser.add_argument("--search", metavar="FILE", help="a YAML file with `space` and how to search it (pipelines/recipes/search.yaml)")
+    parser.add_argument("--search", metavar="FILE", help="a YAML file with `space` and how to search it (pipelines/searches/lora.yaml)")
     for name, text in OPTIONS.items():
         parser.add_argument(f"--{name.split('.')[0]}", dest=name, help=text)
     options = parser.parse_intermixed_args(argv)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipelines as searching
 from ftcore.errors import ConfigError
 from ftcore.formula import Formula
 from ftcore.recipe import Recipe
@@ -113,3 +114,8 @@ def test_losses_are_to_be_small_and_everything_else_large() -> None:
 def test_a_relation_is_plain_arithmetic(rank: int, factor: float) -> None:
     assert Formula(f"{factor} * method.rank + 1").value({"method": {"rank": rank}}) == pytest.approx(factor * rank + 1)
     assert Formula("max(2, method.rank // 2) ** 2 - -1").value({"method": {"rank": rank}}) == max(2, rank // 2) ** 2 + 1
+
+
+@pytest.mark.parametrize("file", sorted(Path(searching.__file__).parent.glob("searches/*.yaml")), ids=lambda file: file.stem)
+def test_a_committed_search_is_one(file: Path) -> None:
+    assert check(load_search(file), recipe())
