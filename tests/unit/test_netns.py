@@ -28,7 +28,7 @@ while True:
 """
 CALL = """
 import socket, sys, time
-caller = socket.create_connection((sys.argv[1], 5000), timeout=2)
+caller = socket.create_connection((sys.argv[1], 5000), timeout=float(sys.argv[3]))
 caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 for size in (1, 1, int(sys.argv[2])):
     began = time.monotonic(); caller.sendall(b"x" * (size - 1) + b"!"); caller.settimeout(20); caller.recv(1)
@@ -51,9 +51,9 @@ def pair() -> Iterator[Bridge]:
         server.communicate()
 
 
-def call(network: Bridge, size: int = 1) -> tuple[float, float]:
+def call(network: Bridge, size: int = 1, within_s: float = 20) -> tuple[float, float]:
     """(seconds there and back, seconds for `size` bytes) from node 1 to node 0. Raises CalledProcessError when nobody is reached."""
-    words = [*network.inside(1), sys.executable, "-c", CALL, network.address(0), str(size)]
+    words = [*network.inside(1), sys.executable, "-c", CALL, network.address(0), str(size), str(within_s)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     _, there_and_back, sent = map(float, done.stdout.split())
     return there_and_back, sent
@@ -69,7 +69,7 @@ def test_nodes_reach_each_other_by_their_own_addresses(pair: Bridge) -> None:
 def test_a_cut_link_reaches_nobody_until_it_is_restored(pair: Bridge) -> None:
     pair.cut(1)
     with pytest.raises(subprocess.CalledProcessError):
-        call(pair)
+        call(pair, within_s=2)
     pair.restore(1)
     call(pair)
 
