@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -42,8 +43,9 @@ class Choices(Section):
 
 
 class _Between(Section):
+    @abstractmethod
     def bounds(self) -> tuple[float, float]:
-        raise NotImplementedError
+        """Both ends, which are included."""
 
     @property
     def is_whole(self) -> bool:

@@ -89,8 +89,8 @@ class Runner(Protocol):
 class Alone:
     """A run of its own, as `fit` has them, with a folder: it goes on from what it sealed."""
 
-    def __init__(self, search: Search, recipe: Recipe, asked: threading.Event) -> None:
-        self.search, self.recipe, self.asked = search, recipe, asked
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.asked = recipe, threading.Event()
         self.results: SimpleQueue[dict[str, Any] | BaseException] = SimpleQueue()
         self.latest: dict[str, Any] = {}
         self.run = RunDir(recipe.output.runs, recipe.name)
@@ -152,7 +152,7 @@ class Alone:
 class Trial(tune.Trainable):
     """Ray Tune's view of a run: each step is the next validation."""
 
-    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
+    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]  # Tune adds what `with_parameters` holds
         self.job = job
         self.search = Search.model_validate_json(job.search)
         self.base = parse_recipe(job.recipe, plugins=job.plugins)
@@ -197,7 +197,7 @@ class Trial(tune.Trainable):
         while self.told not in run.checkpoint_steps():
             if time.monotonic() > until:
                 raise TrainingError("a trial's checkpoint was not sealed in time", where=run.url, wanted=f"step {self.told}")
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # the run's worker seals it aside, and tells nobody when
         return {"run": self.name, "step": self.told}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -212,7 +212,7 @@ class Trial(tune.Trainable):
             return Together(list(self.job.hosts), self.name, recipe, recipe.resources.max_failures)
         if self.origin is not None:
             recipe = self._branched(recipe, *self.origin)
-        return Alone(self.search, recipe, threading.Event())
+        return Alone(recipe)
 
     def _branched(self, recipe: Recipe, donor: str, step: int) -> Recipe:
         """Goes on in the folder of the run it stood in; with another's weights, or other values, in a new one."""
