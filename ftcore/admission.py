@@ -70,6 +70,11 @@ class Admission:
             batcher.admit(row)
             self._restore(row)
 
+    def hold(self, beside: Callable[[int], int]) -> None:
+        """Has only as many rows of who asks much take part in the next step as `beside` allows."""
+        lengths = {row.place: row.num_cached for row in self.batcher.rows}
+        self._move(self.batcher.hold(beside), lengths)
+
     def settle(self) -> None:
         """Rows that have read their prompts join those that decode."""
         lengths = {row.place: row.num_cached for row in self.batcher.rows}

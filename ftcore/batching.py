@@ -5,12 +5,16 @@ In: rows that wait. Out: a Step: all rows that decode, and a chunk of prompt of 
 Places are numbered. Rows that decode hold the places 0..n-1 without a gap, so that their keys and values are one contiguous part of the
 cache: who ends gives its place to the last one (`moves` says which rows to copy where before the step). Rows that still read their prompt
 hold places from the top. No torch here.
+
+Who asks little is not slowed by who asks much: beside an owner with at most half as many rows as the one with most, the rows of those with
+more take part as many at a time as `beside` allows, in turns.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,8 +22,10 @@ from typing import Any, Literal
 from ftcore.constraints import Walk
 from ftcore.engines.base import Request
 
-PROOF_EVERY, PROOF_TOKENS = 4, 16
+PROOF_EVERY, PROOF_TOKENS = 8, 24
 """While rows decode: steps between two chunks of the prompts that prove a new adapter, and tokens of one: who streams does not feel it."""
+TURN = 16
+"""Steps that a row takes part in before another's turn comes, where not all may: each change copies keys and values."""
 Wants = Literal["answer", "embedding", "logits"]
 
 
@@ -46,6 +52,10 @@ class Row:
     walk: Walk | None = None
     """Its way through the request's constraint."""
     wants: Wants = "answer"
+    turn: int = 0
+    """Of rows that take turns: the lowest goes first."""
+    num_taken: int = 0
+    """Steps of its turn that it has had."""
     found: Future[Any] = field(default_factory=Future)
     """Of a row that is only read: the [H] embedding of its prompt, or the [V] logits after it."""
 
@@ -80,6 +90,8 @@ class Step:
 
     decoding: tuple[Row, ...]
     chunks: tuple[Chunk, ...]
+    num_heavy: int = 0
+    """Decoding rows of who asks much, where somebody asks little beside them."""
 
     @property
     def is_empty(self) -> bool:
@@ -104,6 +116,10 @@ class Batcher:
         """Rows that want logits. The first is read at a place of its own, beside all others."""
         self.num_admitted, self.waited_s = 0, 0.0
         self._num_steps = 0
+        self._num_turns = 0
+        self._num_going: int | None = None
+        self._heavy: frozenset[str] = frozenset()
+        self._heavy_tokens = 0
 
     @property
     def rows(self) -> list[Row]:
@@ -146,8 +162,44 @@ class Batcher:
         """Gives the first proof its place."""
         self.proofs[0].place = self.num_places + 1
 
+    def hold(self, beside: Callable[[int], int]) -> list[tuple[int, int]]:
+        """Who takes part in the next step. `beside`: others' rows that may, in a step of so many. Returns (from, to) places to copy."""
+        held = Counter(row.request.salt for row in self.rows)
+        most = max(held.values(), default=0)
+        heavy = frozenset(owner for owner, count in held.items() if 2 * count > most)
+        self._heavy = heavy if len(heavy) < len(held) else frozenset()
+        self._num_going = None
+        if not self._heavy:
+            return []
+        own = [row for row in self.decoding if row.request.salt not in heavy]
+        others = [row for row in self.decoding if row.request.salt in heavy]
+        fitting = beside(len(own))
+        self._heavy_tokens = max(0, fitting - len(others))
+        if fitting >= len(others):
+            return []
+        going = sorted(others, key=lambda row: row.turn)[:fitting]
+        for row in going:
+            row.num_taken += 1
+            if row.num_taken % TURN == 0:
+                self._num_turns += 1
+                row.turn = self._num_turns
+        return self._to_front([*own, *going])
+
+    def _to_front(self, going: list[Row]) -> list[tuple[int, int]]:
+        """Has these of the decoding rows hold the first places, and them alone decode."""
+        self._num_going = len(going)
+        chosen = set(map(id, going))
+        staying = iter([row for row in self.decoding[: len(going)] if id(row) not in chosen])
+        moves = []
+        for row in [row for row in going if row.place >= len(going)]:
+            other = next(staying)
+            moves += [(other.place, self.spare), (row.place, other.place), (self.spare, row.place)]
+            row.place, other.place = other.place, row.place
+        self.decoding.sort(key=lambda row: row.place)
+        return moves
+
     def step(self) -> Step:
-        """The next step; call after `settle`."""
+        """The next step; call after `hold`."""
         chunks = [Chunk(row, count) for row, count in self._dealt().items() if count]
         self._num_steps += 1
         if self.proofs and self.proofs[0].place >= 0:
@@ -155,18 +207,23 @@ class Batcher:
             most = self.chunk_tokens if not self.decoding else 0 if self._num_steps % PROOF_EVERY else PROOF_TOKENS
             if count := min(most, len(row.tokens) - row.num_cached):
                 chunks.append(Chunk(row, count))
-        return Step(tuple(self.decoding), tuple(chunks))
+        decoding = tuple(self.decoding[: self._num_going])
+        return Step(decoding, tuple(chunks), sum(row.request.salt in self._heavy for row in decoding))
 
     def _dealt(self) -> dict[Row, int]:
         """How many tokens of each prompt are read now: each owner's share of a step first, then whoever came first."""
-        counts, left = dict.fromkeys(self.reading, 0), self.chunk_tokens
+        counts, left, heavy_left = dict.fromkeys(self.reading, 0), self.chunk_tokens, self._heavy_tokens
         num_owners = len({row.request.salt for row in self.reading})
         for share in (self.chunk_tokens // max(1, num_owners), self.chunk_tokens):
             given: Counter[str] = Counter()
             for row in self.reading:
-                count = min(left, share - given[row.request.salt], len(row.tokens) - row.num_cached - counts[row])
+                owner = row.request.salt
+                count = min(left, share - given[owner], len(row.tokens) - row.num_cached - counts[row])
+                if owner in self._heavy:
+                    count = min(count, heavy_left)
+                    heavy_left -= count
                 counts[row] += count
-                given[row.request.salt] += count
+                given[owner] += count
                 left -= count
         return counts
 

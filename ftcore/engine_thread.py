@@ -12,6 +12,7 @@ import logging
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ftcore.engines.base import EngineEnded, FinishReason, Request, Stats, Token
 from ftcore.errors import ConfigError, FtcoreError, ModelError
 from ftcore.lora_updates import LoadedAdapter
 from ftcore.orders import Order
+from ftcore.pace import Pace
 from ftcore.prefixes import Prefixes
 from ftcore.sampling import Asked, Drawn, sample
 
@@ -60,6 +62,7 @@ class EngineThread:
         self._leaving: dict[str, list[Future[None]]] = {}
         self._rows: dict[int, Row] = {}
         self._counts = Counts()
+        self._pace = Pace(section.stretch, section.max_batch)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- any thread
@@ -158,6 +161,7 @@ class EngineThread:
         try:
             while self._obey():
                 self._admission.admit()
+                self._admission.hold(self._pace.beside)
                 self._step()
         except BaseException as error:
             log.exception("the engine ended in the middle of a step")
@@ -199,6 +203,7 @@ class EngineThread:
         step = self._batcher.step()
         if step.is_empty:
             return
+        started = time.perf_counter()
         hidden, finite = self.decoder.step(step)
         due = step.due
         for row in step.decoding:
@@ -224,6 +229,8 @@ class EngineThread:
         for key, token in made:
             if token.finish is not None:
                 self._remove(key)
+        if not step.chunks:
+            self._pace.took(len(step.decoding) - step.num_heavy, step.num_heavy, time.perf_counter() - started)
         self.publish()
         self._deliver(made)
 

@@ -47,14 +47,15 @@ class Fairness:
         return owner if is_due else ""
 
     def order(self, waiting: Iterable[Row]) -> Iterator[Row]:
-        """Oldest row of the owner with the least work, again and again; what is charged meanwhile counts."""
+        """Oldest row of the owner with the least work, of those with as little the one with fewest rows that wait, again and again; what is
+        charged meanwhile counts."""
         queues: dict[str, deque[Row]] = {}
         for row in waiting:
             queues.setdefault(row.request.salt, deque()).append(row)
-        heap = [(self._work.get(owner, 0.0), number, owner) for number, owner in enumerate(queues)]
+        heap = [(self._work.get(owner, 0.0), len(queue), number, owner) for number, (owner, queue) in enumerate(queues.items())]
         heapq.heapify(heap)
         while heap:
-            _, number, owner = heapq.heappop(heap)
+            _, _, number, owner = heapq.heappop(heap)
             yield queues[owner].popleft()
-            if queues[owner]:
-                heapq.heappush(heap, (self._work.get(owner, 0.0), number, owner))
+            if queue := queues[owner]:
+                heapq.heappush(heap, (self._work.get(owner, 0.0), len(queue), number, owner))

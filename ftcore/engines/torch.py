@@ -36,6 +36,9 @@ class Torch(Engine):
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     chunk_tokens: int = Field(256, ge=1)
     """Prompt tokens read in a step at most, so that nobody's next token waits for a long prompt."""
+    stretch: float | None = Field(1.2, ge=1)
+    """How many times as long a step may take for the rows of a tenant who asks much, while one is in who asks little (at most half as many
+    rows): the others wait their turn meanwhile. `null` lets all of them in: most tokens a second."""
     max_rank: int = Field(64, ge=1)
     """Largest rank of an adapter."""
     max_lanes: int = Field(512, ge=1)

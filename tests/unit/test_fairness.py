@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from ftcore.batching import Row
+import pytest
+
+from ftcore.batching import TURN, Batcher, Row
 from ftcore.engines.base import Request, Sampling, Token
 from ftcore.fairness import MADE, Fairness
+from ftcore.pace import LEAST, Pace
 from tests.live_engines import DIGESTS, answer, opened, require_own, run
 from tests.live_engines import adapters as adapters
 from tests.live_engines import truth as truth
@@ -31,7 +34,7 @@ def test_the_one_with_the_least_work_goes_first_and_then_in_turn() -> None:
     for row in fair.order(waiting):
         fair.read(row.request.salt, row.num_prompt)
         order.append(row.request.id)
-    assert order == ["hog0", "light0", "hog1", "light1", "hog2", "hog3", "hog4", "hog5"]
+    assert order == ["light0", "hog0", "light1", "hog1", "hog2", "hog3", "hog4", "hog5"]
 
 
 def test_a_pause_saves_nothing_up() -> None:
@@ -58,11 +61,15 @@ def test_who_holds_most_places_gives_one_to_whom_it_helps() -> None:
     assert fair.gives_way("light", Counter()) == ""
 
 
-def test_a_row_that_stepped_back_ends_as_if_it_had_not(tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth) -> None:
-    """Long rows of a hog fill every place; what they say, with seeds and adapters, is what they say alone."""
+@pytest.mark.parametrize("stretch", [None, 1.0])
+def test_a_row_that_stepped_back_ends_as_if_it_had_not(
+    tiny_model_dir: Path, adapters: dict[str, Path], truth: Truth, stretch: float | None
+) -> None:
+    """Long rows of a hog fill every place, and beside a light one they take turns or not; what they say, with seeds and adapters, is what
+    they say alone."""
 
     async def go() -> tuple[list[tuple[Request, list[Token], list[Token]]], int]:
-        async with opened(tiny_model_dir, max_batch=3) as engine:
+        async with opened(tiny_model_dir, max_batch=3, stretch=stretch) as engine:
             for digest in DIGESTS[:3]:
                 await engine.load_adapter(digest, adapters[digest])
 
@@ -129,3 +136,55 @@ def test_who_reads_much_delays_a_light_prompt_by_one_place_at_most(tiny_model_di
 
     # An input ends, a prompt at half a step's tokens, an answer. The best of some: the engine goes on while this thread is late.
     assert min(run(go())) <= 8 + 4 + 3 + 2
+
+
+def decoding(batcher: Batcher, *made: Row) -> None:
+    for row in made:
+        batcher.admit(row)
+        row.tokens = [*row.request.prompt, 1]
+        row.num_cached = row.num_prompt
+        batcher.settle()
+
+
+def test_rows_of_a_hog_take_turns_beside_a_light_one() -> None:
+    """Each place holds what its row wrote, however they change; every row of the hog has its turn."""
+    batcher, hog, light = Batcher(8, 64), rows("hog", 6), rows("light", 1)
+    decoding(batcher, *hog, *light)
+    places: dict[int, Row] = {row.place: row for row in batcher.decoding}
+    taken: Counter[str] = Counter()
+    for _ in range(3 * TURN):
+        for source, target in batcher.hold(lambda num_own: 2 * num_own):
+            places[target] = places[source]
+        step = batcher.step()
+        assert [row.place for row in batcher.decoding] == list(range(7))
+        assert [places[row.place] for row in batcher.decoding] == batcher.decoding
+        assert len(step.decoding) == 3 and step.num_heavy == 2 and light[0] in step.decoding
+        taken.update(row.request.id for row in step.decoding)
+    assert taken == {"light0": 3 * TURN} | {f"hog{number}": TURN for number in range(6)}
+
+
+def test_a_prompt_of_a_hog_is_read_with_what_is_left_beside_a_light_one() -> None:
+    batcher, hog, light = Batcher(8, 64), rows("hog", 4), rows("light", 1)
+    decoding(batcher, *hog[:3], *light)
+    hog[3].tokens = list(hog[3].request.prompt)
+    batcher.admit(hog[3])
+    for fitting, read in ((2, 0), (3, 0), (7, 4)):
+        batcher.hold(lambda _, fitting=fitting: fitting)  # type: ignore[misc]
+        step = batcher.step()
+        assert (len(step.decoding) - 1, sum(chunk.count for chunk in step.chunks)) == (min(3, fitting), read)
+    batcher.remove(light[0])
+    batcher.hold(lambda _: 0)
+    assert len(batcher.step().decoding) == 3 and batcher.step().chunks[0].count == 10, "nobody is light any more"
+
+
+@pytest.mark.parametrize(("each", "want"), [(0.0, 15), (0.2, 1), (0.1, 2), (2.0, LEAST)])
+def test_as_many_rows_go_beside_a_light_one_as_lengthen_a_step_by_what_is_allowed(each: float, want: float) -> None:
+    """A step takes 0.9 and `each` for a row; 1.2 times that of one row is allowed."""
+    pace, had = Pace(1.2, 15), []
+    for _ in range(2000):
+        num_others = min(15, pace.beside(1))
+        pace.took(1, num_others, 0.9 + each * (1 + num_others))
+        had.append(num_others)
+    mean = sum(had[-1000:]) / 1000
+    assert 0.6 * want <= mean <= 1.6 * want or (mean > 14 and want == 15), mean
+    assert Pace(None, 15).beside(1) == 15
