@@ -149,7 +149,7 @@ class Search(Section):
     minutes: float | None = Field(None, gt=0)
     """No trial goes on after this long."""
     concurrent: int | None = Field(None, ge=1)
-    """Trials at once; unset: as many as the cluster holds."""
+    """Trials at once; unset: as many as the cluster holds, of tpe a quarter of all (4 at least), for it learns from those that ended."""
     shared: Literal["auto", "on", "off"] = "auto"
     """Trials of LoRA over one base are trained together, in one forward and backward pass; auto: where all of the space allows it."""
     together: int = Field(4, ge=1)

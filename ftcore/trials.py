@@ -89,11 +89,12 @@ class Found:
 def table(found: Found, metric: str, most: int = 10) -> str:
     """The best trials, a line each."""
     ranked = found.ranked()
-    lines = [f"{'trial':<12}{metric:>18}{'came to':>10}{'steps':>8}  values"]
+    lines = [f"{'trial':<10}{'state':<9}{metric:>18}{'came to':>10}{'steps':>8}  values"]
     for trial in ranked[:most]:
-        lines.append(f"{trial.id:<12}{trial.best(found.mode):>18.5g}{trial.share:>8.0f} %{trial.steps:>8}  {shown_values(trial.values)}")
+        figures = f"{trial.best(found.mode):>18.5g}{trial.share:>8.0f} %{trial.steps:>8}"
+        lines.append(f"{trial.id:<10}{trial.state:<9}{figures}  {shown_values(trial.values)}")
     left = len(found.trials) - min(most, len(ranked))
-    return "\n".join(lines) + (f"\n... and {left} more in the report" if left else "")
+    return "\n".join(lines) + (f"\n... and {left} more" if left else "")
 
 
 def shown_values(values: Mapping[str, Any]) -> str:

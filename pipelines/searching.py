@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import optuna
 import pyarrow.fs
 from ray import tune
 from ray.tune import CheckpointConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
@@ -39,7 +40,7 @@ from pipelines.fit import Outcome, fit
 from pipelines.hosting import hosts
 from pipelines.prepare import prepare
 from pipelines.runs import SEARCHED, Log, same_command
-from pipelines.telling import Teller
+from pipelines.telling import Spent, Teller
 from pipelines.trial import Job, Trial, trial_recipe, with_looks
 
 STATE = "tune"
@@ -68,13 +69,12 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
         raise ConfigError(
             "there are no validation rows to compare trials by", where="data.validation", got=recipe.data.validation, remedy="0.05 or more"
         )
-    left = None if search.minutes is None else 60 * search.minutes - (found.seconds if found else 0.0)
-    if left is not None and left <= 0:
+    if search.minutes is not None and found is not None and found.seconds >= 60 * search.minutes:
         log(f"the {search.minutes:g} minutes of this search are spent; going on with what was found")
     else:
         if found is None:
             Found(digest, search.mode).write(folder)
-        _run(search, recipe, folder, prepared if shares else None, left, log)
+        _run(search, recipe, folder, prepared if shares else None, log)
     found = Found.read(folder)
     assert found is not None
     write_search_page(folder, search, found)
@@ -117,7 +117,7 @@ def search_facts(search: Search, found: Found) -> dict[str, int | str]:
     }
 
 
-def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None, seconds: float | None, log: Log) -> None:
+def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None, log: Log) -> None:
     """`shared`: the blocks that trials which share a base learn from."""
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "0", "TUNE_GLOBAL_CHECKPOINT_S": "5"}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else it prints a table at every result, whatever `verbose` says
@@ -127,21 +127,26 @@ def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None
     asked = recipe.resources.model_copy(update={"workers": 1 if shared else recipe.resources.min_workers})
     check_fits(asked, alive_nodes())
     room = max(1, fits(asked, alive_nodes()) // asked.max_workers)
-    together = search.together if shared else 1
-    at_once = min(room * together, search.concurrent or room * together, search.num_trials)
+    at_once = min(room * (search.together if shared else 1), search.concurrent or most_at_once(search), search.num_trials)
+    num_hosts = min(room, at_once) if shared else 0
     with ExitStack() as held:
-        started = held.enter_context(hosts(math.ceil(at_once / together), recipe, shared, asked)) if shared else []
+        started = held.enter_context(hosts(num_hosts, recipe, shared, asked)) if shared else []
         job = Job(search.model_dump_json(), dump_recipe(recipe), recipe.plugins, str(folder / "trials"), tuple(started))
         trainable = tune.with_resources(tune.with_parameters(Trial, job=job), trial_resources(asked, is_guest=bool(started)))
-        tuner = _tuner(search, folder, trainable, at_once, seconds, log)
-        sharing = f", {together} to a base" if started else ""
+        tuner = _tuner(search, folder, trainable, at_once, log)
+        sharing = f", {math.ceil(at_once / num_hosts)} to a base" if at_once > num_hosts > 0 else ""
         log(f"{search.num_trials} trials, {search.searcher}, {search.scheduler.kind}; {at_once} at once{sharing}")
         grid = tuner.fit()
     if _interrupted(grid):
         raise Interrupted("the search was stopped", where=folder, remedy=f"go on with: {same_command()}")
 
 
-def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, seconds: float | None, log: Log) -> Tuner:
+def most_at_once(search: Search) -> int:
+    """A searcher that learns from trials has a quarter of them under way at most, for what it draws beside others it draws without them."""
+    return max(4, search.num_trials // 4) if search.searcher == "tpe" else search.num_trials
+
+
+def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, log: Log) -> Tuner:
     """Ray Tune's own driver, or that of a search that was interrupted."""
     place, filesystem = storage_of(folder)
     state = f"{place}/{STATE}"
@@ -150,12 +155,13 @@ def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, seconds
         return Tuner.restore(state, trainable, resume_unfinished=True, storage_filesystem=filesystem)
     config = TuneConfig(
         metric=search.metric, mode=search.mode, search_alg=searcher_of(search), scheduler=scheduler_of(search),
-        num_samples=1 if search.searcher == "grid" else search.trials, max_concurrent_trials=at_once, time_budget_s=seconds,
+        num_samples=1 if search.searcher == "grid" else search.trials, max_concurrent_trials=at_once,
         reuse_actors=True, trial_dirname_creator=lambda trial: str(trial.trial_id),
     )  # fmt: skip
+    stop = None if search.minutes is None else Spent(str(folder), 60 * search.minutes)
     run = RunConfig(
-        name=STATE, storage_path=place, storage_filesystem=filesystem, callbacks=[Teller(str(folder), search.model_dump_json())], verbose=0,
-        checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+        name=STATE, stop=stop, storage_path=place, storage_filesystem=filesystem, verbose=0,
+        callbacks=[Teller(str(folder), search.model_dump_json())], checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
     )  # fmt: skip
     return Tuner(trainable, param_space={} if search.searcher == "tpe" else space_of(search), tune_config=config, run_config=run)
 
@@ -190,6 +196,7 @@ def _domain(span: Any, *, grid: bool) -> Any:
 
 def searcher_of(search: Search) -> Searcher | SearchAlgorithm:
     if search.searcher == "tpe":
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # `pipelines.telling` tells of trials
         return OptunaSearch(space_of(search), metric=search.metric, mode=search.mode, seed=search.seed)
     return BasicVariantGenerator(random_state=search.seed)
 

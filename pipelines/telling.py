@@ -6,6 +6,7 @@ In: what Ray Tune says of its trials. Out: Found in `search.json`, lines in the 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,11 @@ from ray import tune
 
 from ftcore.search import Search
 from ftcore.storage import Folder
-from ftcore.trials import Found, Look, Tried, shown_values
+from ftcore.trials import Found, Look, Tried, shown_values, table
 from pipelines.trial import decoded
+
+TABLE_EVERY = 20.0
+"""Seconds between two tables while trials run."""
 
 
 class Teller(tune.Callback):
@@ -35,6 +39,7 @@ class Teller(tune.Callback):
         found = Found.read(self.folder)
         assert found is not None, "the driver writes it first"
         self.found, self.began, self.before = found, time.monotonic(), found.seconds
+        self.shown = self.began
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         held = self.found.trials.get(trial.trial_id)
@@ -47,12 +52,15 @@ class Teller(tune.Callback):
         held = self.found.trials[trial.trial_id]
         look = Look(float(result["share"]), int(result["step"]), float(result[self.wanted.metric]))
         if look.share > held.share:
-            self._say(trial.trial_id, f"{look.share:.0f} %: {self.wanted.metric} {look.value:.4f} at step {look.step}")
             self._keep(replace(held, looks=(*held.looks, look), seconds=float(result.get("seconds", 0.0)), run=str(result["run"])))
+            self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         held = self.found.trials[trial.trial_id]
         self._keep(replace(held, state="done" if held.share >= 100 else "stopped"))
+        if held.looks:
+            how = "done" if held.share >= 100 else f"stopped at {held.share:.0f} %"
+            self._say(trial.trial_id, f"{how}: {self.wanted.metric} {held.looks[-1].value:.4f} at step {held.looks[-1].step}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         held = self.found.trials.get(trial.trial_id) or Tried(trial.trial_id, decoded(trial.config, self.wanted))
@@ -69,10 +77,43 @@ class Teller(tune.Callback):
         self.found.seconds = self.before + time.monotonic() - self.began
         self.found.write(self.folder)
 
+    def _show(self) -> None:
+        """The best so far and how many do what, every so often."""
+        now = time.monotonic()
+        if now - self.shown < TABLE_EVERY:
+            return
+        self.shown = now
+        counts = Counter(trial.state for trial in self.found.trials.values())
+        states = ", ".join(f"{count} {state}" for state, count in counts.items())
+        minutes, seconds = divmod(round(self.found.seconds), 60)
+        how_far = (
+            f"{counts.total()} of {self.wanted.num_trials} trials begun ({states}), {self.found.num_steps} steps, {minutes}:{seconds:02}"
+        )
+        print("", how_far, table(self.found, self.wanted.metric, most=5), "", sep="\n", flush=True)
+
     def _say(self, trial: str, text: str) -> None:
         best = next(iter(self.found.ranked()), None)
         best_text = f"   (best so far: {best.id} {best.best(self.found.mode):.4f})" if best else ""
         print(f"trial {trial}  {text}{best_text}", flush=True)
+
+
+class Spent(tune.Stopper):
+    """Ends all trials when the search has had its time, sessions before this one counted. Ray Tune keeps it with the search's state."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self.url, self.seconds = url, seconds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "seconds": self.seconds}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if "until" not in self.__dict__:
+            found = Found.read(Folder(self.url))
+            self.until = time.monotonic() + self.seconds - (found.seconds if found else 0.0)
+        return time.monotonic() >= self.until
 
 
 def _cause(trial: Any) -> str:

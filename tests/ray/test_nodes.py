@@ -21,6 +21,7 @@ from tests.ray.small_runs import write_rows
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(bool(why_not()), reason=f"no network namespaces here: {why_not()}")]
 STEPS = 300
+RAY = str(Path(sys.executable).with_name("ray"))
 SECRET = "hunter2-is-not-to-be-seen"
 
 
@@ -97,6 +98,19 @@ def test_a_node_killed_in_mid_run_is_replaced_and_the_losses_are_the_same(nodes:
     whole, killed = losses(root, "whole"), losses(root, "killed")
     assert list(killed) == list(whole) == list(range(1, STEPS + 1))
     assert max(abs(killed[step] - whole[step]) for step in whole) < 1e-4
+
+
+@pytest.mark.proof
+def test_a_submitted_search_spreads_over_the_nodes_and_publishes_its_winner(nodes: NetnsCluster, root: Path) -> None:
+    """Trials that share bases, on as many nodes as there are; as `ray job submit` has it."""
+    submit = [RAY, "job", "submit", "--address", nodes.dashboard, "--working-dir", ".", "--", "python", "pipelines/tune.py"]
+    words = [str(root / "recipe.yaml"), "name=searched", "data.validation=0.2", "optim.max_steps=30", "output.adapter=acme/searched"]
+    space = ["optim.lr={log: [1e-4, 3e-2]}", "method.rank={choice: [2, 4, 8]}", "method.alpha={equals: 2 * method.rank}"]
+    done = nodes.run([*submit, *words, *space, "--trials", "8"], cwd=REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 trials, tpe, asha; 4 at once" in done.stdout and "acme/searched" in done.stdout
+    store = AdapterStore(root / "store")
+    assert store.verify(store.resolve("acme/searched")).metrics["search.trials"] == 8
 
 
 def test_a_submitted_job_is_followed_to_its_own_exit_code_and_holds_no_secret(nodes: NetnsCluster, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from ftcore.errors import TrainingError
 from ftcore.recipe import Recipe, dump_recipe
 from ftcore.rundir import RunDir
 from ftcore.search import Search, load_search
+from ftcore.storage import Folder
 from ftcore.trials import Found
 from pipelines.searching import crown, find, search_folder
+from pipelines.telling import Spent
 from tests.ray.small_runs import write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
@@ -50,9 +53,9 @@ def searched(recipe: Recipe, *words: str, **options: Any) -> tuple[Search, Found
 
 
 def test_trials_that_share_a_base_end_in_a_published_winner(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, tiny_model_dir, "together")
+    recipe = recipe_in(tmp_path, tiny_model_dir, "together", resources={"cpus_per_worker": 4})
     search, found, said = searched(recipe, **{"scheduler.kind": "none"})
-    assert any("4 to a base" in line for line in said)
+    assert any("4 at once, 2 to a base" in line for line in said)
     best = found.ranked()[0]
     assert [trial.state for trial in found.trials.values()] == ["done"] * 4
     outcome = crown(search, recipe, found, log=said.append)
@@ -85,6 +88,24 @@ def test_when_every_trial_fails_the_search_says_why(local_ray: None, tiny_model_
 def test_a_metric_that_no_trial_reports_is_said(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"(?s)metric is not among what this trial reports"):
         searched(recipe_in(tmp_path, tiny_model_dir, "no-metric"), trials=1, metric="accuracy")
+
+
+def test_time_that_earlier_sessions_took_counts(tmp_path: Path) -> None:
+    spent = Spent(str(tmp_path), 60)
+    assert not spent.stop_all()
+    for seconds, over in ((59.0, False), (61.0, True)):
+        Found("", "min", seconds=seconds).write(Folder(str(tmp_path)))
+        assert pickle.loads(pickle.dumps(spent)).stop_all() is over, seconds
+
+
+@pytest.mark.proof
+def test_a_search_whose_minutes_are_spent_keeps_what_it_found(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "timed", optim={"lr": 1e-3, "batch_size": 2, "max_steps": 60})
+    _, found, _ = searched(recipe, trials=400, minutes=0.5, looks=20, **{"scheduler.kind": "none"})
+    assert len(found.trials) < 400 and {trial.state for trial in found.trials.values()} <= {"done", "stopped"}
+    assert 30 <= found.seconds < 90 and found.ranked()
+    _, again, said = searched(recipe, trials=400, minutes=0.5, looks=20, **{"scheduler.kind": "none"})
+    assert len(again.trials) == len(found.trials) and "spent" in " ".join(said)
 
 
 @pytest.mark.proof
