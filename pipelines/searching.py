@@ -154,8 +154,9 @@ def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, log: Lo
         log(f"going on with the search in {folder}")
         return Tuner.restore(state, trainable, resume_unfinished=True, storage_filesystem=filesystem)
     config = TuneConfig(
-        metric=search.metric, mode=search.mode, search_alg=searcher_of(search), scheduler=scheduler_of(search),
-        num_samples=1 if search.searcher == "grid" else search.trials, max_concurrent_trials=at_once,
+        metric=search.metric, mode=search.mode, search_alg=searcher_of(search, at_once), scheduler=scheduler_of(search),
+        num_samples=1 if search.searcher == "grid" else search.trials,
+        max_concurrent_trials=at_once if search.searcher == "tpe" else None,  # the others hold to it themselves
         reuse_actors=True, trial_dirname_creator=lambda trial: str(trial.trial_id),
     )  # fmt: skip
     stop = None if search.minutes is None else Spent(str(folder), 60 * search.minutes)
@@ -194,11 +195,11 @@ def _domain(span: Any, *, grid: bool) -> Any:
     return tune.lograndint(int(low), int(high) + 1) if span.is_whole else tune.loguniform(low, high)
 
 
-def searcher_of(search: Search) -> Searcher | SearchAlgorithm:
+def searcher_of(search: Search, at_once: int) -> Searcher | SearchAlgorithm:
     if search.searcher == "tpe":
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # `pipelines.telling` tells of trials
         return OptunaSearch(space_of(search), metric=search.metric, mode=search.mode, seed=search.seed)
-    return BasicVariantGenerator(random_state=search.seed)
+    return BasicVariantGenerator(max_concurrent=at_once, random_state=search.seed)
 
 
 def scheduler_of(search: Search) -> TrialScheduler:

@@ -68,11 +68,18 @@ def test_trials_that_share_a_base_end_in_a_published_winner(local_ray: None, tin
     assert best.id in page and "<svg" in page and "<script" not in page
 
 
-def test_a_trial_that_fails_does_not_end_the_rest(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_trial_that_fails_does_not_end_the_rest(
+    local_ray: None, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A target that no layer of this model has is only seen when the model is there."""
     recipe = recipe_in(tmp_path, tiny_model_dir, "one-fails")
-    _, found, _ = searched(recipe, "method.targets={choice: [all-linear, [no_such_layer]]}", searcher="grid", shared="off")
+    targets = "method.targets={choice: [all-linear, [no_such_layer]]}"
+    _, found, _ = searched(recipe, targets, searcher="grid", shared="off", concurrent=1)
     assert sorted(trial.state for trial in found.trials.values()) == ["done", "failed"]
+    told = [
+        line.split("  ")[1].split(" ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("trial ") and "  " in line
+    ]
+    assert [word for word in told if word == "begins:" or word in ("failed:", "done:")][1] != "begins:", "not more at once than asked for"
     failed = next(trial for trial in found.trials.values() if trial.state == "failed")
     assert "no_such_layer" in str(failed.values) and "matches no linear layer" in failed.error
     assert found.ranked()[0].run, "a trial of its own has a run folder to go on from"
