@@ -84,10 +84,10 @@ def planted(home: Path, rows: Path, trials: int) -> bool:
     test = "data.test=0.3"
     ftcore("sft", str(RECIPE), *words(home, rows, "poor"), test, *POOR)
     seconds = ftcore("tune", str(RECIPE), *words(home, rows, "found"), test, *POOR, *SPACE, "--trials", str(trials))
-    systems = ("base", "acme/poor", "acme/found")
+    systems = ("base", "base+2", "acme/poor", "acme/found")
     ftcore("evaluate", str(RECIPE), *words(home, rows, "found"), test, "--systems", *systems, "--out", f"{home}/judged")
     found = json.loads((home / "judged/results.json").read_text())
-    poor, best = (interval(found, system) for system in systems[1:])
+    poor, best = (interval(found, system) for system in systems[2:])
     points, apart = 100 * (best["value"] - poor["value"]), best["low"] > poor["high"]
     shown = [f"{100 * each['value']:.1f} ({100 * each['low']:.1f}..{100 * each['high']:.1f})" for each in (poor, best)]
     print(
@@ -137,8 +137,9 @@ def seeds(home: Path, rows: Path, trials: int, epochs: int) -> bool:
 
 def asha(home: Path, rows: Path, trials: int, epochs: int) -> bool:
     more, found = (f"optim.epochs={epochs}", *POOR), {}
-    for kind in ("none", "asha"):
-        how = {"searcher": "grid", "scheduler.kind": kind, "scheduler.reduction": REDUCTION}
+    early = {"scheduler.reduction": REDUCTION, "scheduler.grace": 5, "looks": 20}
+    for kind, how in {"none": {}, "asha": early}.items():
+        how |= {"searcher": "grid", "scheduler.kind": kind}
         found[kind] = searched(recipe_of(home, rows, f"grid-{kind}", *more), GRID, **how)
         each = found[kind]
         print(f"{kind:>5}: validation loss {lowest(each):.4f}, {each.num_steps} steps of {len(each.trials)} trials, {each.seconds:.0f} s")
