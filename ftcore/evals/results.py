@@ -126,17 +126,19 @@ class Results:
         return "\n".join([*self.notes(), "", as_text(self.cells()), "", *self.sentences()])
 
     def markdown(self) -> str:
-        notes, sentences = ("\n".join(f"* {_marked(line)}" for line in lines) for lines in (self.notes(), self.sentences()))
+        notes, sentences = ("\n".join(f"* {marked(line)}" for line in lines) for lines in (self.notes(), self.sentences()))
         return "\n".join(["# Evaluation", "", notes, "", as_markdown(self.cells()), "", sentences, ""])
 
     def to_json(self) -> dict[str, Any]:
         """Values that are not numbers are null."""
-        return _finite(
+        return finite(
             {
-                "about": asdict(self.about), "reading": asdict(self.reading), "lines": [asdict(line) for line in self.lines],
+                "about": asdict(self.about),
+                "reading": asdict(self.reading),
+                "lines": [asdict(line) for line in self.lines],
                 "verdicts": [{**asdict(one), "better": one.better, "sentence": one.sentence()} for one in self.verdicts],
             }
-        )  # type: ignore[return-value]  # fmt: skip
+        )
 
 
 def weigh_up(about: About, systems: Sequence[System], asked: Sequence[Asked], given: Mapping[str, Sequence[Given]]) -> Results:
@@ -188,10 +190,10 @@ def _examples(metric: str, asked: Sequence[Asked], answers: Sequence[Answers], r
     def example(why: str, at: int) -> Example:
         row = by_id[shared[0].rows[at].id]
         shown = {
-            each.system: (_cut(each.rows[at].text), METRICS[metric].shown(better * score[at]))
+            each.system: (cut(each.rows[at].text), METRICS[metric].shown(better * score[at]))
             for each, score in zip(shared, scores, strict=True)
         }
-        return Example(why, row.id, _cut(row.turns[-1].content), _cut(row.reference), shown)
+        return Example(why, row.id, cut(row.turns[-1].content), cut(row.reference), shown)
 
     for number, (each, score) in enumerate(zip(shared, scores, strict=True)):
         if number:
@@ -215,18 +217,18 @@ def _value(measured: Measured) -> tuple[str, str]:
     return metric.shown(measured.interval.value), metric.shown_ends(measured.interval)
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
     return text if len(text) <= CUT else f"{text[:CUT]} [{len(text) - CUT:,} more characters]"
 
 
-def _marked(text: str) -> str:
+def marked(text: str) -> str:
     """As Markdown that says what the text says: no markup of its own."""
     return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|" else character for character in text)
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
