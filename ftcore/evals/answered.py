@@ -13,8 +13,8 @@ from typing import Literal
 from ftcore.errors import DataError
 
 Fact = Literal["references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes", "points", "support"]
-LATER: frozenset[Fact] = frozenset({"points", "support"})
-"""Facts that no task gives: somebody else looks at the answers."""
+LATER: dict[Fact, str] = {"points": "ftcore compare OUT A B --judge SYSTEM", "support": "name who looks: --entailment MODEL"}
+"""Facts that no task gives, because somebody else looks at the answers; and how to come by them."""
 
 
 @dataclass(frozen=True)

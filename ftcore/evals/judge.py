@@ -27,8 +27,8 @@ Log = Callable[[str], None]
 EACH = 100
 """Replies between two lines of progress."""
 LOOK_AGAIN_S = 0.02
-TRIAL_TIMEOUT_S, TRIAL_TRIES = 60.0, 2
-"""A judge that says nothing is told so in two minutes; the rows' own questions are waited for longer."""
+TRIAL_TIMEOUT_S = 30.0
+"""Of each try: silence is told within some minutes; the rows' own questions are waited for longer."""
 
 
 class NoMoney(Exception):
@@ -152,7 +152,7 @@ class Asking:
             return form
         total, heard, system = Spent(), "", self.system
         if system.endpoint is not None:
-            system = replace(system, endpoint=replace(system.endpoint, timeout_s=TRIAL_TIMEOUT_S, num_tries=TRIAL_TRIES))
+            system = replace(system, endpoint=replace(system.endpoint, timeout_s=TRIAL_TIMEOUT_S))
         forms: tuple[Form, ...] = ("schema", "line") if self._panel.holds else ("line",)
         for form in forms:
             messages = self.rubric.messages(self.rubric.trial, form)

@@ -133,12 +133,10 @@ class Results:
         """Values that are not numbers are null."""
         return finite(
             {
-                "about": asdict(self.about),
-                "reading": asdict(self.reading),
-                "lines": [asdict(line) for line in self.lines],
+                "about": asdict(self.about), "reading": asdict(self.reading), "lines": [asdict(line) for line in self.lines],
                 "verdicts": [{**asdict(one), "better": one.better, "sentence": one.sentence()} for one in self.verdicts],
             }
-        )
+        )  # fmt: skip
 
 
 def weigh_up(about: About, systems: Sequence[System], asked: Sequence[Asked], given: Mapping[str, Sequence[Given]]) -> Results:

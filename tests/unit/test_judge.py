@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ftcore.cli import main
-from ftcore.evals import endpoint
+from ftcore.evals import endpoint, judge
 from pipelines import evaluate
 from tests.answering import answering
 from tests.judges import Judges, judging
@@ -110,3 +110,146 @@ def hows(place: Path) -> dict[str, int]:
     result = json.loads((place / "result.json").read_text())
     assert [sample["id"] for sample in result["samples"] if sample["why"] == "the order decided"]
     return dict(result["hows"])
+
+
+def test_a_judge_of_nonsense_is_refused_before_rows_are_spent(run: Run) -> None:
+    assert run("babble") == 3
+    assert "this judge gives no verdict that can be read, not even on a trial question" in run.err
+    assert "'I would rather not say, but 1 is a fine number.'" in run.err and "remedy: take a model that follows" in run.err
+    assert len(run.judges.bodies) == 4 and run.judges.of("babble") == []  # as JSON and as a last line, each once more
+
+
+def test_too_many_verdicts_that_cannot_be_read_are_no_verdict(run: Run) -> None:
+    """mumble cannot be read where n % 5 is 0: on 12 of 60 rows, 6 of the 30 that it is asked about."""
+    assert run("mumble") == 3
+    assert f"cannot tell {run.good} from {run.poor}: the judge gave no verdict that can be read on" in run.out + run.err
+    assert "wanted: at most 10 %" in run.err and run.result()["verdict"] is None and run.result()["measured"] is None
+    assert run.result()["hows"]["missing"] and len(run.judges.of("mumble")) < 60 + 12  # it stops where the share cannot be reached any more
+    assert run("mumble", "--unjudged", "0.2") == 0
+    result = run.result()
+    assert result["hows"] == {"agreed": 24, "same text": 30, "unread": 6} and result["unjudged_share"] == 0.2
+    assert "6 rows are unjudged (20.0 % of the rows asked): no verdict could be read, asked twice" in run.out
+    assert f"{run.good} is better than" in run.out.splitlines()[-3] and "on 54 rows" in run.out
+    requests = [json.dumps(body) for body in run.judges.of("mumble")]
+    assert len(requests) == 60 + 12 == len(set(requests))  # the unread once more with a reminder, and nothing twice
+
+
+def test_a_verdict_that_is_read_the_second_time_counts(run: Run) -> None:
+    assert run("slow-witted") == 0
+    assert run.result()["outcomes"] == {"ours": 30, "tie": 30} and run.result()["about"]["spent"]["calls"] == 2 * 61
+    again = next(body["messages"] for body in run.judges.of("slow-witted") if len(body["messages"]) == 4)
+    assert [turn["role"] for turn in again] == ["system", "user", "assistant", "user"] and "could not be read" in again[3]["content"]
+
+
+def test_a_judge_that_takes_no_schema_is_read_from_its_last_line(run: Run) -> None:
+    assert run("prose") == 0
+    assert run.result()["outcomes"] == {"ours": 30, "tie": 30}
+    assert all("response_format" not in body for body in run.judges.of("prose")) and len(run.judges.of("prose")) == 60
+
+
+def test_a_judge_that_is_not_there_or_says_nothing_is_told_before_rows_are_spent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = run.judges.url
+    run.judges.url = "http://127.0.0.1:9/v1"
+    assert run("fair") == 1
+    assert "this endpoint does not answer" in run.err and "where:  http://127.0.0.1:9/v1" in run.err and "remedy:" in run.err
+    run.judges.url, run.judges.silent_s = told, 0.5
+    monkeypatch.setattr(judge, "TRIAL_TIMEOUT_S", 0.1)
+    assert run("fair") == 1
+    assert "this endpoint does not answer" in run.err and "timed out" in run.err and run.judges.of("fair") == []
+
+
+def test_a_busy_judge_is_waited_for_and_one_that_breaks_down_costs_what_it_answered(run: Run) -> None:
+    run.judges.busy = 5
+    run.judges.gone_after = 40
+    assert run("fair", "--at-once", "4") == 1
+    assert "this endpoint fails" in run.err and "500" in run.err
+    run.judges.gone_after = -1
+    assert run("fair") == 0
+    assert len(run.judges.of("fair")) == 60 and run.result()["about"]["spent"]["calls"] == 61
+
+
+@pytest.mark.parametrize(("limit", "calls"), [(["20"], 20), (["tokens=6000"], 54), (["money=0.009"], 36)])
+def test_a_limit_is_met_before_it_is_passed_and_a_higher_one_goes_on(run: Run, limit: list[str], calls: int) -> None:
+    """A call takes 110 tokens; at 1 and 15 a million, 0.00025. A question of n bytes counts as n tokens before it is asked."""
+    prices = ["--judge-prices", "1", "15", "--judge-tokens", "20"]
+    assert run("fair", "--judge-limit", *limit, *prices) == 75
+    assert "the next question could pass the limit" in run.err and "a higher --judge-limit: the same command goes on" in run.err
+    result = run.result()
+    spent = result["about"]["spent"]
+    assert (
+        spent["calls"] == len(run.judges.bodies)
+        and 10 < spent["calls"] <= calls
+        and "rows are not judged yet, the others are a sample" in run.out
+    )
+    assert result["verdict"] is None or result["verdict"]["num_rows"] < 60
+    assert run("fair", "--judge-limit", "500", *prices) == 0
+    assert len(run.judges.bodies) == 61 and run.result()["outcomes"] == {"ours": 30, "tie": 30}
+    assert f"cost: 61 calls, {61 * 110:,} tokens, {61 * 0.00025:.4f} in money" in run.out
+
+
+def test_replies_that_are_not_counted_are_taken_at_their_most(run: Run) -> None:
+    run.judges.counts = False
+    assert run("fair") == 0
+    spent = run.result()["about"]["spent"]
+    assert spent["uncounted"] == 61 and spent["completion_tokens"] == 61 * 512
+    assert "61 replies were not counted by the endpoint: taken at their most" in run.out
+
+
+def test_the_key_comes_from_the_environment_and_stays_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_MINE", "k-123")
+    assert run("fair", "--key-variable", "SECRET_OF_MINE") == 0
+    assert run.judges.keys == {"Bearer k-123"}
+    assert all(b"k-123" not in file.read_bytes() for file in run.folder.rglob("*") if file.is_file())
+
+
+def test_people_are_compared_with_the_judge(run: Run, tmp_path: Path) -> None:
+    """Of 30 rows that good wins, people say so of 20, and 5 times they prefer poor."""
+    rows, wrong = [], [n for n in range(NUM_ROWS) if 1 <= n % 10 <= 5]
+    for at, n in enumerate(wrong[:25]):
+        chosen, rejected = (f"It is {2 * n}.", "No idea.") if at < 20 else ("No idea.", f"It is {2 * n}.")
+        rows.append({"prompt": f"What is {n} plus {n}?", "chosen": chosen, "rejected": rejected})
+    rows.append({"prompt": "What is 1 plus 1?", "chosen": "It is 2.", "rejected": "something else"})
+    people = tmp_path / "people.jsonl"
+    people.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("fair", "--human", str(people)) == 0
+    found = run.result()["people"]
+    assert (found["num_labels"], found["num_rows"], found["share"]["value"]) == (25, 25, 0.8)
+    assert found["kappa"]["value"] == 0  # the judge says one thing only: as much as chance would agree
+    assert "agreement with people: 80.0 %" in run.out and "Cohen's kappa 0.00" in run.out
+    people.write_text(json.dumps({"prompt": "What?", "chosen": "a", "rejected": "b"}) + "\n")
+    assert run("fair", "--human", str(people)) == 3
+    assert "nobody was asked about these answers" in run.err
+    people.write_text(json.dumps({"prompt": "What?", "chosen": "a"}) + "\n")
+    assert run("fair", "--human", str(people)) == 3
+    assert "this is no preference: missing key" in run.err and "people.jsonl, row 1" in run.err
+
+
+def test_a_rubric_of_ones_own_is_what_the_judge_reads_and_makes_another_judgement(run: Run, tmp_path: Path) -> None:
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text("Prefer the shorter answer.")
+    assert run("fair") == 0 and run("fair", "--rubric", str(rubric)) == 0
+    told = {body["messages"][0]["content"] for body in run.judges.bodies}
+    assert any("Prefer the shorter answer." in text and "Is it right?" not in text for text in told)
+    first, second = (json.loads((place / "result.json").read_text())["about"] for place in run.places())
+    assert first["rubric_digest"] != second["rubric_digest"] and {first["rubric"], second["rubric"]} == {"built in", str(rubric)}
+    rubric.write_text("")
+    assert run("fair", "--rubric", str(rubric)) == 3
+    assert "this is no rubric" in run.err
+
+
+def test_what_cannot_be_judged_is_refused(run: Run) -> None:
+    assert run("fair", "--judge-limit", "rows=5") == 2
+    assert "this is no limit" in run.err and "rows=5" in run.err
+    assert run("fair", "--judge-limit", "money=5") == 2
+    assert "money is counted by prices" in run.err
+    assert run("fair", "--unjudged", "1") == 2
+    run.judges.url = "base"
+    assert run("fair") == 2
+    assert "--judge" in run.err and run.judges.bodies == []
+
+
+def test_a_local_model_judges_too(run: Run, tiny_model_dir: Path) -> None:
+    """A tiny model with random weights cannot judge: it is asked, and refused for what it says."""
+    assert main(["compare", str(run.folder), run.good, run.poor, "--judge", "base", "--base", str(tiny_model_dir),
+                 "--judge-tokens", "8"]) == 3  # fmt: skip
+    assert "this judge gives no verdict that can be read" in run.capsys.readouterr().err

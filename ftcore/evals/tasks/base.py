@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ftcore.data.types import Conversation, Message, Origin
 from ftcore.errors import ConfigError, DataError
-from ftcore.evals.answered import Fact
+from ftcore.evals.answered import LATER, Fact
 from ftcore.evals.asked import Asked
 from ftcore.evals.given import Given
 from ftcore.evals.metrics.base import METRICS
@@ -64,6 +64,7 @@ class Task(ABC):
             if lacking:
                 others = [other for other, task in TASKS.items() if {*task.gives, *task.weighed}.issuperset(metric.needs)]
                 remedy = "an endpoint does not tell how likely labels are: leave it out" if self.name in others else ""
+                remedy = next((LATER[need] for need in lacking if need in LATER), remedy)
                 raise ConfigError(
                     f"metric `{name}` cannot be computed from task `{self.name}`", where="--metrics", got=f"no {', '.join(lacking)}",
                     wanted=" | ".join(other for other in METRICS if facts.issuperset(METRICS[other].needs)),
