@@ -17,6 +17,7 @@ from ftcore.errors import ConfigError, DataError
 from ftcore.evals.answered import Answers
 from ftcore.evals.asked import Asked
 from ftcore.evals.given import answers_of
+from ftcore.evals.judge_options import JudgeOptions, add_judge_options
 from ftcore.evals.metrics.base import METRICS
 from ftcore.evals.records import Records
 from ftcore.evals.results import in_common
@@ -43,23 +44,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("words", metavar="DIR [DIR] A B", nargs="+", help="one folder of results, or A's and B's; then the two systems")
     made.add_argument("--metrics", nargs="+", default=[], help="default: those of the evaluation")
     made.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)")
-    judge = made.add_argument_group("a judge", "a language model says which answer is better, asked in both orders")
-    judge.add_argument("--judge", metavar="SYSTEM", default="", help="URL#MODEL, or as for ftcore evaluate: base, tenant/name, FOLDER")
-    judge.add_argument("--rubric", metavar="FILE", default="", help="what to judge by, in plain words (default: a built-in one)")
-    judge.add_argument(
-        "--judge-limit", nargs="+", default=[], metavar="LIMIT", help="400 (calls), calls=400, tokens=200000, money=2.50: stops before it"
-    )
-    judge.add_argument(
-        "--judge-prices", nargs=2, type=float, default=[0, 0], metavar=("IN", "OUT"), help="of a million tokens of questions, of replies"
-    )
-    judge.add_argument("--judge-tokens", type=int, default=512, help="of a reply (default: 512)")
-    judge.add_argument("--unjudged", type=float, default=0.1, help="the share of rows that may be without a verdict (default: 0.1)")
-    judge.add_argument("--human", metavar="FILE", default="", help="preference rows by people on these answers: how far the judge agrees")
-    judge.add_argument("--key-variable", default="OPENAI_API_KEY", help="the environment variable that holds the endpoint's key")
-    judge.add_argument("--at-once", type=int, default=8, help="questions at once (default: 8)")
-    judge.add_argument("--base", default="", help="the folder or hub name of a local judge's base")
-    judge.add_argument("--store", default="adapters", help="the adapter store of a local judge (default: adapters)")
-    judge.add_argument("--context", type=int, default=4096, help="tokens of a local judge's question and reply at most (default: 4096)")
+    add_judge_options(made, "says which answer is better, asked in both orders")
+    made.add_argument("--human", metavar="FILE", default="", help="preference rows by people on these answers: how far the judge agrees")
+    made.add_argument("--key-variable", default="OPENAI_API_KEY", help="the environment variable that holds the endpoint's key")
+    made.add_argument("--at-once", type=int, default=8, help="questions at once (default: 8)")
+    made.add_argument("--base", default="", help="the folder or hub name of a local judge's base")
+    made.add_argument("--store", default="adapters", help="the adapter store of a local judge (default: adapters)")
+    made.add_argument("--context", type=int, default=4096, help="tokens of a local judge's question and reply at most (default: 4096)")
     return made
 
 
@@ -79,13 +70,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _judged(options: argparse.Namespace, both: Both) -> None:
-    from ftcore.evals.judge_command import JudgeOptions, check_judgement, judge_pair
+    from ftcore.evals.judge_command import check_judgement, judge_pair
     from ftcore.evals.pairs import Pairing
 
-    asked = JudgeOptions(
-        options.judge, options.base, options.store, options.key_variable, tuple(options.judge_limit), tuple(options.judge_prices),
-        options.judge_tokens, options.at_once, options.context, options.rubric, options.human, options.unjudged, options.confidence,
-    )  # fmt: skip
+    asked = replace(JudgeOptions.of(options), human=options.human, confidence=options.confidence)
     found = judge_pair(asked, Pairing(both.ours, both.theirs, both.asked), both.folder, partial(print, flush=True))
     print(f"\n{found.text()}\n\n{'page':<10}{found.about.place}/result.html", flush=True)
     check_judgement(found)
@@ -122,7 +110,9 @@ def _answers(records: Records, facts: dict[str, Any], system: str, across: bool)
         remedy = f"did you mean `{near[0]}`?" if near else "ftcore evaluate with it, into the same folder"
         raise ConfigError("this evaluation has no such system", where=records.folder, got=system, wanted=" | ".join(lines), remedy=remedy)
     questions = records.questions()
-    answers = answers_of(system, questions, records.answers(lines[system]), labelled=facts["about"]["task"] == "labels")
+    key, by = lines[system], facts["about"].get("support", "")
+    support = records.support(by, key) if by else {}
+    answers = answers_of(system, questions, records.answers(key), labelled=facts["about"]["task"] == "labels", support=support)
     if not across:
         return answers
     content = {row.id: row.content for row in questions}

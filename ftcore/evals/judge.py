@@ -99,6 +99,18 @@ class Asking:
             return f"the next question could pass the limit ({self.purse.limit})"
         return "too many verdicts cannot be read" if self._hopeless() else ""
 
+    async def try_out(self) -> None:
+        """Whether it can be asked at all; nothing where that is known."""
+        if self.replies.form()[0] is not None:
+            return
+        self._panel = open_panel([self.system], self.engine, self.terms.at_once)
+        try:
+            await self._tried()
+        except NoMoney:
+            self.log("the limit does not even allow a trial")
+        finally:
+            await self._panel.close()
+
     async def _work(self, queue: Iterator[Case], form: Form) -> None:
         for case in queue:
             if self._over or self._hopeless():

@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError, Interrupted
 from ftcore.evals.judge import Asking, Terms
+from ftcore.evals.judge_options import JudgeOptions
 from ftcore.evals.judgement import About, Judgement, weigh
 from ftcore.evals.kappa import people
 from ftcore.evals.pairs import Pairing
@@ -27,41 +27,15 @@ Log = Callable[[str], None]
 FOLDER = "judgements"
 
 
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Who judges and on what terms, as a command line has it."""
-
-    judge: str
-    base: str = ""
-    store: str = "adapters"
-    key_variable: str = "OPENAI_API_KEY"
-    limit: tuple[str, ...] = ()
-    prices: tuple[float, ...] = (0.0, 0.0)
-    max_tokens: int = 512
-    at_once: int = 8
-    context: int = 4096
-    rubric: str = ""
-    human: str = ""
-    most_unjudged: float = 0.1
-    confidence: float = 0.95
-
-    def system(self) -> System:
-        system = resolve([self.judge], base=self.base, revision="main", store=self.store, key_variable=self.key_variable, option="--judge")[
-            0
-        ]
-        if system.shots:
-            raise ConfigError("a judge is shown no examples", where="--judge", got=self.judge, wanted=self.judge.rpartition("+")[0])
-        return system
-
-    def check(self) -> None:
-        """What can be refused without reading anything."""
-        if self.max_tokens < 1 or self.at_once < 1:
-            raise ConfigError("a judge says at least one token, to one question at least", where="--judge-tokens, --at-once")
-        if not 0 <= self.most_unjudged < 1:
-            raise ConfigError("there is no such share of rows", where="--unjudged", got=self.most_unjudged, wanted="0 to below 1")
-        if min(self.prices) < 0:
-            raise ConfigError("there is no such price", where="--judge-prices", got=self.prices, wanted="0 or more")
-        Limit.parse(self.limit, Prices(*self.prices))
+def judge_of(options: JudgeOptions) -> System:
+    """Raises ConfigError or ModelError for one that is not there, or comes with examples."""
+    name = options.judge
+    system = resolve([name], base=options.base, revision="main", store=options.store, key_variable=options.key_variable, option="--judge")[
+        0
+    ]
+    if system.shots:
+        raise ConfigError("a judge is shown no examples", where="--judge", got=name, wanted=name.rpartition("+")[0])
+    return system
 
 
 def judge_pair(options: JudgeOptions, pairing: Pairing, folder: Folder, log: Log) -> Judgement:
@@ -70,7 +44,7 @@ def judge_pair(options: JudgeOptions, pairing: Pairing, folder: Folder, log: Log
     rubric, labels = of_pairs(options.rubric), people(options.human, pairing) if options.human else []
     if not any(row.text.strip() for row in (*pairing.ours.rows, *pairing.theirs.rows)):
         raise DataError("there are no words to judge", where=folder, remedy="ftcore evaluate --task answers, into another folder")
-    system, prices = options.system(), Prices(*options.prices)
+    system, prices = judge_of(options), Prices(*options.prices)
     facts = {"judge": system.facts(), "rubric": rubric.digest, "max_tokens": options.max_tokens, "answers": _answers(pairing)}
     place = folder / f"{FOLDER}/{_name(pairing)}-{digest_of(facts)[:8]}"
     replies, cases = Replies(place, facts), pairing.cases()

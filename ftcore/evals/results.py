@@ -46,6 +46,8 @@ class About:
     left_out: Mapping[str, int]
     leaks: tuple[Leak, ...]
     leaks_kept: bool
+    support: str = ""
+    """Who looked at the answers' consistency: the key of its findings in the folder."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Results:
             done = "kept, as asked for" if about.leaks_kept else "left out"
             first = f"{about.leaks[0].id} = {about.leaks[0].copy_of}"
             notes.append(f"{len(about.leaks):,} rows were trained on too ({exact:,} word for word), {done}: {first}")
+        notes += [f"consistency of answers with their sources: {about.support.partition('/')[2]}"] if about.support else []
         for name in about.metrics:
             how = [line.measured[name].how for line in self.lines if line.measured[name].how]
             fewer = min(line.measured[name].num_rows for line in self.lines)
@@ -139,10 +142,17 @@ class Results:
         )  # fmt: skip
 
 
-def weigh_up(about: About, systems: Sequence[System], asked: Sequence[Asked], given: Mapping[str, Sequence[Given]]) -> Results:
-    """`given`: by the systems' names. The first system is the one that others are compared with."""
+def weigh_up(
+    about: About,
+    systems: Sequence[System],
+    asked: Sequence[Asked],
+    given: Mapping[str, Sequence[Given]],
+    support: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> Results:
+    """`given`, `support`: by the systems' names. The first system is the one that others are compared with."""
     labelled = about.task == "labels"
-    answers = [answers_of(system.name, asked, given[system.name], labelled=labelled) for system in systems]
+    found = support or {}
+    answers = [answers_of(system.name, asked, given[system.name], labelled=labelled, support=found.get(system.name)) for system in systems]
     reading = read_as(answers[0].rows)
     measured: dict[str, dict[str, Measured]] = {system.name: {} for system in systems}
     verdicts = []

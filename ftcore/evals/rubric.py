@@ -110,9 +110,10 @@ def of_pairs(file: str = "") -> Rubric:
     return Rubric(PAIR_TASK, text, (FIRST, SECOND, TIE), PAIR_TRIAL, origin)
 
 
-def of_support() -> Rubric:
-    """Whether a source supports an answer."""
-    return Rubric(SUPPORT_TASK, SUPPORT_RUBRIC, (YES, NO), SUPPORT_TRIAL)
+def of_support(file: str = "") -> Rubric:
+    """Whether a source supports an answer; `file`: as above."""
+    text, origin = _read(file) if file else (SUPPORT_RUBRIC, BUILT_IN)
+    return Rubric(SUPPORT_TASK, text, (YES, NO), SUPPORT_TRIAL, origin)
 
 
 def _read(file: str) -> tuple[str, str]:

@@ -52,11 +52,11 @@ class Task(ABC):
         if not rows:
             raise DataError("there is no row to judge by", where=f"task {self.name}")
 
-    def metrics(self, asked: Sequence[str], *, weighs: bool) -> list[str]:
+    def metrics(self, asked: Sequence[str], *, weighs: bool, more: Sequence[str] = ()) -> list[str]:
         """Those asked for, else the usual ones. Raises ConfigError for one that does not exist, is not installed, or that no row has the
-        facts for. `weighs`: every system tells how likely an answer is."""
-        facts = {*self.gives, *(self.weighed if weighs else ())}
-        chosen = list(asked) or [name for name in self.usual if facts.issuperset(METRICS[name].needs)]
+        facts for. `weighs`: every system tells how likely an answer is; `more`: metrics that somebody looks at the answers for."""
+        facts = {*self.gives, *(self.weighed if weighs else ()), *(need for name in more for need in METRICS[name].needs)}
+        chosen = [*(asked or [name for name in self.usual if facts.issuperset(METRICS[name].needs)]), *more]
         for name in chosen:
             metric = METRICS[name]
             metric.check()
