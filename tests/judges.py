@@ -49,6 +49,8 @@ class Judges:
             return 429, {"Retry-After": "0"}, {"error": "busy"}
         if 0 <= self.gone_after <= len(self.bodies):
             return 500, {}, {"error": "out of order"}
+        if body["model"] == "closed":
+            return 400, {}, {"error": "unknown field max_tokens"}
         if body["model"] == "prose" and "response_format" in body:
             return 400, {}, {"error": "unknown field response_format"}
         self.bodies.append(body)
@@ -59,14 +61,19 @@ class Judges:
     def said(self, model: str, body: dict[str, Any]) -> str:
         parts, again = parts_of(body), len(body["messages"]) > 2
         number = int((re.search(r"\d+", parts.get("question", "")) or ["0"])[0])
-        verdict = self.verdict(model, parts, number)
+        verdict = self.verdict(model, body, number)
         if model == "babble" or (model == "mumble" and number % 5 == 0 and not is_trial(body)) or (model == "slow-witted" and not again):
             return "I would rather not say, but 1 is a fine number."
+        if model == "hostile":
+            return json.dumps({"reason": "<script>alert(1)</script>\x1b[31m", "verdict": verdict})
         if "response_format" in body:
             return json.dumps({"reason": f"because of {number}", "verdict": verdict})
         return f"I thought of it.\nVerdict: 2, some would say.\n\n**Verdict: {verdict}**"
 
-    def verdict(self, model: str, parts: dict[str, str], number: int) -> str:
+    def verdict(self, model: str, body: dict[str, Any], number: int) -> str:
+        parts = parts_of(body)
+        if model == "obedient" and "Ignore the rubric" in PART.sub("", body["messages"][1]["content"]):
+            return "1"
         if "source" in parts:
             return "yes" if parts["answer"].strip(".") in parts["source"] or "nine" in parts["answer"] else "no"
         if model == "first" or (model == "wavering" and number % 4 == 0):

@@ -176,9 +176,14 @@ class Asking:
                     return form
                 if said.error:
                     break
+        got = repr(printable(heard))[:300]
+        if said.error:
+            raise DataError(
+                "this judge refuses a trial question", where=self.system.name, got=got, remedy="see what it wants; a local one: --context"
+            )
         raise DataError(
-            "this judge gives no verdict that can be read, not even on a trial question", where=self.system.name,
-            got=repr(printable(heard))[:300], wanted=f"a last line `Verdict: {' | '.join(self.rubric.choices)}`, or the same as JSON",
+            "this judge gives no verdict that can be read, not even on a trial question", where=self.system.name, got=got,
+            wanted=f"a last line `Verdict: {' | '.join(self.rubric.choices)}`, or the same as JSON",
             remedy="take a model that follows instructions, or more --judge-tokens where it thinks first",
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,6 @@ class Run:
 
 @pytest.fixture
 def run(finished: tuple[Path, str, str], judges: Judges, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    import shutil
-
     shutil.copytree(finished[0], tmp_path / "out")
     return Run(tmp_path / "out", finished[1], finished[2], judges, capsys)
 
@@ -117,6 +116,8 @@ def test_a_judge_of_nonsense_is_refused_before_rows_are_spent(run: Run) -> None:
     assert "this judge gives no verdict that can be read, not even on a trial question" in run.err
     assert "'I would rather not say, but 1 is a fine number.'" in run.err and "remedy: take a model that follows" in run.err
     assert len(run.judges.bodies) == 4 and run.judges.of("babble") == []  # as JSON and as a last line, each once more
+    assert run("closed") == 3
+    assert "this judge refuses a trial question" in run.err and "unknown field max_tokens" in run.err
 
 
 def test_too_many_verdicts_that_cannot_be_read_are_no_verdict(run: Run) -> None:
@@ -248,8 +249,36 @@ def test_what_cannot_be_judged_is_refused(run: Run) -> None:
     assert "--judge" in run.err and run.judges.bodies == []
 
 
-def test_a_local_model_judges_too(run: Run, tiny_model_dir: Path) -> None:
-    """A tiny model with random weights cannot judge: it is asked, and refused for what it says."""
-    assert main(["compare", str(run.folder), run.good, run.poor, "--judge", "base", "--base", str(tiny_model_dir),
-                 "--judge-tokens", "8"]) == 3  # fmt: skip
+def test_answers_of_two_folders_are_judged_by_their_questions(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "other")
+    assert main(["compare", str(run.folder), str(tmp_path / "other"), run.good, run.poor, "--judge", f"{run.judges.url}#fair"]) == 0
+    assert f"{run.good} is better than {run.poor} by 50.0 points (win rate)" in run.capsys.readouterr().out
+    assert not (tmp_path / "other" / "judgements").exists()
+
+
+def test_what_a_judge_says_is_shown_as_what_it_is(run: Run) -> None:
+    assert run("hostile") == 0
+    (place,) = run.places()
+    page, text = (place / "result.html").read_text(), (place / "result.md").read_text()
+    assert "&lt;script&gt;" in page and "<script" not in page and "\\<script" in text and "\x1b" not in page + text + run.out
+
+
+def test_a_local_model_judges_too(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A tiny model with random weights cannot judge: it is asked, and refused for what it says. One too small for the question is, too."""
+    command = ["compare", str(run.folder), run.good, run.poor, "--judge-tokens", "8", "--judge"]
+    assert main([*command, "base", "--base", str(tiny_model_dir)]) == 3
+    assert "this judge refuses a trial question" in (said := run.capsys.readouterr().err) and "does not fit the context" in said
+    larger = shutil.copytree(tiny_model_dir, tmp_path / "larger")
+    config = json.loads((larger / "config.json").read_text())
+    (larger / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    assert main([*command, str(larger)]) == 3
     assert "this judge gives no verdict that can be read" in run.capsys.readouterr().err
+
+
+def test_the_readme_shows_what_a_judge_comes_to(run: Run) -> None:
+    assert run("wavering", "--judge-limit", "200", "--judge-prices", "0.15", "0.60") == 0
+    page = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = page.split("```text\njudged by")[1].split("```")[0]
+    said = run.out.replace(run.judges.url, "http://judge/v1").replace(run.good.partition("#")[0], "http://systems/v1")
+    lines = f"judged by{shown}".splitlines()
+    assert len(lines) == 6 and [line for line in lines if line not in said.splitlines()] == []
