@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftcore.data.families import template_names
 from ftcore.data.formats.base import FORMATS
+from ftcore.evals.answered import LATER
 from ftcore.evals.metrics.base import METRICS
 from ftcore.methods.qlora import Qlora
 
@@ -131,6 +132,8 @@ def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
         near = difflib.get_close_matches(gate.metric, list(METRICS), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield "output.gate.metric", f"unknown metric; got {gate.metric}; wanted {' | '.join(METRICS)}{hint}"
+    elif set(LATER).intersection(METRICS[gate.metric].needs):
+        yield "output.gate.metric", f"a gate asks no judge; got {gate.metric}; take a metric that needs the answers alone"
     if recipe.output.adapter is None or not recipe.output.promote:
         yield (
             "output.gate",

@@ -18,6 +18,7 @@ if not __package__:  # run as a file: the rooms are siblings of this script's fo
 
 from ftcore.cli import guarded
 from ftcore.engines.torch import Torch, add_base_options
+from ftcore.evals.judge_options import JudgeOptions, add_judge_options
 from ftcore.recipe import load_recipe
 
 
@@ -41,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer at most (default: 2048)")
     made.add_argument("--key-variable", default="OPENAI_API_KEY", help="the environment variable that holds an endpoint's key")
     made.add_argument("--at-once", type=int, default=8, help="questions an endpoint is asked at once (default: 8)")
+    made.add_argument("--entailment", default="", metavar="MODEL", help="a classifier that says how far sources support answers")
+    add_judge_options(made, "says whether sources support answers; which of two is better: ftcore compare --judge")
     made.add_argument("--here", action="store_true", help="in this process, without Ray")
     made.add_argument("--workers", type=int, default=1, help="engines at once, each with a copy of the base (default: 1)")
     made.add_argument("--gpus", type=float, default=0, help="GPUs of each worker (default: 0)")
@@ -58,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe=recipe, rows=tuple(options.rows), systems=tuple(options.systems),
         base=options.base, store=options.store, out=options.out, task=options.task, labels=tuple(options.labels),
         metrics=tuple(options.metrics), limit=options.limit, keep_leaks=options.leaks == "keep", max_tokens=options.max_tokens,
-        seed=options.seed, key_variable=options.key_variable, at_once=options.at_once,
+        seed=options.seed, key_variable=options.key_variable, at_once=options.at_once, entailment=options.entailment,
+        judge=JudgeOptions.of(options) if options.judge else None,
         engine=Torch(max_batch=options.batch, max_context=options.context, dtype=options.dtype, quantise=options.quantise),
     )  # fmt: skip
     results = evaluate(wanted, Means(options.here, options.workers, options.gpus), partial(print, flush=True))

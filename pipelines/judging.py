@@ -17,11 +17,15 @@ from ftcore.data.prepared import Prepared
 from ftcore.data.types import Conversation
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
+from ftcore.evals.entailment import Classifier
 from ftcore.evals.heldout import TestSet, held_out, items_of, whole_files
+from ftcore.evals.judge_command import judge_of
+from ftcore.evals.judge_options import JudgeOptions
 from ftcore.evals.leakage import NEAR_ROWS, Leak, exact_copies, near_copies
 from ftcore.evals.metrics.base import METRICS
 from ftcore.evals.records import WINDOW, Records
 from ftcore.evals.results import About, Results, weigh_up
+from ftcore.evals.support import METRIC, by_judge, by_model, judge_tried
 from ftcore.evals.systems import System, resolve
 from ftcore.evals.tasks.base import TASKS, Task, choose
 from ftcore.places import check_place
@@ -55,6 +59,9 @@ class Wanted:
     seed: int = 0
     key_variable: str = ""
     at_once: int = 8
+    entailment: str = ""
+    """The model, or the judge, that looks at the answers' consistency with their sources."""
+    judge: JudgeOptions | None = None
 
 
 def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
@@ -71,7 +78,12 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
         raise ConfigError(
             "likelihoods are weighed in full precision", where="--quantise", got=wanted.engine.quantise, remedy="leave it out"
         )
-    metrics = task.metrics(wanted.metrics, weighs=weighs)
+    looked_at = [METRIC] if wanted.entailment or wanted.judge else []
+    if looked_at and task.name == "likelihood":
+        raise ConfigError("consistency is of answers in words", where="--task", got=task.name, remedy="--task answers")
+    metrics = task.metrics(wanted.metrics, weighs=weighs, more=looked_at)
+    classifier = Classifier(wanted.entailment) if wanted.entailment else None
+    judge = judge_of(wanted.judge) if wanted.judge else None
     log(f"{len(tests.rows):,} rows ({tests.origin}); task {task.name}: {why}; metrics: {', '.join(metrics)}")
     for system in systems:
         if system.endpoint is not None:
@@ -82,12 +94,20 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     records = Records(out)
     records.claim(_facts(wanted, tests, task))
     num_windows = records.write_questions(tests.rows)
+    asking = judge_tried(wanted.judge, judge, records, log) if wanted.judge and judge else None
     work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
     log(str(answer_all(work, num_windows, means, log)))
+    key = ""
+    if classifier is not None:
+        key = by_model(classifier, records, systems, log)
+    elif asking is not None:
+        key = by_judge(asking, records, systems, log)
     about = About(
-        tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks
+        tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks, key
     )
-    results = weigh_up(about, systems, tests.rows, {system.name: records.answers(system.key) for system in systems})
+    given = {system.name: records.answers(system.key) for system in systems}
+    support = {system.name: records.support(key, system.key) for system in systems} if key else {}
+    results = weigh_up(about, systems, tests.rows, given, support)
     write_page(records.folder, results)
     return results
 
@@ -104,6 +124,10 @@ def _check_words(wanted: Wanted) -> None:
         TASKS[wanted.task]
     for name in wanted.metrics:
         METRICS[name].check()
+    if wanted.entailment and wanted.judge:
+        raise ConfigError("consistency is looked at once", got="--entailment and --judge", wanted="one of them")
+    if wanted.judge:
+        wanted.judge.check()
     check_place("--out", placed(wanted.out))
 
 

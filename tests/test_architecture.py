@@ -179,6 +179,7 @@ LATE: dict[str, str] = {
     "serving.app": "the driver and the ingress load no torch: only engine replicas do",
     "serving.commands": "`--help` and wrong settings are answered without ray and torch",
     "pipelines.prepare": "a cache hit starts at once, without what building needs",
+    "ftcore.evals.compare_command": "without a judge it answers without torch",
     "ftcore.evals.panel": "peft is loaded only where likelihoods are weighed",
     "pipelines.build": "small data is prepared without ray",
     "pipelines.evaluating": "small sets are judged without ray",

@@ -12,7 +12,9 @@ from typing import Literal
 
 from ftcore.errors import DataError
 
-Fact = Literal["references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes"]
+Fact = Literal["references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes", "points", "support"]
+LATER: dict[Fact, str] = {"points": "ftcore compare OUT A B --judge SYSTEM", "support": "name who looks: --entailment MODEL"}
+"""Facts that no task gives, because somebody else looks at the answers; and how to come by them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Answered:
     """Tokens of the reference answer."""
     num_bytes: int = 0
     """Bytes of the reference answer in UTF-8."""
+    points: float | None = None
+    """What a judge gave it against another system's answer: 1 won, 0.5 tied, 0 lost."""
+    support: float | None = None
+    """How far its source supports it, 0 to 1."""
 
 
 Rows = Sequence[Answered]
@@ -60,6 +66,8 @@ PRESENT: dict[Fact, Callable[[Answered], bool]] = {
     "nll": lambda row: row.nll is not None and isfinite(row.nll),
     "num_tokens": lambda row: row.num_tokens > 0,
     "num_bytes": lambda row: row.num_bytes > 0,
+    "points": lambda row: row.points is not None,
+    "support": lambda row: row.support is not None,
 }
 
 

@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -39,6 +39,8 @@ class Endpoint:
     url: str
     model: str
     key_variable: str = "OPENAI_API_KEY"
+    timeout_s: float = TIMEOUT_S
+    num_tries: int = NUM_TRIES
 
     @classmethod
     def parse(cls, text: str, key_variable: str) -> Endpoint:
@@ -50,23 +52,25 @@ class Endpoint:
     def check(self) -> None:
         """Asks for one token. Raises ConfigError or FtcoreError with the endpoint's own words."""
         try:
-            self.answer([Message("user", "Hello")], (), 1, num_tries=3)
+            replace(self, num_tries=3).answer([Message("user", "Hello")], (), 1)
         except DataError as error:
             raise ConfigError(
                 "this endpoint refuses a plain question", where=self.url, got=error.got, remedy="check the model's name"
             ) from error
 
     def answer(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], max_tokens: int, *, num_tries: int = NUM_TRIES
-    ) -> Said:  # fmt: skip
-        """The most likely answer. Raises DataError where the row is at fault."""
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], max_tokens: int, schema: dict[str, Any] | None = None
+    ) -> Said:
+        """The most likely answer, held to a JSON schema if there is one. Raises DataError where the row is at fault."""
         body: dict[str, Any] = {
             "model": self.model, "messages": [_plain(turn) for turn in messages], "max_tokens": max_tokens, "temperature": 0,
         }  # fmt: skip
         if tools:
             body["tools"] = list(tools)
+        if schema is not None:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
         started = time.monotonic()
-        reply = self._asked(json.dumps(body).encode(), num_tries)
+        reply = self._asked(json.dumps(body).encode())
         try:
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text, finish = choice["message"]["content"] or "", choice.get("finish_reason") or ""
@@ -80,14 +84,14 @@ class Endpoint:
             raise FtcoreError("this endpoint answers without text", where=self.url, got=printable(json.dumps(reply))[:300])
         return Said(text, str(finish), *counts, seconds=time.monotonic() - started)
 
-    def _asked(self, body: bytes, num_tries: int) -> Any:
+    def _asked(self, body: bytes) -> Any:
         headers = {"content-type": "application/json"}
         if key := os.environ.get(self.key_variable, ""):
             headers["authorization"] = f"Bearer {key}"
         wait = FIRST_WAIT_S
-        for left in reversed(range(num_tries)):
+        for left in reversed(range(self.num_tries)):
             try:
-                with urlopen(Request(f"{self.url}/chat/completions", body, headers), timeout=TIMEOUT_S) as reply:
+                with urlopen(Request(f"{self.url}/chat/completions", body, headers), timeout=self.timeout_s) as reply:
                     return json.loads(reply.read())
             except HTTPError as error:
                 with error:

@@ -6,8 +6,8 @@ In: systems' answers. Out: records of a Parquet part; Answered rows for the metr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 
@@ -57,11 +57,13 @@ def from_table(table: pa.Table) -> list[Given]:
     return [Given(**{**record, "scores": json.loads(record["scores"])}) for record in table.to_pylist()]
 
 
-def answers_of(system: str, asked: Sequence[Asked], given: Sequence[Given], *, labelled: bool) -> Answers:
-    """In the order of the questions. `labelled`: the reference is a label."""
-    by_id = {row.id: row for row in given}
+def answers_of(
+    system: str, asked: Sequence[Asked], given: Sequence[Given], *, labelled: bool, support: Mapping[str, float | None] | None = None
+) -> Answers:
+    """In the order of the questions. `labelled`: the reference is a label. `support`: of rows by their ids, where somebody looked."""
+    by_id, known = {row.id: row for row in given}, support or {}
     rows = [answered(question, by_id[question.id], labelled=labelled) for question in asked if question.id in by_id]
-    return Answers(system, tuple(rows))
+    return Answers(system, tuple(replace(row, support=known.get(row.id)) for row in rows))
 
 
 def answered(question: Asked, given: Given, *, labelled: bool) -> Answered:

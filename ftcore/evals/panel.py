@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftcore.adapters import AdapterStore
 from ftcore.data.types import Conversation
@@ -36,9 +36,11 @@ class Panel(ABC):
 
     weighs: ClassVar[bool]
     """Whether it tells how likely a given answer is."""
+    holds: ClassVar[bool]
+    """Whether it can hold an answer to a JSON schema."""
 
     @abstractmethod
-    async def say(self, system: System, asked: Conversation, max_tokens: int) -> Said:
+    async def say(self, system: System, asked: Conversation, max_tokens: int, *, schema: dict[str, Any] | None = None) -> Said:
         """The most likely answer to a conversation that ends with a question. A fault of the row is told in `error`."""
 
     @abstractmethod
@@ -52,7 +54,7 @@ class Panel(ABC):
 class EnginePanel(Panel):
     """One base, spoken with by the embedded engine and weighed by a plain forward pass, in fp32."""
 
-    weighs = True
+    weighs, holds = True, False
 
     def __init__(self, systems: Sequence[System], engine: Engine) -> None:
         self._systems, self._engine = systems, engine
@@ -61,7 +63,7 @@ class EnginePanel(Panel):
         self._speaker: Speaker | None = None
         self._bench: Bench | None = None
 
-    async def say(self, system: System, asked: Conversation, max_tokens: int) -> Said:
+    async def say(self, system: System, asked: Conversation, max_tokens: int, *, schema: dict[str, Any] | None = None) -> Said:
         speaker = await self._speaking()
         digest = system.voice.ref.digest if system.voice and system.voice.ref else ""
         async with self._places:  # what waits here is not counted as slowness of the system
@@ -124,16 +126,16 @@ class EnginePanel(Panel):
 class EndpointPanel(Panel):
     """An endpoint, asked several questions at once."""
 
-    weighs = False
+    weighs, holds = False, True
 
     def __init__(self, at_once: int) -> None:
         self._pool = ThreadPoolExecutor(at_once, "asking")
 
-    async def say(self, system: System, asked: Conversation, max_tokens: int) -> Said:
+    async def say(self, system: System, asked: Conversation, max_tokens: int, *, schema: dict[str, Any] | None = None) -> Said:
         assert system.endpoint is not None
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._pool, system.endpoint.answer, asked.messages, asked.tools, max_tokens
+                self._pool, system.endpoint.answer, asked.messages, asked.tools, max_tokens, schema
             )
         except DataError as error:
             return Said("", error=f"{error.what}: {error.got}")

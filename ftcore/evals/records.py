@@ -5,13 +5,17 @@ In: questions, Given rows. Out: the same, read back. Runs in: the driver, worker
     evaluation.json                     what makes two evaluations the same one: rows, task, limits
     questions/part-00000.parquet        WINDOW questions each, in the order of the rows
     answers/<system>-<digest>/part-00000.parquet    what one system made of that window; a part that is there is not made again
+    support/<by>-<digest>/<system>-<digest>/part-00000.parquet    how far sources support those answers, where somebody looked
+    judgements/<pair>-<digest>/                     what a judge said about two systems (ftcore/evals/replies.py)
     results.json, results.md, results.html          at the end; systems that are added later find the others' answers there
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from ftcore.errors import DataError
 from ftcore.evals import asked, given
@@ -22,6 +26,7 @@ from ftcore.storage import Folder
 
 WINDOW = 128
 """Rows of one part, and what a stopped worker asks again at most, of each system."""
+FLOAT = pa.float64()
 JOB, RESULTS = "evaluation.json", "results.json"
 
 
@@ -55,6 +60,17 @@ class Records:
 
     def answers(self, system: str) -> list[Given]:
         return [row for key in self._parts(f"answers/{system}") for row in given.from_table(read_table(self.folder, key))]
+
+    def has_support(self, by: str, system: str, number: int) -> bool:
+        return self.folder.exists(_part(f"{by}/{system}", number))
+
+    def write_support(self, by: str, system: str, number: int, found: Mapping[str, float | None]) -> None:
+        """Of rows, by their ids; None where nobody could tell."""
+        write_table(self.folder, _part(f"{by}/{system}", number), pa.table({"id": list(found), "support": pa.array(found.values(), FLOAT)}))
+
+    def support(self, by: str, system: str) -> dict[str, float | None]:
+        tables = [read_table(self.folder, key) for key in self._parts(f"{by}/{system}")]
+        return {row["id"]: row["support"] for table in tables for row in table.to_pylist()}
 
     def results(self) -> dict[str, Any]:
         """Raises DataError for an evaluation that was not finished."""

@@ -46,6 +46,8 @@ class About:
     left_out: Mapping[str, int]
     leaks: tuple[Leak, ...]
     leaks_kept: bool
+    support: str = ""
+    """Who looked at the answers' consistency: the key of its findings in the folder."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Results:
             done = "kept, as asked for" if about.leaks_kept else "left out"
             first = f"{about.leaks[0].id} = {about.leaks[0].copy_of}"
             notes.append(f"{len(about.leaks):,} rows were trained on too ({exact:,} word for word), {done}: {first}")
+        notes += [f"consistency of answers with their sources: {about.support.partition('/')[2]}"] if about.support else []
         for name in about.metrics:
             how = [line.measured[name].how for line in self.lines if line.measured[name].how]
             fewer = min(line.measured[name].num_rows for line in self.lines)
@@ -126,23 +129,30 @@ class Results:
         return "\n".join([*self.notes(), "", as_text(self.cells()), "", *self.sentences()])
 
     def markdown(self) -> str:
-        notes, sentences = ("\n".join(f"* {_marked(line)}" for line in lines) for lines in (self.notes(), self.sentences()))
+        notes, sentences = ("\n".join(f"* {marked(line)}" for line in lines) for lines in (self.notes(), self.sentences()))
         return "\n".join(["# Evaluation", "", notes, "", as_markdown(self.cells()), "", sentences, ""])
 
     def to_json(self) -> dict[str, Any]:
         """Values that are not numbers are null."""
-        return _finite(
+        return finite(
             {
                 "about": asdict(self.about), "reading": asdict(self.reading), "lines": [asdict(line) for line in self.lines],
                 "verdicts": [{**asdict(one), "better": one.better, "sentence": one.sentence()} for one in self.verdicts],
             }
-        )  # type: ignore[return-value]  # fmt: skip
+        )  # fmt: skip
 
 
-def weigh_up(about: About, systems: Sequence[System], asked: Sequence[Asked], given: Mapping[str, Sequence[Given]]) -> Results:
-    """`given`: by the systems' names. The first system is the one that others are compared with."""
+def weigh_up(
+    about: About,
+    systems: Sequence[System],
+    asked: Sequence[Asked],
+    given: Mapping[str, Sequence[Given]],
+    support: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> Results:
+    """`given`, `support`: by the systems' names. The first system is the one that others are compared with."""
     labelled = about.task == "labels"
-    answers = [answers_of(system.name, asked, given[system.name], labelled=labelled) for system in systems]
+    found = support or {}
+    answers = [answers_of(system.name, asked, given[system.name], labelled=labelled, support=found.get(system.name)) for system in systems]
     reading = read_as(answers[0].rows)
     measured: dict[str, dict[str, Measured]] = {system.name: {} for system in systems}
     verdicts = []
@@ -188,10 +198,10 @@ def _examples(metric: str, asked: Sequence[Asked], answers: Sequence[Answers], r
     def example(why: str, at: int) -> Example:
         row = by_id[shared[0].rows[at].id]
         shown = {
-            each.system: (_cut(each.rows[at].text), METRICS[metric].shown(better * score[at]))
+            each.system: (cut(each.rows[at].text), METRICS[metric].shown(better * score[at]))
             for each, score in zip(shared, scores, strict=True)
         }
-        return Example(why, row.id, _cut(row.turns[-1].content), _cut(row.reference), shown)
+        return Example(why, row.id, cut(row.turns[-1].content), cut(row.reference), shown)
 
     for number, (each, score) in enumerate(zip(shared, scores, strict=True)):
         if number:
@@ -215,18 +225,18 @@ def _value(measured: Measured) -> tuple[str, str]:
     return metric.shown(measured.interval.value), metric.shown_ends(measured.interval)
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
     return text if len(text) <= CUT else f"{text[:CUT]} [{len(text) - CUT:,} more characters]"
 
 
-def _marked(text: str) -> str:
+def marked(text: str) -> str:
     """As Markdown that says what the text says: no markup of its own."""
     return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|" else character for character in text)
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -63,28 +63,28 @@ class System:
         return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.name).strip('-')[:60]}-{digest_of(self.facts())[:8]}"
 
 
-def resolve(words: Sequence[str], *, base: str, revision: str, store: str, key_variable: str) -> list[System]:
-    """Raises ConfigError or ModelError for one that is not there, does not fit its base, or stands there twice."""
+def resolve(words: Sequence[str], *, base: str, revision: str, store: str, key_variable: str, option: str = "--systems") -> list[System]:
+    """Raises ConfigError or ModelError for one that is not there, does not fit its base, or stands there twice; `option`: where."""
     twice = sorted({word for word in words if words.count(word) > 1})
     if twice:
-        raise ConfigError("a system is named twice", where="--systems", got=", ".join(twice))
-    return [_resolved(word, base, revision, store, key_variable) for word in words]
+        raise ConfigError("a system is named twice", where=option, got=", ".join(twice))
+    return [_resolved(word, base, revision, store, key_variable, option) for word in words]
 
 
-def _resolved(word: str, base: str, revision: str, store: str, key_variable: str) -> System:
+def _resolved(word: str, base: str, revision: str, store: str, key_variable: str, option: str) -> System:
     found = _SHOTS.match(word)
     who, shots = (found["who"], int(found["shots"])) if found else (word, 0)
     if who.startswith(("http://", "https://")):
         return System(word, shots, endpoint=Endpoint.parse(who, key_variable))
     if who == "base":
         if not base:
-            raise ConfigError("which base?", where=f"--systems {word}", wanted="a recipe, or --base FOLDER")
+            raise ConfigError("which base?", where=f"{option} {word}", wanted="a recipe, or --base FOLDER")
         return _of_voice(word, shots, Voice(base, revision, store, None))
     if Path(who).is_dir():
         return _of_voice(word, shots, Voice(str(Path(who).absolute()), "main", store, None))
     if who.startswith((".", "/", "~")) or who.count("/") != 1:
         remedy = "" if "/" not in who else "a folder starts where the command runs"
-        raise ConfigError("there is no such system", where="--systems", got=word, wanted=WANTED, remedy=remedy)
+        raise ConfigError("there is no such system", where=option, got=word, wanted=WANTED, remedy=remedy)
     return _of_voice(word, shots, Voice.find(who, store, base))
 
 

@@ -77,3 +77,9 @@ def test_a_run_whose_version_misses_the_least_value_publishes_it_and_promotes_no
 def test_a_gate_that_says_nothing_is_refused(gate: dict[str, Any], what: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=what):
         recipe_of(tmp_path, tmp_path, **gate)
+
+
+@pytest.mark.parametrize("metric", ["win_rate", "consistency"])
+def test_a_gate_on_what_only_a_judge_finds_is_refused_with_the_recipe(tmp_path: Path, metric: str) -> None:
+    with pytest.raises(ConfigError, match="a gate asks no judge"):
+        recipe_of(tmp_path, tmp_path, metric=metric, min=0.5)

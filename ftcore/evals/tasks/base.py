@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ftcore.data.types import Conversation, Message, Origin
 from ftcore.errors import ConfigError, DataError
-from ftcore.evals.answered import Fact
+from ftcore.evals.answered import LATER, Fact
 from ftcore.evals.asked import Asked
 from ftcore.evals.given import Given
 from ftcore.evals.metrics.base import METRICS
@@ -52,11 +52,11 @@ class Task(ABC):
         if not rows:
             raise DataError("there is no row to judge by", where=f"task {self.name}")
 
-    def metrics(self, asked: Sequence[str], *, weighs: bool) -> list[str]:
+    def metrics(self, asked: Sequence[str], *, weighs: bool, more: Sequence[str] = ()) -> list[str]:
         """Those asked for, else the usual ones. Raises ConfigError for one that does not exist, is not installed, or that no row has the
-        facts for. `weighs`: every system tells how likely an answer is."""
-        facts = {*self.gives, *(self.weighed if weighs else ())}
-        chosen = list(asked) or [name for name in self.usual if facts.issuperset(METRICS[name].needs)]
+        facts for. `weighs`: every system tells how likely an answer is; `more`: metrics that somebody looks at the answers for."""
+        facts = {*self.gives, *(self.weighed if weighs else ()), *(need for name in more for need in METRICS[name].needs)}
+        chosen = [*(asked or [name for name in self.usual if facts.issuperset(METRICS[name].needs)]), *more]
         for name in chosen:
             metric = METRICS[name]
             metric.check()
@@ -64,6 +64,7 @@ class Task(ABC):
             if lacking:
                 others = [other for other, task in TASKS.items() if {*task.gives, *task.weighed}.issuperset(metric.needs)]
                 remedy = "an endpoint does not tell how likely labels are: leave it out" if self.name in others else ""
+                remedy = next((LATER[need] for need in lacking if need in LATER), remedy)
                 raise ConfigError(
                     f"metric `{name}` cannot be computed from task `{self.name}`", where="--metrics", got=f"no {', '.join(lacking)}",
                     wanted=" | ".join(other for other in METRICS if facts.issuperset(METRICS[other].needs)),

@@ -1,0 +1,104 @@
+"""Kappa: how far a judge agrees with people who were shown the same two answers.
+
+In: preference rows by people, a judge's outcomes. Out: the share of agreement and Cohen's kappa, with intervals.
+Runs in: a person's terminal; numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ftcore.data.formats.base import to_item
+from ftcore.data.read import plan, read
+from ftcore.data.types import Message, Preference, Rejected, Row
+from ftcore.errors import DataError
+from ftcore.evals.intervals import Interval, Score, from_draws, resampled
+from ftcore.evals.pairs import Pairing
+from ftcore.recipe import Source
+
+Side = Literal["ours", "theirs"]
+Label = tuple[str, Side]
+"""A row's id, and whose answer somebody preferred."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """On labels of people; a row may have several. `kappa`: 1 is perfect, 0 what chance would give; nan where both always say one thing."""
+
+    num_labels: int
+    num_rows: int
+    share: Interval
+    kappa: Interval
+
+
+def agreement(said: Sequence[tuple[str, str, str]], *, confidence: float = 0.95, seed: int = 0) -> Agreement:
+    """`said`: (row, what a person said, what the judge said). Rows are resampled whole."""
+    rows = {row: number for number, row in enumerate(dict.fromkeys(row for row, _, _ in said))}
+    words = sorted({word for _, *both in said for word in both})
+    tables = np.zeros((len(rows), len(words), len(words)))
+    for row, person, judge in said:
+        tables[rows[row], words.index(person), words.index(judge)] += 1
+
+    def measured(score: Score) -> Interval:
+        drawn = resampled(lambda weights: score(np.tensordot(weights, tables, axes=1)), len(rows), seed=seed)
+        return from_draws(float(score(tables.sum(0)[None])[0]), drawn, confidence)
+
+    return Agreement(len(said), len(rows), measured(_share), measured(_kappa))
+
+
+def _share(tables: np.ndarray) -> np.ndarray:
+    """tables: [R, C, C] counts, a person's word by the judge's."""
+    return np.trace(tables, axis1=1, axis2=2) / tables.sum((1, 2))
+
+
+def _kappa(tables: np.ndarray) -> np.ndarray:
+    """(p_o - p_e) / (1 - p_e): Cohen 1960, equation 1."""
+    total = tables.sum((1, 2))
+    by_chance = (tables.sum(2) * tables.sum(1)).sum(1) / total**2
+    top, bottom = _share(tables) - by_chance, 1 - by_chance
+    return np.divide(top, bottom, out=np.full(len(tables), np.nan), where=bottom > 1e-12)
+
+
+def people(file: str, pairing: Pairing) -> list[Label]:
+    """Labels of the rows that both systems answered with exactly these words.
+
+    Raises DataError for a row that is no preference, and where none is about these answers.
+    """
+    texts = {}
+    for one, other in zip(pairing.ours.rows, pairing.theirs.rows, strict=True):
+        texts[_words(pairing.asked[one.id].turns)] = (one.id, one.text.strip(), other.text.strip())
+    found: list[Label] = []
+    num_rows = 0
+    for row in (row for piece in plan([Source(path=file)]) for row in read(piece)):
+        num_rows += 1
+        item = _preference(row)
+        id, ours, theirs = texts.get(_words(item.prompt), ("", "", ""))
+        told = (item.chosen.content.strip(), item.rejected.content.strip())
+        if id and told in ((ours, theirs), (theirs, ours)):
+            found.append((id, "ours" if told == (ours, theirs) else "theirs"))
+    if not found:
+        raise DataError(
+            "nobody was asked about these answers", where=file, got=f"{num_rows} preference rows, none with these two answers",
+            wanted="the questions of the evaluation, with the answers of both systems as `chosen` and `rejected`",
+        )  # fmt: skip
+    return found
+
+
+def _preference(row: Row | Rejected) -> Preference:
+    if isinstance(row, Rejected):
+        raise DataError(f"this row cannot be read: {row.reason}", where=row.origin, got=row.detail)
+    try:
+        item = to_item(row, "preference")
+    except DataError as error:
+        wanted = "prompt, chosen, rejected"
+        raise DataError(f"this is no preference: {error.what}", where=row.origin, got=error.got, wanted=wanted) from error
+    assert isinstance(item, Preference)
+    return item
+
+
+def _words(turns: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, turn.content.strip()) for turn in turns)
