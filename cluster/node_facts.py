@@ -42,7 +42,7 @@ def node_facts(folders: Sequence[str] = ()) -> NodeFacts:
     total, free = _memory_gib()
     return NodeFacts(
         versions={"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
-        code=code_digest(), cpus=_cpus(), memory_gib=total, memory_free_gib=free, gpus=_gpus(),
+        code=code_digest(), cpus=_cpus(), memory_gib=total, memory_free_gib=free, gpus=gpus(),
         free_gib={folder: _free_gib(Path(folder)) for folder in folders}, seconds=time.time(),
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def _memory_gib() -> tuple[float, float]:
     return facts.get("MemTotal", 0.0), facts.get("MemAvailable", 0.0)
 
 
-def _gpus() -> tuple[str, ...]:
+def gpus() -> tuple[str, ...]:
     """Names of the NVIDIA GPUs that the driver shows, whatever Ray lets this process use."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
