@@ -143,3 +143,25 @@ def test_the_smallest_gpu_that_a_worker_may_get_counts(monkeypatch: pytest.Monke
     monkeypatch.setattr(worker_memory, "node_facts", lambda: facts)
     here = worker_memory.share_here(Resources(workers=2))
     assert here.gib == facts.memory_free_gib / 2 and "2 workers" in here.source
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, (float("inf"), 0)),
+        ({"memory.max": "max"}, (float("inf"), 0)),
+        ({"memory.max": str(4 * GIB), "memory.current": str(3 * GIB), "memory.stat": f"anon 5\ninactive_file {GIB}"}, (4, 2)),
+        (
+            {"memory/memory.limit_in_bytes": str(4 * GIB), "memory/memory.usage_in_bytes": str(3 * GIB),
+             "memory/memory.stat": f"inactive_file 5\ntotal_inactive_file {2 * GIB}"},
+            (4, 1),
+        ),
+    ],
+)  # fmt: skip
+def test_a_container_has_what_it_may_take_not_what_the_machine_has(
+    tmp_path: Path, files: dict[str, str], told: tuple[float, float]
+) -> None:
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert node_facts.container_gib(tmp_path) == told
