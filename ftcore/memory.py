@@ -30,7 +30,9 @@ RUNTIME = 650 << 20
 """A worker's process with torch, transformers and peft imported; on a GPU it lies on the host."""
 HEAP_HOLES = 0.25
 """Of a micro-step's tensors, on a CPU: what glibc's heap keeps between them, since workers never give freed memory back
-(cluster.runtime_env.MALLOC). Seen once: 2,647 MiB where 2,216 were held, 2,232 with every tensor given back at once."""
+(cluster.runtime_env.MALLOC). No bound, it depends on the order of sizes: probably because torch asks for aligned memory, which glibc
+before 2.38 seldom takes from a hole of just that size. Seen: 2,647 MiB where 2,216 were held (0.2), and 2,096 where 1,392 were (LoRA, fp32,
+over 2,048 tokens: 0.9)."""
 SMALL_TENSOR = 4096
 """8-bit optimizers keep tensors below this in fp32 (optim.Optim.kind)."""
 
