@@ -6,6 +6,7 @@ In: folders to look at. Out: NodeFacts. Runs in: every node, and the driver.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -42,7 +43,7 @@ def node_facts(folders: Sequence[str] = ()) -> NodeFacts:
     total, free = _memory_gib()
     return NodeFacts(
         versions={"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
-        code=code_digest(), cpus=_cpus(), memory_gib=total, memory_free_gib=free, gpus=_gpus(),
+        code=code_digest(), cpus=_cpus(), memory_gib=total, memory_free_gib=free, gpus=gpus(),
         free_gib={folder: _free_gib(Path(folder)) for folder in folders}, seconds=time.time(),
     )  # fmt: skip
 
@@ -69,16 +70,33 @@ def _cpus() -> int:
 
 
 def _memory_gib() -> tuple[float, float]:
-    """(total, available); (0, 0) where /proc does not say."""
-    facts = {}
-    if Path("/proc/meminfo").exists():
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            facts[name] = int(rest.split()[0]) / 2**20
-    return facts.get("MemTotal", 0.0), facts.get("MemAvailable", 0.0)
+    """(total, available): the machine's, or what its container may take where that is less; (0, 0) where nothing says."""
+    facts = _numbers(Path("/proc/meminfo"), 2**20)
+    total, free = facts.get("MemTotal", 0.0), facts.get("MemAvailable", 0.0)
+    limit, used = container_gib()
+    return min(total, limit), max(0.0, min(free, limit - used))
 
 
-def _gpus() -> tuple[str, ...]:
+def container_gib(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
+    """(limit, used without the page cache that can go) of this process's control group, version 2 or 1; (inf, 0) without a limit."""
+    for limit, used, folder in (
+        ("memory.max", "memory.current", root),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", root / "memory"),
+    ):
+        if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()) != "max":
+            cache = _numbers(folder / "memory.stat", GIB)
+            idle = cache.get("total_inactive_file", cache.get("inactive_file", 0.0))  # version 1 counts the groups below apart
+            return int(text) / GIB, max(0.0, int((folder / used).read_text()) / GIB - idle)
+    return math.inf, 0.0
+
+
+def _numbers(file: Path, unit: int) -> dict[str, float]:
+    """Lines like `MemTotal:  24 kB` or `inactive_file 24`; {} without the file."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {words[0].rstrip(":"): int(words[1]) / unit for words in map(str.split, lines)}
+
+
+def gpus() -> tuple[str, ...]:
     """Names of the NVIDIA GPUs that the driver shows, whatever Ray lets this process use."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

@@ -18,8 +18,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.findings import EVERYWHERE, Counted, Finding
-from cluster.node_facts import GIB, NodeFacts, node_facts
+from cluster.node_facts import GIB, NodeFacts, gpus, node_facts
+from cluster.resources import Node, alive_nodes
+from cluster.worker_memory import NodeMemory, Share, share_of_nodes
 from ftcore.errors import FtcoreError
+from ftcore.recipe import Resources
 
 T = TypeVar("T")
 HERE = "this machine"
@@ -132,6 +135,21 @@ class Nodes:
     def close(self) -> None:
         for probe in self._probes.values():
             ray.kill(probe)
+
+
+def share_on_cluster(asked: Resources) -> Share:
+    """What one worker may take on the cluster this process is joined to: Ray counts memory, but not what GPUs have; nodes are asked."""
+    if not asked.gpus_per_worker:
+        return share_of_nodes(asked, [NodeMemory(node.name, node.memory_gib, node.holds(asked)) for node in alive_nodes()])
+    nodes = Nodes(joined=True)
+    try:
+        shown = nodes.ask(gpus)
+    finally:
+        nodes.close()
+    counted = {name: Node(name, told.cpus, told.gpus) for name, told in nodes.counted.items()}
+    return share_of_nodes(
+        asked, [NodeMemory(name, node.memory_gib, node.holds(asked), shown[name].value or ()) for name, node in counted.items()]
+    )
 
 
 def _alive() -> list[dict[str, Any]]:

@@ -5,21 +5,21 @@ In: a recipe's resources, the alive nodes. Out: the numbers of a Ray ScalingConf
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from cluster.runtime_env import inside_job
+from cluster.node_facts import GIB
+from cluster.runtime_env import joins_cluster
 from ftcore.errors import ClusterError
 from ftcore.recipe import Resources
 
 
 def needs_ray(asked: Resources) -> bool:
     """One CPU worker with no cluster in sight trains in the driver's process: Ray would only add its start-up."""
-    return asked.max_workers > 1 or asked.gpus_per_worker > 0 or inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+    return asked.max_workers > 1 or asked.gpus_per_worker > 0 or joins_cluster()
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Node:
     cpus: float
     gpus: float
     id: str = ""
+    memory_gib: float = 0.0
+    """What Ray counts for tasks and for objects together; 0 where nobody looked."""
 
     def holds(self, asked: Resources) -> int:
         """How many of these workers fit on it."""
@@ -45,7 +47,8 @@ def alive_nodes() -> list[Node]:
     for node in ray.nodes():
         if node["Alive"]:
             resources = node["Resources"]
-            nodes.append(Node(node["NodeManagerAddress"], resources.get("CPU", 0.0), resources.get("GPU", 0.0), node["NodeID"]))
+            memory = (resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)) / GIB
+            nodes.append(Node(node["NodeManagerAddress"], resources.get("CPU", 0.0), resources.get("GPU", 0.0), node["NodeID"], memory))
     return nodes
 
 

@@ -41,6 +41,11 @@ def inside_job() -> bool:
     return JOB_VARIABLE in os.environ
 
 
+def joins_cluster() -> bool:
+    """Whether a run of this process belongs on a cluster that is there already (see cluster.connect), not on a Ray of our own."""
+    return inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
 def checkout() -> Path | None:
     """The folder of our sources when they are not installed: then they must travel with the run. None for an installed package."""
     root = Path(ftcore.__file__).resolve().parent.parent

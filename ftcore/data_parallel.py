@@ -118,6 +118,11 @@ class PlainStepper:
             self._reducing = False
         return total.detach()
 
+    def rehearse(self, loss: Callable[[], Tensor], *, scale: float) -> None:
+        self.micro_step(loss, scale=scale, last=False)
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+
     def update(self, step: int, check: Callable[[str, float, int], None]) -> StepInfo:
         for bucket in self.buckets:
             if bucket.work is not None:

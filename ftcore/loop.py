@@ -35,6 +35,7 @@ from ftcore.journal import Journal
 from ftcore.models import DTYPES, CausalModel, autocast_dtype, choose_layout, load_base
 from ftcore.probes import IN_FP32, Probes, is_exact, record
 from ftcore.recipe import Recipe, recipe_digest
+from ftcore.rehearsal import heaviest_step, naming_the_forecast
 from ftcore.rundir import RunDir, checkpoint_key
 from ftcore.storage import verify
 
@@ -81,7 +82,9 @@ def train(
     training = Training(recipe, world, prepared, run, on_progress, should_stop)
     try:
         training.restore()
-        training.run_steps()
+        with naming_the_forecast(recipe, lambda: training.at.step):
+            training.rehearse()
+            training.run_steps()
         return training.finish()
     finally:
         training.close()
@@ -148,6 +151,18 @@ class Training:
             self.journal = Journal(self.run, step)
             self.writer.before = self.journal.flush
             log.info("starting at step %d of %d", step, self.num_steps)
+
+    def rehearse(self) -> None:
+        """Forward and backward over the heaviest micro-batch that is to come, and nothing of it is kept; random numbers are set anew by
+        each step."""
+        steps = range(self.at.step, self.at.step if self._is_stale() else self.num_steps)
+        micro_batch = self.recipe.backend.micro_batch
+        step = heaviest_step(self.order, self.sizes["train"], steps, micro_batch, padded=self.layout == "padded")
+        if step is None:
+            return
+        self.model.train()
+        [batch] = self.recipe.stage.experience(self.models, self._window(step)[:1])
+        self.stepper.rehearse(lambda: self.recipe.stage.loss(self.models, batch).total, scale=1 / max(self.recipe.stage.weight(batch), 1.0))
 
     def run_steps(self) -> None:
         while self.at.step < self.num_steps and not self._is_stale():

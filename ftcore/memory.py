@@ -18,7 +18,7 @@ from ftcore.loss_chunks import Head, loss_bytes
 from ftcore.moved import Moved, base_bytes, moved
 from ftcore.recipe import Recipe
 from ftcore.shapes import Shape
-from ftcore.zero_config import reduce_bucket
+from ftcore.zero_config import prefetched, reduce_bucket
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -30,7 +30,9 @@ RUNTIME = 650 << 20
 """A worker's process with torch, transformers and peft imported; on a GPU it lies on the host."""
 HEAP_HOLES = 0.25
 """Of a micro-step's tensors, on a CPU: what glibc's heap keeps between them, since workers never give freed memory back
-(cluster.runtime_env.MALLOC). Seen once: 2,647 MiB where 2,216 were held, 2,232 with every tensor given back at once."""
+(cluster.runtime_env.MALLOC). No bound, it depends on the order of sizes: probably because torch asks for aligned memory, which glibc
+before 2.38 seldom takes from a hole of just that size. Seen: 2,647 MiB where 2,216 were held (0.2), and 2,096 where 1,392 were (LoRA, fp32,
+over 2,048 tokens: 0.9)."""
 SMALL_TENSOR = 4096
 """8-bit optimizers keep tensors below this in fp32 (optim.Optim.kind)."""
 
@@ -151,8 +153,9 @@ def _sharded_state(recipe: Recipe, backend: DeepSpeed, shape: Shape, moves: Move
     base = 0 if moves.full else base_bytes(shape, recipe.method, dtype)
     share = ranks if whole else 1
     optimizer_away, weights_away = backend.offload_optimizer != "none", backend.offload_params != "none"
-    bucket = reduce_bucket(backend, moves.count)
-    gathered = max(shape.embedding, *(layer.num_parameters for layer in shape.layers)) * (weight if moves.full else dtype)
+    modules = [linear.num_parameters for layer in shape.layers for linear in layer.linears]
+    modules += [layer.experts.num_parameters for layer in shape.layers if layer.experts]
+    gathered = (max(shape.embedding, *modules) + prefetched(backend)) * (weight if moves.full else dtype)
     gradients = moves.count * 4 // (1 if backend.zero == 1 else ranks)
     after_load: tuple[Phase, ...] = ("step", "checkpoint")
     return [
@@ -161,8 +164,8 @@ def _sharded_state(recipe: Recipe, backend: DeepSpeed, shape: Shape, moves: Move
         Part("masters", moves.count * 4 // ranks, f"fp32, 1/{ranks}", after_load, optimizer_away),
         Part("gradients", gradients, "fp32" + f", 1/{ranks}" * (backend.zero > 1), after_load, optimizer_away and backend.zero > 1),
         Part("optimizer", moves.count * 8 // ranks, f"two moments, fp32, 1/{ranks}", after_load, optimizer_away),
-        Part("gathered weights", 2 * gathered if whole else 0, "the layer in use and the next", after_load),
-        Part("reduce buckets", 2 * 4 * bucket, "one, and one under way (zero_config.BUCKET)", after_load),
+        Part("gathered weights", gathered if whole else 0, "the largest module's, and what is gathered ahead", after_load),
+        Part("reduce bucket", 4 * reduce_bucket(backend, moves.count), "fp32 (zero_config.BUCKET)", after_load),
     ]
 
 
@@ -187,6 +190,9 @@ def _step(recipe: Recipe, shape: Shape, moves: Moved, load: Load) -> list[Part]:
     else:
         name, held, why = "activations", sum(kept[kind] * count for kind, count in kinds.items()), f"{load.tokens:,} tokens at once"
         rest = {"loss, by chunks": above + max(forward, backward), "gradients of activations": added}
+    if isinstance(recipe.backend, DeepSpeed):  # it reduces a copy of a full bucket; what was kept for those gradients is gone by then
+        bucket = reduce_bucket(recipe.backend, moves.count)
+        rest["gradients, and a bucket under way"] = list(rest.values())[-1] + 4 * bucket - held * bucket // moves.count
     worst = max(rest, key=lambda key: rest[key])
     phases: tuple[Phase, ...] = ("step",)
     found = [Part(name, held, why, phases), Part(worst, rest[worst], "the worst moment of a micro-step", phases)]

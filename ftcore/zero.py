@@ -96,6 +96,9 @@ class ZeroStepper:
         self.engine.backward(total * (scale * self.world.size), scale_wrt_gas=False)  # it averages over ranks; our scale is global
         return total.detach()
 
+    def rehearse(self, loss: Callable[[], Tensor], *, scale: float) -> None:
+        """Nothing: gradients that DeepSpeed has begun to sum can only be cleared by a step. Its first step shows what it takes."""
+
     def update(self, step: int, check: Callable[[str, float, int], None]) -> StepInfo:
         lr = self.optim.lr_at(step, self.num_steps)
         for group in self.adam.param_groups:

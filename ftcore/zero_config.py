@@ -110,6 +110,12 @@ def reduce_bucket(backend: DeepSpeed, num_trainable: int) -> int:
     return int(said) if isinstance(said, int | float) else _fitting_bucket(num_trainable)
 
 
+def prefetched(backend: DeepSpeed) -> int:
+    """Elements that stage 3 gathers ahead of the module in use."""
+    said = dict(leaves(backend.deepspeed)).get("zero_optimization.stage3_prefetch_bucket_size", 0)
+    return int(said) if isinstance(said, int | float) else 0
+
+
 def conflicts(backend: DeepSpeed, optim: Optim) -> Iterator[tuple[str, str]]:
     """(path in the recipe, sentence) for every raw key that contradicts the recipe."""
     ours = derived(backend, optim, bf16=False)

@@ -26,7 +26,7 @@ from cluster.findings import EVERYWHERE, Finding, clocks, disks, machines, runna
 from cluster.node_facts import NodeFacts, node_facts
 from cluster.preflight import HERE, Nodes
 from cluster.resources import Node, alive_nodes, check_fits, needs_ray, wants
-from cluster.runtime_env import inside_job
+from cluster.runtime_env import joins_cluster
 from ftcore.cli import guarded
 from ftcore.data.read import plan, read
 from ftcore.errors import ClusterError, FtcoreError
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def examine(recipe: Recipe | None, min_free_gib: float, *, quiet: bool = False) -> list[Finding]:
     """Everything there is to find, without stopping at the first."""
-    joined = inside_job() or os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+    joined = joins_cluster()
     log = (lambda line: None) if quiet else partial(print, flush=True)
     if joined:
         connect(log=log)

@@ -19,7 +19,7 @@ from typing import Any
 if not __package__:  # run as a file: the rooms are siblings of this script's folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cluster.node_facts import NodeFacts, node_facts
+from cluster.worker_memory import Share, share_here
 from ftcore.alternatives import Alternative
 from ftcore.cli import guarded
 from ftcore.devices import DEVICES, MODEL_FLOPS_SHARE, Device, device_of
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     device = device_of(options.gpu) if options.gpu else None
     known = forecast(recipe)
-    memory_gib, source = memory_of(recipe, options.memory, device)
+    memory = memory_of(recipe, options.memory, device)
+    memory_gib, source = memory.gib, memory.source
     seconds = known.seconds(device) if device else None
     if options.probe:
         from ftcore.plan_probe import probe  # loads torch
@@ -73,30 +74,19 @@ def _above_zero(text: str) -> float:
     return value
 
 
-def memory_of(recipe: Recipe, given: float | None, device: Device | None) -> tuple[float | None, str]:
-    """(GiB that one worker may take, where the figure comes from); None where nobody knows."""
+def memory_of(recipe: Recipe, given: float | None, device: Device | None) -> Share:
+    """What one worker may take, by the command line, else on this machine."""
     if given is not None:
-        return given, "--memory"
-    on_gpu = recipe.resources.gpus_per_worker > 0
-    if device is not None:
-        if not on_gpu:
-            raise ConfigError(
-                "this recipe trains on CPUs", where="--gpu", got="resources.gpus_per_worker: 0", wanted="1 or more",
-                remedy="add resources.gpus_per_worker=1, or give --memory",
-            )  # fmt: skip
-        return device.memory_gib * min(1.0, recipe.resources.gpus_per_worker), f"{device.name}: {device.source}"
-    here = node_facts()
-    if on_gpu:
-        return _smallest_gpu(here)
-    if not here.memory_free_gib:
-        return None, "this machine does not say how much memory is free: give --memory GIB"
-    workers = recipe.resources.max_workers
-    return here.memory_free_gib / workers, f"free on this machine, by {workers} worker{'s' * (workers != 1)}"
-
-
-def _smallest_gpu(here: NodeFacts) -> tuple[float | None, str]:
-    sizes = [float(name.rsplit(",", 1)[1].split()[0]) / 1024 for name in here.gpus]
-    return (min(sizes), "the smallest GPU of this machine") if sizes else (None, "no GPU here to ask: give --gpu NAME or --memory GIB")
+        return Share(given, "--memory")
+    if device is None:
+        found = share_here(recipe.resources)
+        return found if found.gib is not None else Share(None, f"{found.source}: give --gpu NAME or --memory GIB")
+    if not recipe.resources.gpus_per_worker:
+        raise ConfigError(
+            "this recipe trains on CPUs", where="--gpu", got="resources.gpus_per_worker: 0", wanted="1 or more",
+            remedy="add resources.gpus_per_worker=1, or give --memory",
+        )  # fmt: skip
+    return Share(device.memory_gib * min(1.0, recipe.resources.gpus_per_worker), f"{device.name}: {device.source}")
 
 
 def figures(known: Forecast, memory_gib: float | None, seconds: float | None, price: float | None) -> dict[str, Any]:

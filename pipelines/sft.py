@@ -16,11 +16,16 @@ from pathlib import Path
 if not __package__:  # run as a file: the rooms are siblings of this script's folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cluster.connect import connect_early
-from cluster.resources import needs_ray
 from cluster.runtime_env import compute_threads
 from ftcore.cli import guarded
+from ftcore.errors import ConfigError
 from ftcore.recipe import load_recipe
+from ftcore.rundir import RunDir
+from pipelines.plan import NOT_RUNNABLE
+from pipelines.room import require_room
+from pipelines.runs import at_home
+
+say = partial(print, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,18 +37,32 @@ def main(argv: list[str] | None = None) -> int:
         help="go on from the newest sealed and verified checkpoint of the same name (default); --no-resume begins again from nothing and "
         "keeps the old run's folder under another name: not for a command that is restarted by itself",
     )  # fmt: skip
+    parser.add_argument(
+        "--plan", action=argparse.BooleanOptionalAction, default=True,
+        help="refuse, with exit code 3, what is forecast to need more memory than there is (default); --no-plan tries it all the same",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(argv)
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = at_home(load_recipe(options.recipe, options.overrides), say)
+    if options.plan and not RunDir(recipe.output.runs, recipe.name).is_finished():  # a finished run needs no room any more
+        try:
+            require_room(recipe, say)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NOT_RUNNABLE
+
+    # late: a wrong recipe, or one that cannot fit, is refused at once, and Ray starts while torch is loaded
+    from cluster.connect import connect_early
+    from cluster.resources import needs_ray
+
     if needs_ray(recipe.resources):
         connect_early()
     else:
         os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads(recipe.resources)))
 
-    # late: a wrong recipe is refused at once, and Ray starts while torch is loaded
     from ftcore.report.journal_view import figures, read_journal
     from pipelines.fit import fit
 
-    outcome = fit(recipe, log=partial(print, flush=True), resume=options.resume)
+    outcome = fit(recipe, log=say, resume=options.resume)
     print()
     for label, value in figures(read_journal(outcome.run.folder)).items():
         print(f"{label:<32}{value}")

@@ -190,6 +190,7 @@ LATE: dict[str, str] = {
     "ftcore.remote": "s3fs is loaded for s3:// alone",
     "pipelines.hosting": "the driver and the trials' own actors load no torch: only hosts do",
     "pipelines.work": "the driver and Ray Train's workers only pass the work on, without torch",
+    "pipelines.room": "what cannot fit is refused before ray is loaded",
     "pipelines.runs": "the first step does not wait for what publishing needs",
 }
 

@@ -64,6 +64,9 @@ class Stepper(Protocol):
         """Runs `loss()` (a sum) forward and backward, gradients scaled by `scale` (1 / global weight of the window); `last` starts the
         gradient reduction. Returns the detached, unscaled sum."""
 
+    def rehearse(self, loss: Callable[[], Tensor], *, scale: float) -> None:
+        """Runs `loss()` forward and backward for the memory it takes, leaving weights, gradients and optimizer as they were."""
+
     def update(self, step: int, check: Callable[[str, float, int], None]) -> StepInfo:
         """Clips, steps the optimizer with the learning rate of `step` (0-based), clears gradients.
 

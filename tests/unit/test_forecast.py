@@ -200,3 +200,12 @@ def test_a_plan_takes_less_than_a_second_and_loads_nothing_heavy(tmp_path: Path,
     *_, seconds, loaded = done.stdout.splitlines()
     assert loaded == "[]"
     assert float(seconds) < 1
+
+
+def test_zero_gathers_a_module_at_a_time_and_reduces_a_second_bucket_only_beside_what_is_left(tmp_path: Path) -> None:
+    overrides = (GPU, "resources.workers=2", "backend.kind=deepspeed", "backend.zero=3")
+    known = told(tmp_path, LLAMA_8B, *overrides, method="full")
+    assert gib(known, "gathered weights") == 2 * known.shape.embedding / GIB  # larger than any linear layer
+    ahead = told(tmp_path, LLAMA_8B, *overrides, "backend.deepspeed.zero_optimization.stage3_prefetch_bucket_size=1000000", method="full")
+    assert gib(ahead, "gathered weights") == pytest.approx(gib(known, "gathered weights") + 2e6 / GIB)
+    assert gib(known, "reduce bucket") == 4 * 16_000_000 / GIB
