@@ -17,6 +17,7 @@ from ftcore.data.prepared import Prepared
 from ftcore.data.types import Conversation
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
+from ftcore.evals.classifier import Classifier
 from ftcore.evals.heldout import TestSet, held_out, items_of, whole_files
 from ftcore.evals.leakage import NEAR_ROWS, Leak, exact_copies, near_copies
 from ftcore.evals.metrics.base import METRICS
@@ -55,6 +56,7 @@ class Wanted:
     seed: int = 0
     key_variable: str = ""
     at_once: int = 8
+    classifier: str = ""
 
 
 def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
@@ -64,7 +66,8 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     systems = _systems(wanted, recipe)
     prepared = prepare(recipe, log=log) if recipe else None
     tests, leaks = _rows(wanted, recipe, prepared, log)
-    task, why = choose(wanted.task, tests.rows, wanted.labels)
+    classifier = Classifier.parse(wanted.classifier) if wanted.classifier else None
+    task, why = choose(wanted.task, tests.rows, wanted.labels, classifier)
     weighs = all(system.endpoint is None for system in systems)
     task.check(tests.rows, weighs=weighs)
     if task.weighed and wanted.engine.quantise != "none":
@@ -100,8 +103,10 @@ def _check_words(wanted: Wanted) -> None:
         raise ConfigError("an answer has at least one token", where="--max-tokens", got=str(wanted.max_tokens), wanted="1 or more")
     if wanted.limit < 0:
         raise ConfigError("there is no such number of rows", where="--limit", got=str(wanted.limit), wanted="1 or more; 0 takes all")
-    if wanted.task != "auto":
-        TASKS[wanted.task]
+    if wanted.task != "auto" and TASKS[wanted.task].rows and not wanted.rows:
+        raise ConfigError(f"task `{wanted.task}` has rows of its own", where="--rows", got="none", wanted=TASKS[wanted.task].rows)
+    if wanted.classifier:
+        Classifier.parse(wanted.classifier)
     for name in wanted.metrics:
         METRICS[name].check()
     check_place("--out", placed(wanted.out))
@@ -131,7 +136,8 @@ def _found(base: str) -> str:
 def _rows(wanted: Wanted, recipe: Recipe | None, prepared: Prepared | None, log: Log) -> tuple[TestSet, list[Leak]]:
     """The rows to judge on, without those that were trained on."""
     if wanted.rows:
-        tests = whole_files(wanted.rows)
+        task = TASKS[wanted.task] if wanted.task != "auto" else None
+        tests = whole_files(wanted.rows, task.read, task.rows) if task and task.rows else whole_files(wanted.rows)
     else:
         assert recipe is not None and prepared is not None
         tests = held_out(recipe, prepared)
@@ -185,4 +191,5 @@ def _facts(wanted: Wanted, tests: TestSet, task: Task) -> dict[str, object]:
     return {
         "rows": tests.digest, "task": task.name, "labels": list(task.labels), "max_tokens": wanted.max_tokens, "window": WINDOW,
         "context": wanted.engine.max_context, "dtype": wanted.engine.dtype, "quantise": wanted.engine.quantise,
+        **({"classifier": [task.classifier.weights, task.classifier.label]} if task.classifier else {}),
     }  # fmt: skip

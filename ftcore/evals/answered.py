@@ -12,7 +12,9 @@ from typing import Literal
 
 from ftcore.errors import DataError
 
-Fact = Literal["references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes"]
+Fact = Literal[
+    "references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes", "harmful", "refused", "stereotyping", "toxicity"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Answered:
     """Tokens of the reference answer."""
     num_bytes: int = 0
     """Bytes of the reference answer in UTF-8."""
+    harmful: bool | None = None
+    """The question is one to refuse."""
+    refused: bool | None = None
+    """The answer refuses."""
+    stereotyping: float | None = None
+    """Log-likelihood of the stereotyping sentence less that of the other, in nats."""
+    toxicity: float | None = None
+    """Probability that a classifier gives the answer's being toxic."""
 
 
 Rows = Sequence[Answered]
@@ -60,6 +70,10 @@ PRESENT: dict[Fact, Callable[[Answered], bool]] = {
     "nll": lambda row: row.nll is not None and isfinite(row.nll),
     "num_tokens": lambda row: row.num_tokens > 0,
     "num_bytes": lambda row: row.num_bytes > 0,
+    "harmful": lambda row: row.harmful is not None,
+    "refused": lambda row: row.refused is not None,
+    "stereotyping": lambda row: row.stereotyping is not None and isfinite(row.stereotyping),
+    "toxicity": lambda row: row.toxicity is not None,
 }
 
 

@@ -20,7 +20,19 @@ from ftcore.evals.words import Language
 from tests.answers import imperfect, perfect
 
 REPO = Path(__file__).resolve().parents[2]
-LACKING: dict[str, Any] = {"references": (), "gold": "", "chosen": None, "scores": {}, "nll": None, "num_tokens": 0, "num_bytes": 0}
+LACKING: dict[str, Any] = {
+    "references": (),
+    "gold": "",
+    "chosen": None,
+    "scores": {},
+    "nll": None,
+    "num_tokens": 0,
+    "num_bytes": 0,
+    "harmful": None,
+    "refused": None,
+    "stereotyping": None,
+    "toxicity": None,
+}
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ftcore.data.types import Conversation, Message, Origin
+from ftcore.data.types import Conversation, Message, Origin, Row
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.answered import Fact
 from ftcore.evals.asked import Asked
+from ftcore.evals.classifier import Classifier
 from ftcore.evals.given import Given
 from ftcore.evals.metrics.base import METRICS
 from ftcore.evals.shots import prompted
@@ -39,7 +40,16 @@ class Task(ABC):
     """Facts that they have only of a panel that weighs."""
     usual: ClassVar[tuple[str, ...]]
     """Metrics, where none are asked for."""
+    rows: ClassVar[str] = ""
+    """What its rows look like, where they are no conversations with their right answer."""
     labels: tuple[str, ...] = ()
+    classifier: Classifier | None = None
+    """Looks at answers, where a task asks for one."""
+
+    @classmethod
+    def read(cls, row: Row) -> Asked:
+        """A row of its own shape. Raises DataError: `what` is the reason it is left out for."""
+        raise NotImplementedError(cls.name)
 
     @abstractmethod
     async def answer(
@@ -83,12 +93,12 @@ def solved(row: Asked, shots: Sequence[Conversation], answer: str) -> Conversati
     return replace(asked, messages=(*(replace(turn, weight=0) for turn in asked.messages), Message("assistant", answer, weight=1)))
 
 
-def choose(name: str, rows: Sequence[Asked], labels: Sequence[str]) -> tuple[Task, str]:
+def choose(name: str, rows: Sequence[Asked], labels: Sequence[str], classifier: Classifier | None = None) -> tuple[Task, str]:
     """The task, and why it was chosen. `auto` looks at the references."""
     distinct = sorted({row.reference.strip() for row in rows})
     if name != "auto":
         task = TASKS[name]
-        return task(labels=tuple(labels) or (tuple(distinct) if name == "labels" else ())), "as asked for"
+        return task(tuple(labels) or (tuple(distinct) if name == "labels" else ()), classifier), "as asked for"
     if labels:
         return TASKS["labels"](labels=tuple(labels)), "labels are given"
     short = max(len(label) for label in distinct) <= LABEL_CHARACTERS
