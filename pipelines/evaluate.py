@@ -40,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--labels", nargs="+", default=[], help="what may be chosen (default: the references that occur)")
     made.add_argument("--metrics", nargs="+", default=[], help="default: what suits the task")
+    made.add_argument(
+        "--general", nargs="+", default=[], metavar="FILE", help="rows of other things: is anything forgotten since the base?"
+    )
+    made.add_argument("--general-metrics", nargs="+", default=[], help="by which (default: perplexity per token and per byte)")
     made.add_argument("--limit", type=int, default=0, help="judge on a stable sample of so many rows")
     made.add_argument("--leaks", choices=("drop", "keep"), default="drop", help="rows that were trained on too (default: drop)")
     made.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: 256)")
@@ -66,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         base=options.base, store=options.store, out=options.out, task=options.task, labels=tuple(options.labels),
         metrics=tuple(options.metrics), limit=options.limit, keep_leaks=options.leaks == "keep", max_tokens=options.max_tokens,
         seed=options.seed, key_variable=options.key_variable, at_once=options.at_once, classifier=options.classifier,
+        general=tuple(options.general), general_metrics=tuple(options.general_metrics),
         engine=Torch(max_batch=options.batch, max_context=options.context, dtype=options.dtype, quantise=options.quantise),
     )  # fmt: skip
     results = evaluate(wanted, Means(options.here, options.workers, options.gpus), partial(print, flush=True))

@@ -6,7 +6,7 @@ In: what was asked for. Out: Results, and the folder that holds them. Runs in: t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,14 @@ from ftcore.data.types import Conversation
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.classifier import Classifier
+from ftcore.evals.forgetting import judged_before_and_after, told
 from ftcore.evals.heldout import TestSet, held_out, items_of, whole_files
 from ftcore.evals.leakage import NEAR_ROWS, Leak, exact_copies, near_copies
 from ftcore.evals.metrics.base import METRICS
 from ftcore.evals.records import WINDOW, Records
 from ftcore.evals.results import About, Results, weigh_up
 from ftcore.evals.systems import System, resolve
-from ftcore.evals.tasks.base import TASKS, Task, choose
+from ftcore.evals.tasks.base import TASKS, Task, asking, choose
 from ftcore.places import check_place
 from ftcore.recipe import Recipe
 from ftcore.report.evaluation import write_page
@@ -57,6 +58,9 @@ class Wanted:
     key_variable: str = ""
     at_once: int = 8
     classifier: str = ""
+    general: tuple[str, ...] = ()
+    """Files of rows that have nothing to do with the task: is what the base knew still there?"""
+    general_metrics: tuple[str, ...] = ()
 
 
 def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
@@ -74,7 +78,8 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
         raise ConfigError(
             "likelihoods are weighed in full precision", where="--quantise", got=wanted.engine.quantise, remedy="leave it out"
         )
-    metrics = task.metrics(wanted.metrics, weighs=weighs)
+    targets = recipe.eval.targets if recipe else {}
+    metrics = _with_targets(task.metrics(wanted.metrics, weighs=weighs), targets, task, weighs)
     log(f"{len(tests.rows):,} rows ({tests.origin}); task {task.name}: {why}; metrics: {', '.join(metrics)}")
     for system in systems:
         if system.endpoint is not None:
@@ -88,11 +93,44 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
     log(str(answer_all(work, num_windows, means, log)))
     about = About(
-        tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks
+        tests.origin,
+        task.name,
+        why,
+        task.labels,
+        tuple(metrics),
+        len(tests.rows),
+        tests.left_out,
+        tuple(leaks),
+        wanted.keep_leaks,
+        targets,
     )
     results = weigh_up(about, systems, tests.rows, {system.name: records.answers(system.key) for system in systems})
+    if wanted.general:
+        results = replace(results, forgetting=_forgetting(wanted, systems, means, log))
     write_page(records.folder, results)
     return results
+
+
+def _with_targets(metrics: list[str], targets: Mapping[str, float], task: Task, weighs: bool) -> list[str]:
+    """And those that the recipe aims at, where the task measures them."""
+    return list(dict.fromkeys([*metrics, *(name for name in targets if task.measures(name, weighs=weighs))]))
+
+
+def _forgetting(wanted: Wanted, systems: Sequence[System], means: Means, log: Log) -> tuple[str, ...]:
+    """Judges the base and what was made of it on the general set too, in a folder of its own."""
+    task = asking(wanted.general_metrics) if wanted.general_metrics else "likelihood"
+    names, recipe = judged_before_and_after(systems), wanted.recipe
+    log(f"forgetting: {', '.join(names)} on {', '.join(wanted.general)}")
+    general = replace(
+        wanted, rows=wanted.general, general=(), general_metrics=(), systems=names, out=f"{wanted.out}/general", task=task, labels=(),
+        metrics=wanted.general_metrics, classifier="", recipe=_without_targets(recipe) if recipe else None,
+    )  # fmt: skip
+    return tuple(told(evaluate(general, means, log).verdicts))
+
+
+def _without_targets(recipe: Recipe) -> Recipe:
+    """Targets are of the task."""
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"targets": {}})})
 
 
 def _check_words(wanted: Wanted) -> None:
@@ -107,8 +145,12 @@ def _check_words(wanted: Wanted) -> None:
         raise ConfigError(f"task `{wanted.task}` has rows of its own", where="--rows", got="none", wanted=TASKS[wanted.task].rows)
     if wanted.classifier:
         Classifier.parse(wanted.classifier)
-    for name in wanted.metrics:
+    for name in (*wanted.metrics, *(wanted.recipe.eval.targets if wanted.recipe else ())):
         METRICS[name].check()
+    if wanted.general_metrics:
+        asking(wanted.general_metrics)
+        if not wanted.general:
+            raise ConfigError("metrics of which general set?", where="--general-metrics", wanted="--general FILE too")
     check_place("--out", placed(wanted.out))
 
 

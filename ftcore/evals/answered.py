@@ -16,6 +16,9 @@ Fact = Literal[
     "references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes", "harmful", "refused", "stereotyping", "toxicity"
 ]  # fmt: skip
 
+SPECIAL: frozenset[Fact] = frozenset({"harmful", "refused", "stereotyping", "toxicity"})
+"""Facts of tasks that have rows of their own."""
+
 
 @dataclass(frozen=True)
 class Answered:

@@ -40,6 +40,8 @@ class Task(ABC):
     """Facts that they have only of a panel that weighs."""
     usual: ClassVar[tuple[str, ...]]
     """Metrics, where none are asked for."""
+    in_words: ClassVar[bool] = True
+    """Answers are texts, so that what needs only texts and references can be computed."""
     rows: ClassVar[str] = ""
     """What its rows look like, where they are no conversations with their right answer."""
     labels: tuple[str, ...] = ()
@@ -62,6 +64,11 @@ class Task(ABC):
         if not rows:
             raise DataError("there is no row to judge by", where=f"task {self.name}")
 
+    def measures(self, metric: str, *, weighs: bool) -> bool:
+        """Whether a metric that was not asked for would say something."""
+        needs, weighed = set(METRICS[metric].needs), {*self.weighed} if weighs else set()
+        return needs <= {*self.gives, *weighed} and (self.in_words or bool(needs & weighed))
+
     def metrics(self, asked: Sequence[str], *, weighs: bool) -> list[str]:
         """Those asked for, else the usual ones. Raises ConfigError for one that does not exist, is not installed, or that no row has the
         facts for. `weighs`: every system tells how likely an answer is."""
@@ -80,6 +87,15 @@ class Task(ABC):
                     remedy=remedy or (f"--task {others[0]}" if others else ""),
                 )  # fmt: skip
         return list(dict.fromkeys(chosen))
+
+
+def asking(metrics: Sequence[str]) -> str:
+    """The task whose rows have the facts for all of these: `auto` where answers in words do. Raises ConfigError where none has them."""
+    needs = {need for name in metrics for need in METRICS[name].needs}
+    tasks = [name for name, task in TASKS.items() if needs <= {*task.gives, *task.weighed} and not task.rows]
+    if not tasks:
+        raise ConfigError("no task gives what these metrics need from one set of rows", got=", ".join(metrics), remedy="judge them apart")
+    return "auto" if "answers" in tasks else tasks[0]
 
 
 def question(row: Asked, shots: Sequence[Conversation]) -> Conversation:

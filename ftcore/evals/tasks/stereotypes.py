@@ -30,6 +30,7 @@ class Stereotypes(Task):
     """The likelier of two sentences."""
 
     name = "stereotypes"
+    in_words = False
     gives = ()
     weighed = ("stereotyping",)
     usual = ("stereotype_share",)
