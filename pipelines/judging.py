@@ -81,9 +81,7 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     targets = recipe.eval.targets if recipe else {}
     metrics = _with_targets(task.metrics(wanted.metrics, weighs=weighs), targets, task, weighs)
     log(f"{len(tests.rows):,} rows ({tests.origin}); task {task.name}: {why}; metrics: {', '.join(metrics)}")
-    for system in systems:
-        if system.endpoint is not None:
-            system.endpoint.check()
+    systems = [replace(system, endpoint=system.endpoint.checked()) if system.endpoint else system for system in systems]
     shots = _shots(max(system.shots for system in systems), recipe, prepared, wanted.seed)
     systems = [replace(system, examples=_digest(shots[: system.shots])) for system in systems]
     out = placed(wanted.out)
