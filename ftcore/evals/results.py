@@ -101,7 +101,7 @@ class Results:
             values = [_value(line.measured[name]) for name in self.about.metrics]
             sizes = [_mib(line.model_bytes), _mib(line.adapter_bytes), "-" if line.train_s is None else f"{line.train_s:,.0f} s"]
             first = "-" if line.first_token_s is None else f"{line.first_token_s:.2f} s"
-            speed = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}"
+            speed = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.{0 if line.tokens_per_s >= 10 else 1}f}"
             rows.append([line.name, *(cell for pair in values for cell in pair), str(line.num_failed), first, speed, *sizes])
         return rows
 
