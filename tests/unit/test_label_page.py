@@ -133,9 +133,9 @@ const box = () => ({ dataset: {}, children: [], hidden: false, textContent: "", 
   replaceChildren(...c) { this.children = c }, setAttribute() {} });
 globalThis.document = { getElementById: id => (boxes[id] ||= box()), createElement: box, querySelectorAll: () => [],
   addEventListener: (kind, act) => { on[kind] = act } };
-const real = fetch, waiting = [];
-globalThis.fetch = (path, options) => { const reply = real(ADDRESS + path, options); waiting.push(reply); return reply };
-const settled = async () => { while (waiting.length) { await waiting.shift(); await new Promise(done => setTimeout(done, 30)) } };
+const real = fetch;
+globalThis.fetch = (path, options) => real(ADDRESS + path, options);
+const settled = async () => { do await new Promise(done => setTimeout(done, 2)); while (busy) };
 """
 PLAY = """
 (async () => {
