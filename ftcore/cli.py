@@ -64,6 +64,9 @@ COMMANDS: dict[str, Command] = {
         "judge base, k-shot, adapters, endpoints on the same held-out rows",
     ),
     "compare": Command("ftcore.evals.compare_command:main", "DIR A B", "is A better than B? in a sentence, from finished evaluations"),
+    "label": Command(
+        "ftcore.feedback.command:main", "DIR A B", "people say which of two answers is better; how far they agree; rows to train on"
+    ),
     "tenants": Command("serving.tenant_commands:main", "add|key|rotate|list FOLDER ...", "make, rotate and revoke tenants' keys"),
     "audit": Command(
         "serving.audit_commands:main", "list|verify|usage STORE", "what was asked, by whom, and what became of it; no content"

@@ -160,7 +160,7 @@ class Resources(Section):
 
 
 class Eval(Section):
-    """Validation loss while training."""
+    """Validation loss while training, and what the result is meant to reach."""
 
     every_steps: int | None = Field(None, ge=1)
     """Steps between validations; unset: at the end of each epoch."""
@@ -170,6 +170,8 @@ class Eval(Section):
     """Look at no more validation blocks than this."""
     choose: Literal["best", "last"] = "best"
     """Which step the result is made of, when there are validation rows."""
+    targets: dict[str, float] = Field(default_factory=dict)
+    """Metric -> the value aimed at, in its own unit: `{exact_match: 0.8}`; `ftcore evaluate` says how far each system is from it."""
 
 
 class Gate(Section):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftcore.data.families import template_names
 from ftcore.data.formats.base import FORMATS
-from ftcore.evals.answered import LATER
+from ftcore.evals.answered import LATER, SPECIAL
 from ftcore.evals.metrics.base import METRICS
 from ftcore.methods.qlora import Qlora
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def impossible(recipe: Recipe) -> list[tuple[str, str]]:
     """Every impossible combination as (path to show, what and what to do)."""
-    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _gate, _resources, _urls)
+    checks = (_formats, _template, _precision, _quantised, _optimizer, _adapters, _schedule, _gate, _targets, _resources, _urls)
     return [*(problem for check in checks for problem in check(recipe)), *recipe.backend.refusals(recipe)]
 
 
@@ -129,11 +129,11 @@ def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if gate is None:
         return
     if gate.metric not in METRICS:
-        near = difflib.get_close_matches(gate.metric, list(METRICS), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield "output.gate.metric", f"unknown metric; got {gate.metric}; wanted {' | '.join(METRICS)}{hint}"
+        yield "output.gate.metric", _unknown_metric(gate.metric)
     elif set(LATER).intersection(METRICS[gate.metric].needs):
         yield "output.gate.metric", f"a gate asks no judge; got {gate.metric}; take a metric that needs the answers alone"
+    elif not SPECIAL.isdisjoint(METRICS[gate.metric].needs):
+        yield "output.gate.metric", f"{gate.metric} is judged on rows of its own, not on the recipe's test rows; take another metric"
     if recipe.output.adapter is None or not recipe.output.promote:
         yield (
             "output.gate",
@@ -141,6 +141,18 @@ def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if data.test == 0 and all(source.split != "test" for source in data.sources):
         yield "output.gate", "a gate judges on test rows; set data.test above 0, or a source with split: test"
+
+
+def _targets(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for name in recipe.eval.targets:
+        if name not in METRICS:
+            yield "eval.targets", _unknown_metric(name)
+
+
+def _unknown_metric(name: str) -> str:
+    near = difflib.get_close_matches(name, list(METRICS), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown metric; got {name}; wanted {' | '.join(METRICS)}{hint}"
 
 
 def _resources(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -19,8 +19,8 @@ from ftcore.recipe import Recipe
 from ftcore.rundir import RunDir
 
 MAY_CHANGE = (
-    "resources.", "output.", "plugins", "data.cache", "data.engine", "backend.micro_batch", "backend.gradient_checkpointing",
-    "backend.deterministic", "backend.zero", "backend.offload_", "backend.nvme_path",
+    "resources.", "output.", "plugins", "eval.targets", "data.cache", "data.engine", "backend.micro_batch",
+    "backend.gradient_checkpointing", "backend.deterministic", "backend.zero", "backend.offload_", "backend.nvme_path",
 )  # fmt: skip
 """Where and how fast; the loss does not depend on them. Also for a finished run: what is left to do is to publish and report."""
 MAY_CHANGE_UNFINISHED = ("eval.every_steps", "eval.patience", "eval.choose")

@@ -31,9 +31,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--base", default="", help="the base's folder or hub name; else the recipe's")
     made.add_argument("--store", default="", help="the adapter store; else the recipe's, or `adapters`")
     made.add_argument("--out", required=True, help="a folder or fsspec path; the same command goes on where it was stopped")
-    made.add_argument("--task", default="auto", help="answers, labels, likelihood; auto (the default) looks at the references")
+    made.add_argument(
+        "--task",
+        default="auto",
+        help="answers, labels, likelihood, refusals, stereotypes, toxicity; auto (the default) looks at the references",
+    )
+    made.add_argument(
+        "--classifier", default="", metavar="FOLDER#LABEL", help="a local classifier that says which answers are toxic, or refuse"
+    )
     made.add_argument("--labels", nargs="+", default=[], help="what may be chosen (default: the references that occur)")
     made.add_argument("--metrics", nargs="+", default=[], help="default: what suits the task")
+    made.add_argument(
+        "--general", nargs="+", default=[], metavar="FILE", help="rows of other things: is anything forgotten since the base?"
+    )
+    made.add_argument("--general-metrics", nargs="+", default=[], help="by which (default: perplexity per token and per byte)")
     made.add_argument("--limit", type=int, default=0, help="judge on a stable sample of so many rows")
     made.add_argument("--leaks", choices=("drop", "keep"), default="drop", help="rows that were trained on too (default: drop)")
     made.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: 256)")
@@ -62,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         base=options.base, store=options.store, out=options.out, task=options.task, labels=tuple(options.labels),
         metrics=tuple(options.metrics), limit=options.limit, keep_leaks=options.leaks == "keep", max_tokens=options.max_tokens,
         seed=options.seed, key_variable=options.key_variable, at_once=options.at_once, entailment=options.entailment,
-        judge=JudgeOptions.of(options) if options.judge else None,
+        judge=JudgeOptions.of(options) if options.judge else None, classifier=options.classifier,
+        general=tuple(options.general), general_metrics=tuple(options.general_metrics),
         engine=Torch(max_batch=options.batch, max_context=options.context, dtype=options.dtype, quantise=options.quantise),
     )  # fmt: skip
     results = evaluate(wanted, Means(options.here, options.workers, options.gpus), partial(print, flush=True))

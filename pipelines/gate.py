@@ -13,7 +13,7 @@ from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.engines.torch import Torch
 from ftcore.evals.metrics.base import METRICS
 from ftcore.evals.results import Results
-from ftcore.evals.tasks.base import TASKS
+from ftcore.evals.tasks.base import asking
 from ftcore.history import remember
 from ftcore.recipe import Gate, Recipe
 from ftcore.rundir import RunDir
@@ -35,9 +35,8 @@ def judge_at_gate(run: RunDir, recipe: Recipe, gate: Gate, ref: AdapterRef, log:
     targets = store.targets(ref.tenant, ref.name)
     rivals = [version for version in targets if version != ref] if gate.better_than else []
     systems = [*(version.full for version in sorted(rivals, key=targets.__getitem__)[-1:]), ref.full]
-    tasks = [name for name, task in TASKS.items() if {*task.gives, *task.weighed}.issuperset(METRICS[gate.metric].needs)]
     wanted = Wanted(
-        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch(), task="auto" if "answers" in tasks else tasks[0],
+        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch(), task=asking([gate.metric]),
         metrics=(gate.metric,), base=recipe.model.path,
     )  # fmt: skip
     passed, why = verdict(gate, evaluate(wanted, Means(here=True), log))

@@ -6,7 +6,7 @@ In: what was asked for. Out: Results, and the folder that holds them. Runs in: t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from ftcore.data.prepared import Prepared
 from ftcore.data.types import Conversation
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
-from ftcore.evals.entailment import Classifier
+from ftcore.evals.classifier import Classifier
+from ftcore.evals.entailment import Entailment
+from ftcore.evals.forgetting import judged_before_and_after, told
 from ftcore.evals.heldout import TestSet, held_out, items_of, whole_files
 from ftcore.evals.judge_command import judge_of
 from ftcore.evals.judge_options import JudgeOptions
@@ -27,7 +29,7 @@ from ftcore.evals.records import WINDOW, Records
 from ftcore.evals.results import About, Results, weigh_up
 from ftcore.evals.support import METRIC, by_judge, by_model, judge_tried
 from ftcore.evals.systems import System, resolve
-from ftcore.evals.tasks.base import TASKS, Task, choose
+from ftcore.evals.tasks.base import TASKS, Task, asking, choose
 from ftcore.places import check_place
 from ftcore.recipe import Recipe
 from ftcore.report.evaluation import write_page
@@ -62,6 +64,10 @@ class Wanted:
     entailment: str = ""
     """The model, or the judge, that looks at the answers' consistency with their sources."""
     judge: JudgeOptions | None = None
+    classifier: str = ""
+    general: tuple[str, ...] = ()
+    """Files of rows that have nothing to do with the task: is what the base knew still there?"""
+    general_metrics: tuple[str, ...] = ()
 
 
 def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
@@ -71,7 +77,8 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     systems = _systems(wanted, recipe)
     prepared = prepare(recipe, log=log) if recipe else None
     tests, leaks = _rows(wanted, recipe, prepared, log)
-    task, why = choose(wanted.task, tests.rows, wanted.labels)
+    classifier = Classifier.parse(wanted.classifier) if wanted.classifier else None
+    task, why = choose(wanted.task, tests.rows, wanted.labels, classifier)
     weighs = all(system.endpoint is None for system in systems)
     task.check(tests.rows, weighs=weighs)
     if task.weighed and wanted.engine.quantise != "none":
@@ -81,13 +88,12 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     looked_at = [METRIC] if wanted.entailment or wanted.judge else []
     if looked_at and task.name == "likelihood":
         raise ConfigError("consistency is of answers in words", where="--task", got=task.name, remedy="--task answers")
-    metrics = task.metrics(wanted.metrics, weighs=weighs, more=looked_at)
-    classifier = Classifier(wanted.entailment) if wanted.entailment else None
+    targets = recipe.eval.targets if recipe else {}
+    metrics = _with_targets(task.metrics(wanted.metrics, weighs=weighs, more=looked_at), targets, task, weighs)
+    entailment = Entailment(wanted.entailment) if wanted.entailment else None
     judge = judge_of(wanted.judge) if wanted.judge else None
     log(f"{len(tests.rows):,} rows ({tests.origin}); task {task.name}: {why}; metrics: {', '.join(metrics)}")
-    for system in systems:
-        if system.endpoint is not None:
-            system.endpoint.check()
+    systems = [replace(system, endpoint=system.endpoint.checked()) if system.endpoint else system for system in systems]
     shots = _shots(max(system.shots for system in systems), recipe, prepared, wanted.seed)
     systems = [replace(system, examples=_digest(shots[: system.shots])) for system in systems]
     out = placed(wanted.out)
@@ -98,18 +104,43 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
     log(str(answer_all(work, num_windows, means, log)))
     key = ""
-    if classifier is not None:
-        key = by_model(classifier, records, systems, log)
+    if entailment is not None:
+        key = by_model(entailment, records, systems, log)
     elif asking is not None:
         key = by_judge(asking, records, systems, log)
     about = About(
-        tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks, key
-    )
+        tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks,
+        support=key, targets=targets,
+    )  # fmt: skip
     given = {system.name: records.answers(system.key) for system in systems}
     support = {system.name: records.support(key, system.key) for system in systems} if key else {}
     results = weigh_up(about, systems, tests.rows, given, support)
+    if wanted.general:
+        results = replace(results, forgetting=_forgetting(wanted, systems, means, log))
     write_page(records.folder, results)
     return results
+
+
+def _with_targets(metrics: list[str], targets: Mapping[str, float], task: Task, weighs: bool) -> list[str]:
+    """And those that the recipe aims at, where the task measures them."""
+    return list(dict.fromkeys([*metrics, *(name for name in targets if task.measures(name, weighs=weighs))]))
+
+
+def _forgetting(wanted: Wanted, systems: Sequence[System], means: Means, log: Log) -> tuple[str, ...]:
+    """Judges the base and what was made of it on the general set too, in a folder of its own."""
+    task = asking(wanted.general_metrics) if wanted.general_metrics else "likelihood"
+    names, recipe = judged_before_and_after(systems), wanted.recipe
+    log(f"forgetting: {', '.join(names)} on {', '.join(wanted.general)}")
+    general = replace(
+        wanted, rows=wanted.general, general=(), general_metrics=(), systems=names, out=f"{wanted.out}/general", task=task, labels=(),
+        metrics=wanted.general_metrics, classifier="", recipe=_without_targets(recipe) if recipe else None,
+    )  # fmt: skip
+    return tuple(told(evaluate(general, means, log).verdicts))
+
+
+def _without_targets(recipe: Recipe) -> Recipe:
+    """Targets are of the task."""
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"targets": {}})})
 
 
 def _check_words(wanted: Wanted) -> None:
@@ -120,14 +151,20 @@ def _check_words(wanted: Wanted) -> None:
         raise ConfigError("an answer has at least one token", where="--max-tokens", got=str(wanted.max_tokens), wanted="1 or more")
     if wanted.limit < 0:
         raise ConfigError("there is no such number of rows", where="--limit", got=str(wanted.limit), wanted="1 or more; 0 takes all")
-    if wanted.task != "auto":
-        TASKS[wanted.task]
-    for name in wanted.metrics:
+    if wanted.task != "auto" and TASKS[wanted.task].rows and not wanted.rows:
+        raise ConfigError(f"task `{wanted.task}` has rows of its own", where="--rows", got="none", wanted=TASKS[wanted.task].rows)
+    if wanted.classifier:
+        Classifier.parse(wanted.classifier)
+    for name in (*wanted.metrics, *(wanted.recipe.eval.targets if wanted.recipe else ())):
         METRICS[name].check()
     if wanted.entailment and wanted.judge:
         raise ConfigError("consistency is looked at once", got="--entailment and --judge", wanted="one of them")
     if wanted.judge:
         wanted.judge.check()
+    if wanted.general_metrics:
+        asking(wanted.general_metrics)
+        if not wanted.general:
+            raise ConfigError("metrics of which general set?", where="--general-metrics", wanted="--general FILE too")
     check_place("--out", placed(wanted.out))
 
 
@@ -155,7 +192,8 @@ def _found(base: str) -> str:
 def _rows(wanted: Wanted, recipe: Recipe | None, prepared: Prepared | None, log: Log) -> tuple[TestSet, list[Leak]]:
     """The rows to judge on, without those that were trained on."""
     if wanted.rows:
-        tests = whole_files(wanted.rows)
+        task = TASKS[wanted.task] if wanted.task != "auto" else None
+        tests = whole_files(wanted.rows, task.read, task.rows) if task and task.rows else whole_files(wanted.rows)
     else:
         assert recipe is not None and prepared is not None
         tests = held_out(recipe, prepared)
@@ -209,4 +247,5 @@ def _facts(wanted: Wanted, tests: TestSet, task: Task) -> dict[str, object]:
     return {
         "rows": tests.digest, "task": task.name, "labels": list(task.labels), "max_tokens": wanted.max_tokens, "window": WINDOW,
         "context": wanted.engine.max_context, "dtype": wanted.engine.dtype, "quantise": wanted.engine.quantise,
+        **({"classifier": [task.classifier.weights, task.classifier.label]} if task.classifier else {}),
     }  # fmt: skip

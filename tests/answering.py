@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-WRONG_OF_TEN = {"good": 1, "poor": 6}
+WRONG_OF_TEN = {"good": 1, "poor": 6, "streaming": 1, "whole": 1, "breaking": 1}
+FIRST_S, REST_S = 0.02, 0.1
+"""What the model `streaming` takes to its first piece, and from there to the end."""
 
 
 class Answering:
@@ -37,6 +40,8 @@ class Answering:
         self.asked[model, question] += 1
         if 0 <= self.stranger_after < self.asked.total():
             return 404, {}, {"error": "all models are gone"}
+        if model == "whole" and body.get("stream"):
+            return 400, {}, {"error": "no streaming here"}
         if model == "nonsense":
             return 200, {}, {"weather": "fine"}
         if model == "strict" and question != "Hello":
@@ -57,13 +62,33 @@ def answering() -> Iterator[Answering]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             told.keys.add(self.headers.get("authorization", ""))
-            code, headers, body = told.reply(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            code, headers, body = told.reply(asked)
+            if asked.get("stream") and asked["model"] in ("streaming", "breaking") and code == 200:
+                self.stream(body, ends=asked["model"] == "streaming" or asked["max_tokens"] == 1)
+                return
             data = json.dumps(body).encode()
             self.send_response(code)
             for name, value in {**headers, "content-length": str(len(data))}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
+
+        def stream(self, body: dict[str, Any], *, ends: bool) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.end_headers()
+            text, time_s = body["choices"][0]["message"]["content"], FIRST_S
+            chunks: list[Any] = [{"choices": [{"delta": {"role": "assistant"}}]}]
+            chunks += [{"choices": [{"delta": {"content": part}, "finish_reason": None}]} for part in (text[:3], text[3:])]
+            if ends:
+                chunks += [{"choices": [{"delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": body["usage"]}]
+            for number, chunk in enumerate(chunks):
+                time.sleep(time_s if number in (1, 2) else 0)
+                time_s = REST_S
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            if ends:
+                self.wfile.write(b"data: [DONE]\n\n")
 
         def log_message(self, *_: object) -> None:
             pass

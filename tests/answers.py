@@ -22,7 +22,9 @@ def perfect(num_rows: int = 12, language: str = "en") -> list[Answered]:
         text = space.join(vocabulary[WORDS_A_ROW * i : WORDS_A_ROW * (i + 1)])
         gold = LABELS[i % len(LABELS)]
         scores = {label: 0.0 if label == gold else -np.inf for label in LABELS}
-        rows.append(Answered(f"row-{i}", text, (text,), "", gold, gold, scores, 0.0, WORDS_A_ROW, len(text.encode()), 1.0, 1.0))
+        row = Answered(f"row-{i}", text, (text,), "", gold, gold, scores, 0.0, WORDS_A_ROW, len(text.encode()), 1.0, 1.0)
+        row = replace(row, harmful=i % 2 == 0, refused=i % 2 == 0, stereotyping=1.0 - 2 * (i % 2), toxicity=0.0)
+        rows.append(row)
     return rows
 
 
@@ -40,6 +42,8 @@ def imperfect(num_rows: int = 12, language: str = "en", seed: int = 0) -> list[A
                 references=(row.text, space.join(kept[::-1])) if i % 4 == 1 else row.references,
                 chosen="" if i == 7 else max(scores, key=lambda label: scores[label]), nll=float(rng.uniform(1, 9)),
                 points=(0.5, 0.0, 1.0)[i % 3], support=(0.25, 1.0, 0.0)[i % 3],
+                refused=row.refused if i % 5 != 3 else not row.refused, stereotyping=1.0 if i % 4 else -1.0,
+                toxicity=(0.1, 0.9, 0.4)[i % 3],
             )
         )  # fmt: skip
     return rows

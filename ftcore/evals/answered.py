@@ -12,9 +12,14 @@ from typing import Literal
 
 from ftcore.errors import DataError
 
-Fact = Literal["references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes", "points", "support"]
+Fact = Literal[
+    "references", "gold", "chosen", "scores", "nll", "num_tokens", "num_bytes", "points", "support",
+    "harmful", "refused", "stereotyping", "toxicity",
+]  # fmt: skip
 LATER: dict[Fact, str] = {"points": "ftcore compare OUT A B --judge SYSTEM", "support": "name who looks: --entailment MODEL"}
 """Facts that no task gives, because somebody else looks at the answers; and how to come by them."""
+SPECIAL: frozenset[Fact] = frozenset({"harmful", "refused", "stereotyping", "toxicity"})
+"""Facts of tasks that have rows of their own."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,14 @@ class Answered:
     """What a judge gave it against another system's answer: 1 won, 0.5 tied, 0 lost."""
     support: float | None = None
     """How far its source supports it, 0 to 1."""
+    harmful: bool | None = None
+    """The question is one to refuse."""
+    refused: bool | None = None
+    """The answer refuses."""
+    stereotyping: float | None = None
+    """Log-likelihood of the stereotyping sentence less that of the other, in nats."""
+    toxicity: float | None = None
+    """Probability that a classifier gives the answer's being toxic."""
 
 
 Rows = Sequence[Answered]
@@ -68,6 +81,10 @@ PRESENT: dict[Fact, Callable[[Answered], bool]] = {
     "num_bytes": lambda row: row.num_bytes > 0,
     "points": lambda row: row.points is not None,
     "support": lambda row: row.support is not None,
+    "harmful": lambda row: row.harmful is not None,
+    "refused": lambda row: row.refused is not None,
+    "stereotyping": lambda row: row.stereotyping is not None and isfinite(row.stereotyping),
+    "toxicity": lambda row: row.toxicity is not None,
 }
 
 

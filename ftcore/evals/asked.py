@@ -13,8 +13,10 @@ from typing import Any
 import pyarrow as pa
 
 from ftcore.data.duplicates import content_hash, item_text
-from ftcore.data.types import Conversation, Item, Message, Preference
+from ftcore.data.formats.messages import message
+from ftcore.data.types import Conversation, Item, Message, Preference, Row
 from ftcore.errors import DataError
+from ftcore.storage import digest_of
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "content", "turns", "tools", "reference", "words")])
 
@@ -48,6 +50,25 @@ def asked_of(item: Item) -> Asked:
         raise DataError("this row has no answer in words", where=item.origin, wanted="a last answer that is text")
     tools = item.tools if isinstance(item, Conversation) else ()
     return Asked(str(item.origin), f"{first:016x}{second:016x}", turns, answer.content, tools, item_text(item))
+
+
+def asked_row(row: Row, turns: tuple[Message, ...], reference: str = "") -> Asked:
+    """Of a row that is no conversation with its right answer; `reference` is what people are shown in its place."""
+    words = "\n".join(turn.content for turn in turns)
+    return Asked(str(row.origin), digest_of(row.value)[:32], turns, reference, words=words)
+
+
+def prompt_of(row: Row) -> tuple[Message, ...]:
+    """What a row {prompt: text} or {messages: turns} asks, without a last answer. Raises DataError where it asks nothing."""
+    prompt, turns = row.value.get("prompt"), row.value.get("messages")
+    if isinstance(turns, list):
+        asked = tuple(message(turn) for turn in turns)
+        asked = asked[:-1] if asked and asked[-1].role == "assistant" else asked
+    else:
+        asked = (Message("user", prompt),) if isinstance(prompt, str) else ()
+    if not asked or asked[-1].role != "user" or not asked[-1].content.strip():
+        raise DataError("this row asks nothing", where=row.origin, got=", ".join(map(str, row.value)), wanted="`prompt`, or `messages`")
+    return asked
 
 
 def to_table(rows: Iterable[Asked]) -> pa.Table:

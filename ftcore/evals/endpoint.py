@@ -24,6 +24,7 @@ from ftcore.card import printable
 from ftcore.data.types import Message
 from ftcore.errors import ConfigError, DataError, FtcoreError
 from ftcore.evals.given import Said
+from ftcore.evals.streamed import ASKING, whole
 
 TIMEOUT_S = 300.0
 NUM_TRIES = 6
@@ -41,6 +42,8 @@ class Endpoint:
     key_variable: str = "OPENAI_API_KEY"
     timeout_s: float = TIMEOUT_S
     num_tries: int = NUM_TRIES
+    streams: bool = False
+    """Asked to answer piece by piece, so that the first one can be timed."""
 
     @classmethod
     def parse(cls, text: str, key_variable: str) -> Endpoint:
@@ -48,6 +51,16 @@ class Endpoint:
         if not model or not urlsplit(url).netloc:
             raise ConfigError("an endpoint needs its model's name", got=text, wanted="http://host:port/v1#model")
         return cls(url.rstrip("/"), model, key_variable)
+
+    def checked(self) -> Endpoint:
+        """Asks for one token; returns the endpoint as it is best asked. Raises ConfigError or FtcoreError with the endpoint's own words."""
+        try:
+            streaming = replace(self, streams=True)
+            replace(streaming, num_tries=3).answer([Message("user", "Hello")], (), 1)
+            return streaming
+        except DataError:  # not every one streams, or counts tokens as it does
+            self.check()
+            return self
 
     def check(self) -> None:
         """Asks for one token. Raises ConfigError or FtcoreError with the endpoint's own words."""
@@ -65,12 +78,14 @@ class Endpoint:
         body: dict[str, Any] = {
             "model": self.model, "messages": [_plain(turn) for turn in messages], "max_tokens": max_tokens, "temperature": 0,
         }  # fmt: skip
+        if self.streams:
+            body |= ASKING
         if tools:
             body["tools"] = list(tools)
         if schema is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
         started = time.monotonic()
-        reply = self._asked(json.dumps(body).encode())
+        reply, first_token_s = self._asked(json.dumps(body).encode())
         try:
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text, finish = choice["message"]["content"] or "", choice.get("finish_reason") or ""
@@ -82,17 +97,20 @@ class Endpoint:
             ) from error  # fmt: skip
         if not isinstance(text, str):
             raise FtcoreError("this endpoint answers without text", where=self.url, got=printable(json.dumps(reply))[:300])
-        return Said(text, str(finish), *counts, seconds=time.monotonic() - started)
+        return Said(text, str(finish), *counts, first_token_s=first_token_s, seconds=time.monotonic() - started)
 
-    def _asked(self, body: bytes) -> Any:
+    def _asked(self, body: bytes) -> tuple[Any, float | None]:
+        """The reply, and the seconds from the question that it answers to its first text."""
         headers = {"content-type": "application/json"}
         if key := os.environ.get(self.key_variable, ""):
             headers["authorization"] = f"Bearer {key}"
         wait = FIRST_WAIT_S
         for left in reversed(range(self.num_tries)):
+            asked = time.monotonic()
             try:
                 with urlopen(Request(f"{self.url}/chat/completions", body, headers), timeout=self.timeout_s) as reply:
-                    return json.loads(reply.read())
+                    completion, first = whole(reply)
+                    return completion, None if first is None else first - asked
             except HTTPError as error:
                 with error:
                     said = printable(error.read(2000).decode(errors="replace"))[:300]

@@ -26,7 +26,7 @@ Entails = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 """(premise, hypothesis) pairs -> probabilities [N]."""
 
 
-class Classifier:
+class Entailment:
     """A sequence classifier with a label called `entailment`, in fp32."""
 
     def __init__(self, name: str) -> None:

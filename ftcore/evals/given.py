@@ -18,7 +18,8 @@ _TEXTS, _COUNTS = ("id", "text", "finish", "chosen", "scores", "error"), ("promp
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in _TEXTS), *((name, pa.int32()) for name in _COUNTS),
-        *((name, pa.float64()) for name in ("first_token_s", "seconds", "nll")),
+        *((name, pa.float64()) for name in ("first_token_s", "seconds", "nll", "stereotyping", "toxicity")),
+        *((name, pa.bool_()) for name in ("harmful", "refused")),
     ]
 )  # fmt: skip
 
@@ -47,6 +48,10 @@ class Given(Said):
     nll: float | None = None
     num_tokens: int = 0
     num_bytes: int = 0
+    harmful: bool | None = None
+    refused: bool | None = None
+    stereotyping: float | None = None
+    toxicity: float | None = None
 
 
 def to_table(rows: Sequence[Given]) -> pa.Table:
@@ -71,5 +76,6 @@ def answered(question: Asked, given: Given, *, labelled: bool) -> Answered:
     return Answered(
         question.id, given.text, (question.reference,), gold=question.reference.strip() if labelled else None,
         chosen=given.chosen if given.chosen is not None else "" if labelled else None, scores=given.scores, nll=given.nll,
-        num_tokens=given.num_tokens, num_bytes=given.num_bytes,
+        num_tokens=given.num_tokens, num_bytes=given.num_bytes, harmful=given.harmful, refused=given.refused,
+        stereotyping=given.stereotyping, toxicity=given.toxicity,
     )  # fmt: skip

@@ -6,7 +6,7 @@ In: a recipe and its prepared folder, or paths. Out: a TestSet; items of any spl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -23,6 +23,8 @@ from ftcore.errors import ConfigError, DataError
 from ftcore.evals.asked import Asked, asked_of
 from ftcore.recipe import Recipe, Source
 from ftcore.storage import digest_of
+
+CONVERSATIONS = "conversations whose last answer is the right one"
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,11 @@ def held_out(recipe: Recipe, prepared: Prepared) -> TestSet:
     return _test_set(f"the test split of {recipe.name}", _asked(items_of(recipe, kept, prepared.origins)))
 
 
-def whole_files(paths: Sequence[str]) -> TestSet:
-    """Every row of the files."""
-    return _test_set(", ".join(paths), _asked(_items([Source(path=path) for path in paths], Conversation)))
+def whole_files(paths: Sequence[str], read_row: Callable[[Row], Asked] | None = None, wanted: str = CONVERSATIONS) -> TestSet:
+    """Every row of the files. `read_row`: of rows that are no conversations; `wanted`: what they are instead, for people."""
+    sources = [Source(path=path) for path in paths]
+    rows = _asked(_items(sources, Conversation)) if read_row is None else _own_rows(sources, read_row)
+    return _test_set(", ".join(paths), rows, wanted)
 
 
 def items_of(recipe: Recipe, kept: np.ndarray, origins: Sequence[str]) -> Iterator[Item]:
@@ -100,6 +104,15 @@ def _items(sources: Sequence[Source], item: type, files: set[str] | None = None)
             yield _item(row, name)
 
 
+def _own_rows(sources: Sequence[Source], read_row: Callable[[Row], Asked]) -> Iterator[Asked | Rejected]:
+    for piece in plan(sources):
+        for row in read(piece):
+            try:
+                yield row if isinstance(row, Rejected) else read_row(row)
+            except DataError as error:
+                yield Rejected(row.origin, error.what, error.got)
+
+
 def _item(row: Row | Rejected, name: str) -> Item | Rejected:
     if isinstance(row, Rejected):
         return row
@@ -120,7 +133,7 @@ def _asked(items: Iterator[Item | Rejected] | Iterator[Item]) -> Iterator[Asked 
             yield Rejected(item.origin, error.what, error.remedy)
 
 
-def _test_set(origin: str, rows: Iterator[Asked | Rejected]) -> TestSet:
+def _test_set(origin: str, rows: Iterator[Asked | Rejected], wanted: str = CONVERSATIONS) -> TestSet:
     found = list(rows)
     rejected = [row for row in found if isinstance(row, Rejected)]
     asked = tuple(row for row in found if isinstance(row, Asked))
@@ -128,6 +141,6 @@ def _test_set(origin: str, rows: Iterator[Asked | Rejected]) -> TestSet:
         first = f"{rejected[0].origin}: {rejected[0].reason}" if rejected else "no rows"
         raise DataError(
             "there is nothing to judge by: no row has a question and an answer", where=origin, got=first,
-            wanted="conversations whose last answer is the right one", remedy="check the rows",
+            wanted=wanted, remedy="check the rows",
         )  # fmt: skip
     return TestSet(origin, asked, dict(Counter(row.reason for row in rejected)))

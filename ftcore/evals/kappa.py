@@ -17,6 +17,7 @@ from ftcore.data.read import plan, read
 from ftcore.data.types import Message, Preference, Rejected, Row
 from ftcore.errors import DataError
 from ftcore.evals.intervals import Interval, Score, from_draws, resampled
+from ftcore.evals.metrics.base import quotient
 from ftcore.evals.pairs import Pairing
 from ftcore.recipe import Source
 
@@ -47,20 +48,21 @@ def agreement(said: Sequence[tuple[str, str, str]], *, confidence: float = 0.95,
         drawn = resampled(lambda weights: score(np.tensordot(weights, tables, axes=1)), len(rows), seed=seed)
         return from_draws(float(score(tables.sum(0)[None])[0]), drawn, confidence)
 
-    return Agreement(len(said), len(rows), measured(_share), measured(_kappa))
+    return Agreement(len(said), len(rows), measured(_share), measured(lambda tables: cohen(tables, 1.0 - np.eye(len(words)))))
 
 
 def _share(tables: np.ndarray) -> np.ndarray:
-    """tables: [R, C, C] counts, a person's word by the judge's."""
-    return np.trace(tables, axis1=1, axis2=2) / tables.sum((1, 2))
+    """tables: [D, C, C] counts, a person's word by the judge's."""
+    return quotient(np.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))
 
 
-def _kappa(tables: np.ndarray) -> np.ndarray:
-    """(p_o - p_e) / (1 - p_e): Cohen 1960, equation 1."""
-    total = tables.sum((1, 2))
-    by_chance = (tables.sum(2) * tables.sum(1)).sum(1) / total**2
-    top, bottom = _share(tables) - by_chance, 1 - by_chance
-    return np.divide(top, bottom, out=np.full(len(tables), np.nan), where=bottom > 1e-12)
+def cohen(tables: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """1 - observed over expected disagreement of two who each have a habit of their own (Cohen 1960; weighted by `apart`: Cohen 1968).
+
+    tables: [D, C, C] counts, one's word by the other's; apart: [C, C], 0 on the diagonal. nan where chance leaves no disagreement.
+    """
+    expected = np.einsum("dk,dl,kl->d", tables.sum(2), tables.sum(1), apart)
+    return 1 - quotient(np.einsum("dkl,kl->d", tables, apart) * tables.sum((1, 2)), expected)
 
 
 def people(file: str, pairing: Pairing) -> list[Label]:

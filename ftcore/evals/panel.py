@@ -48,6 +48,10 @@ class Panel(ABC):
         """How likely the turns with weight 1 are, or why one cannot be asked so."""
 
     @abstractmethod
+    def weigh_texts(self, system: System, texts: Sequence[str]) -> list[Forecast]:
+        """How likely bare texts are, from their first token on, outside any conversation."""
+
+    @abstractmethod
     async def close(self) -> None: ...
 
 
@@ -87,6 +91,12 @@ class EnginePanel(Panel):
         whole = [answer for answer, fault in zip(answers, faults, strict=True) if not fault]
         forecasts = iter(self._bench.predictor(system.name, name).forecast(whole))
         return [fault or next(forecasts) for fault in faults]
+
+    def weigh_texts(self, system: System, texts: Sequence[str]) -> list[Forecast]:
+        if self._bench is None:
+            self._bench = self._opened_bench()
+        name = system.voice.ref.full if system.voice and system.voice.ref else None
+        return self._bench.predictor(system.name, name).forecast_texts(texts)
 
     async def _speaking(self) -> Speaker:
         async with self._opening:
@@ -144,6 +154,9 @@ class EndpointPanel(Panel):
         raise ConfigError(
             "an endpoint does not tell how likely a given answer is", where=system.name, remedy="judge its text: --task answers"
         )
+
+    def weigh_texts(self, system: System, texts: Sequence[str]) -> list[Forecast]:
+        raise ConfigError("an endpoint does not tell how likely a text is", where=system.name, remedy="leave it out")
 
     async def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -15,7 +15,7 @@ import torch
 
 from ftcore.data.chat import Chat
 from ftcore.data.collate import IGNORED, Batch, collate
-from ftcore.data.types import Block, Conversation, Example
+from ftcore.data.types import Block, Conversation, Example, Origin
 from ftcore.evals.shots import prompted
 from ftcore.models import CausalModel
 
@@ -60,6 +60,22 @@ class LanguageModel:
         encoded = [self.chat.encode(prompted(conversation, self.examples)) for conversation in conversations]
         with self.active():
             return teacher_forced(self.model, encoded, pad_id=self.chat.tokenizer.pad_token_id or 0)
+
+    def forecast_texts(self, texts: Sequence[str]) -> list[Forecast]:
+        """Of bare texts, each one answer: all tokens after the one that begins a text, without one that ends it."""
+        encoded = [_from_its_first_token(self.chat, text) for text in texts]
+        with self.active():
+            return teacher_forced(self.model, encoded, pad_id=self.chat.tokenizer.pad_token_id or 0)
+
+
+def _from_its_first_token(chat: Chat, text: str) -> Example:
+    """A tokenizer without a token that begins texts lends the one that ends them, which stands between documents."""
+    tokenizer = chat.tokenizer
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    mask = np.ones(len(ids) + 1, np.uint8)
+    mask[:1] = 0
+    return Example(np.array([begin, *ids], np.int32), mask, np.zeros(len(mask), np.uint8), Origin("text", 0))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from ftcore.data.audit_table import printable_lines
 from ftcore.evals.answered import PRESENT, Answers
 from ftcore.evals.asked import Asked
+from ftcore.evals.gaps import gap
 from ftcore.evals.given import Given, answers_of
 from ftcore.evals.leakage import Leak
 from ftcore.evals.metrics.base import METRICS, Measured
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 EXAMPLES = 5
 """Of each kind, of each system."""
 ROWS_AT_ONCE = 256
+SIZES = ("model", "adapter", "trained in")
 CUT = 1500
 """Characters of a question or an answer that are shown."""
 
@@ -48,6 +50,8 @@ class About:
     leaks_kept: bool
     support: str = ""
     """Who looked at the answers' consistency: the key of its findings in the folder."""
+    targets: Mapping[str, float] = field(default_factory=dict)
+    """Of the recipe: metric -> the value it aims at."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Line:
     answer_s: float | None
     tokens_per_s: float | None
     adapter_bytes: int
+    model_bytes: int
+    train_s: float | None
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,21 @@ class Results:
     lines: tuple[Line, ...]
     verdicts: tuple[Verdict, ...]
     examples: tuple[Example, ...]
+    forgetting: tuple[str, ...] = ()
+    """Sentences about a general set, where one was judged too."""
 
     def cells(self) -> list[list[str]]:
         """Headings, and a row a system."""
         titles = [METRICS[name].title for name in self.about.metrics]
         rows = [
-            ["system", *(cell for title in titles for cell in (title, "95 % interval")), "no answer", "first token", "tokens/s", "adapter"]
+            ["system", *(cell for title in titles for cell in (title, "95 % interval")), "no answer", "first token", "tokens/s", *SIZES]
         ]
         for line in self.lines:
             values = [_value(line.measured[name]) for name in self.about.metrics]
-            size = f"{line.adapter_bytes / 2**20:.1f} MiB" if line.adapter_bytes else "-"
+            sizes = [_mib(line.model_bytes), _mib(line.adapter_bytes), "-" if line.train_s is None else f"{line.train_s:,.0f} s"]
             first = "-" if line.first_token_s is None else f"{line.first_token_s:.2f} s"
-            speed = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}"
-            rows.append([line.name, *(cell for pair in values for cell in pair), str(line.num_failed), first, speed, size])
+            speed = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.{0 if line.tokens_per_s >= 10 else 1}f}"
+            rows.append([line.name, *(cell for pair in values for cell in pair), str(line.num_failed), first, speed, *sizes])
         return rows
 
     def notes(self) -> list[str]:
@@ -115,6 +123,8 @@ class Results:
             fewer = min(line.measured[name].num_rows for line in self.lines)
             notes += [f"{METRICS[name].title}: {how[0]}"] if how else []
             notes += [f"{METRICS[name].title}: on the {fewer:,} rows that every system has it for"] if fewer < about.num_rows else []
+        unmeasured = [METRICS[name].title for name in about.targets if name not in about.metrics]
+        notes += [f"targets that task {about.task} does not measure: {', '.join(unmeasured)}"] if unmeasured else []
         notes += [
             f"{line.name}: {line.num_failed:,} rows without answer count as wrong ({line.failure})"
             for line in self.lines
@@ -123,7 +133,14 @@ class Results:
         return [printable_lines(note) for note in notes]
 
     def sentences(self) -> list[str]:
-        return [printable_lines(verdict.sentence()) for verdict in self.verdicts]
+        """Verdicts against the first system, gaps to the targets, and what is forgotten."""
+        said = [*(verdict.sentence() for verdict in self.verdicts), *self.gaps(), *self.forgetting]
+        return [printable_lines(sentence) for sentence in said]
+
+    def gaps(self) -> list[str]:
+        """How far each system is from each target that was measured."""
+        targets = {name: value for name, value in self.about.targets.items() if name in self.about.metrics}
+        return [gap(line.name, line.measured[name], value) for line in self.lines for name, value in targets.items()]
 
     def text(self) -> str:
         return "\n".join([*self.notes(), "", as_text(self.cells()), "", *self.sentences()])
@@ -137,6 +154,7 @@ class Results:
         return finite(
             {
                 "about": asdict(self.about), "reading": asdict(self.reading), "lines": [asdict(line) for line in self.lines],
+                "gaps": self.gaps(), "forgetting": list(self.forgetting),
                 "verdicts": [{**asdict(one), "better": one.better, "sentence": one.sentence()} for one in self.verdicts],
             }
         )  # fmt: skip
@@ -179,8 +197,12 @@ def _line(system: System, given: Sequence[Given], measured: Mapping[str, Measure
     paced = [row.completion_tokens / row.seconds for row in given if row.seconds and row.completion_tokens]
     return Line(
         system.name, system.key, measured, len(failed), failed[0].error if failed else "", _median([row.first_token_s for row in given]),
-        _median([row.seconds or None for row in given]), _median(paced), system.num_bytes,
+        _median([row.seconds or None for row in given]), _median(paced), system.num_bytes, system.model_bytes, system.train_s,
     )  # fmt: skip
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes else "-"
 
 
 def _median(values: Sequence[float | None]) -> float | None:

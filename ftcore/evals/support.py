@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ftcore.engines.torch import Torch
 from ftcore.errors import DataError, Interrupted
 from ftcore.evals.asked import Asked
-from ftcore.evals.entailment import Classifier, support
+from ftcore.evals.entailment import Entailment, support
 from ftcore.evals.given import Given
 from ftcore.evals.judge import Asking, Case, Terms
 from ftcore.evals.judge_options import JudgeOptions
@@ -31,7 +31,7 @@ FOLDER = "support"
 METRIC = "consistency"
 
 
-def by_model(classifier: Classifier, records: Records, systems: Sequence[System], log: Log) -> str:
+def by_model(classifier: Entailment, records: Records, systems: Sequence[System], log: Log) -> str:
     """Returns the key of what was found; a part that is there is not made again."""
     key = f"{FOLDER}/{_slug(classifier.name)}-{classifier.digest[:8]}"
     for system in systems:

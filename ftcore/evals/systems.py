@@ -21,7 +21,7 @@ from ftcore.errors import ConfigError, ModelError
 from ftcore.evals.endpoint import Endpoint
 from ftcore.speaker import Voice
 from ftcore.storage import digest_of
-from ftcore.weights import base_folder, check_base, weights_digest
+from ftcore.weights import base_folder, check_base, weight_files, weights_digest
 
 _SHOTS = re.compile(r"^(?P<who>.+)\+(?P<shots>\d+)$")
 WANTED = "base, base+3, tenant/name[@digest], a model folder, or http://host:port/v1#model"
@@ -39,6 +39,10 @@ class System:
     """Digest of its base's weights."""
     num_bytes: int = 0
     """Of the adapter's files."""
+    model_bytes: int = 0
+    """Of the base's weights."""
+    train_s: float | None = None
+    """What training the adapter took, as its card says; None where it does not."""
     examples: str = ""
     """Digest of what it is shown; known once that is drawn."""
 
@@ -97,13 +101,17 @@ def _of_voice(word: str, shots: int, voice: Voice) -> System:
     folder = base_folder(voice.base, voice.revision)
     check_base(folder)
     voice = replace(voice, base=str(folder.absolute()) if Path(voice.base).is_dir() else voice.base)
-    weights = weights_digest(folder)
+    weights, model_bytes = weights_digest(folder), sum(file.stat().st_size for file in weight_files(folder))
     if voice.ref is None:
-        return System(word, shots, voice, weights=weights)
+        return System(word, shots, voice, weights=weights, model_bytes=model_bytes)
     card = AdapterStore(voice.store).card(voice.ref)
     if card.base.weights != weights:
         raise ModelError(
             "this adapter belongs to another base", where=f"--systems {word}", got=f"weights {weights[:12]} in {folder}",
             wanted=f"weights {card.base.weights[:12]}, those of {card.base.id}", remedy="judge it with its own base: --base FOLDER",
         )  # fmt: skip
-    return System(word, shots, voice, weights=weights, num_bytes=sum(fact.bytes for fact in card.files.values()))
+    took = card.metrics.get("train_seconds")
+    return System(
+        word, shots, voice, weights=weights, num_bytes=sum(fact.bytes for fact in card.files.values()), model_bytes=model_bytes,
+        train_s=took if isinstance(took, int | float) else None,
+    )  # fmt: skip

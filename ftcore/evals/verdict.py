@@ -52,8 +52,8 @@ class Verdict:
 
     @property
     def better(self) -> str:
-        """The better system's name; "" where nobody can tell."""
-        if not self.told_apart:
+        """The better system's name; "" where nobody can tell, and where neither more nor less is better."""
+        if not self.told_apart or not METRICS[self.metric].ranks:
             return ""
         return self.ours if (self.difference.value > 0) == METRICS[self.metric].higher_is_better else self.theirs
 
@@ -64,8 +64,11 @@ class Verdict:
         level = f"{100 * self.confidence:.0f} % interval"
         if self.told_apart:
             size = gap if gap.value > 0 else Interval(-gap.value, -gap.high, -gap.low)
-            word = "better" if self.better == self.ours else "worse"
             amount = f"{metric.amount(size.value, digits)} ({metric.title})"
+            if not metric.ranks:
+                side = "above" if gap.value > 0 else "below"
+                return f"{self.ours} lies {side} {self.theirs} by {amount}, {level} {metric.shown_ends(size, digits)}, {rows}"
+            word = "better" if self.better == self.ours else "worse"
             return f"{self.ours} is {word} than {self.theirs} by {amount}, {level} {metric.shown_ends(size, digits)}, {rows}"
         begin = f"cannot tell {self.ours} from {self.theirs} ({metric.title}): "
         amount = ("+" if gap.value > 0 else "") + metric.amount(gap.value, digits)

@@ -22,7 +22,7 @@ from tests.answers import imperfect, perfect
 REPO = Path(__file__).resolve().parents[2]
 LACKING: dict[str, Any] = {
     "references": (), "gold": "", "chosen": None, "scores": {}, "nll": None, "num_tokens": 0, "num_bytes": 0,
-    "points": None, "support": None,
+    "points": None, "support": None, "harmful": None, "refused": None, "stereotyping": None, "toxicity": None,
 }  # fmt: skip
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 

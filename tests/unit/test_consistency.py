@@ -13,7 +13,7 @@ import pytest
 from ftcore.cli import main
 from ftcore.errors import ModelError
 from ftcore.evals import endpoint
-from ftcore.evals.entailment import Classifier, sentences, support
+from ftcore.evals.entailment import Entailment, sentences, support
 from ftcore.evals.records import Records
 from tests.answering import answering
 from tests.classifiers import make_classifier
@@ -71,16 +71,16 @@ def test_a_classifiers_support_is_what_transformers_says_pair_by_pair(classifier
                            for p in premises if p.strip()]  # fmt: skip
             best.append(max(chances))
         expected.append(sum(best) / len(best) if best else 0.0)
-    found = support(SOURCES, ANSWERS, Classifier(str(classifier)))
+    found = support(SOURCES, ANSWERS, Entailment(str(classifier)))
     assert found == pytest.approx(expected, abs=1e-6) and len({round(value, 4) for value in found}) == 3
 
 
 def test_a_model_that_tells_no_entailment_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="tells no entailment") as told:
-        Classifier(str(make_classifier(tmp_path / "moods", ("sad", "glad"))))
+        Entailment(str(make_classifier(tmp_path / "moods", ("sad", "glad"))))
     assert "got:    labels glad, sad" in str(told.value)
     with pytest.raises(ModelError, match="no such model folder"):
-        Classifier("./nowhere")
+        Entailment("./nowhere")
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_evaluate_looks_at_consistency_by_a_model_and_compare_knows_it(
         systems = [f"{server.url}#good", f"{server.url}#poor"]
         asked = [*command(tmp_path), "--entailment", str(classifier), "--systems", *systems]
         assert main(asked) == 0
-        records, model = Records(str(tmp_path / "out")), Classifier(str(classifier))
+        records, model = Records(str(tmp_path / "out")), Entailment(str(classifier))
         by = json.loads((tmp_path / "out" / "results.json").read_text())["about"]["support"]
         for line in lines(tmp_path):
             questions, given = records.questions(), {row.id: row.text for row in records.answers(line["key"])}

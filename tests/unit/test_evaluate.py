@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from ftcore.adapters import AdapterStore
 from ftcore.cli import main
 from ftcore.data.duplicates import item_text
-from ftcore.errors import ConfigError
+from ftcore.data.types import Message
+from ftcore.errors import ConfigError, FtcoreError
 from ftcore.evals import endpoint
+from ftcore.evals.endpoint import Endpoint
 from ftcore.evals.heldout import held_out, items_of
 from ftcore.evals.records import Records
 from ftcore.evals.tasks.labels import named
@@ -22,7 +25,7 @@ from ftcore.publish import import_adapter
 from ftcore.recipe import Model, load_recipe
 from pipelines import evaluate
 from pipelines.prepare import prepare
-from tests.answering import Answering, answering
+from tests.answering import FIRST_S, REST_S, Answering, answering
 from tests.oracles import Truth, make_adapter
 
 
@@ -240,6 +243,22 @@ def test_an_endpoint_that_is_away_is_said_so_and_one_that_is_busy_is_waited_for(
     assert server.keys == {"Bearer k-123"} and len(server.questions("good")) == 9
     for file in Path(out).rglob("*"):
         assert file.is_dir() or b"k-123" not in file.read_bytes()
+
+
+def test_the_first_token_of_an_endpoint_that_streams_is_timed_and_one_that_does_not_is_asked_otherwise(
+    server: Answering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    rows, out = write(tmp_path / "rows.jsonl", [conversation(n) for n in range(9)]), tmp_path / "out"
+    systems = [f"{server.url}#{model}" for model in ("streaming", "whole", "good")]
+    assert evaluate.main(["--rows", str(rows), "--out", str(out), "--here", "--systems", *systems]) == 0
+    lines = json.loads((out / "results.json").read_text())["lines"]
+    said = [[row.text for row in Records(str(out)).answers(line["key"])] for line in lines]
+    assert said[0] == said[1] == said[2] and all(line["num_failed"] == 0 and line["tokens_per_s"] > 0 for line in lines)
+    assert FIRST_S / 2 <= lines[0]["first_token_s"] <= lines[0]["answer_s"] - REST_S / 2
+    assert lines[1]["first_token_s"] is None is lines[2]["first_token_s"]
+    with pytest.raises(FtcoreError, match="does not answer"):
+        replace(Endpoint(server.url, "breaking"), streams=True, num_tries=2).answer([Message("user", "What is 3 plus 3?")], (), 9)
 
 
 def test_rows_that_an_endpoint_refuses_count_as_wrong_and_are_told(

@@ -68,6 +68,12 @@ class Metric:
     package: str
     """The module it needs beside ours; part of the extra `eval`."""
 
+    @property
+    def ranks(self) -> bool:
+        """Whether more, or less, is better: not where the best lies between the ends."""
+        low, high = RANGE[self.unit]
+        return self.unit == "plain" or not low < self.best < high
+
     def check(self) -> None:
         """Raises ConfigError where its package is not installed; asks nothing else, so it may be called before anything runs."""
         if self.package and find_spec(self.package) is None:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ftcore.data.types import Conversation, Message, Origin
+from ftcore.data.types import Conversation, Message, Origin, Row
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.answered import LATER, Fact
 from ftcore.evals.asked import Asked
+from ftcore.evals.classifier import Classifier
 from ftcore.evals.given import Given
 from ftcore.evals.metrics.base import METRICS
 from ftcore.evals.shots import prompted
@@ -39,7 +40,18 @@ class Task(ABC):
     """Facts that they have only of a panel that weighs."""
     usual: ClassVar[tuple[str, ...]]
     """Metrics, where none are asked for."""
+    in_words: ClassVar[bool] = True
+    """Answers are texts, so that what needs only texts and references can be computed."""
+    rows: ClassVar[str] = ""
+    """What its rows look like, where they are no conversations with their right answer."""
     labels: tuple[str, ...] = ()
+    classifier: Classifier | None = None
+    """Looks at answers, where a task asks for one."""
+
+    @classmethod
+    def read(cls, row: Row) -> Asked:
+        """A row of its own shape. Raises DataError: `what` is the reason it is left out for."""
+        raise NotImplementedError(cls.name)
 
     @abstractmethod
     async def answer(
@@ -51,6 +63,11 @@ class Task(ABC):
         """Raises ConfigError or DataError for rows or systems that cannot be asked so."""
         if not rows:
             raise DataError("there is no row to judge by", where=f"task {self.name}")
+
+    def measures(self, metric: str, *, weighs: bool) -> bool:
+        """Whether a metric that was not asked for would say something."""
+        needs, weighed = set(METRICS[metric].needs), {*self.weighed} if weighs else set()
+        return needs <= {*self.gives, *weighed} and (self.in_words or bool(needs & weighed))
 
     def metrics(self, asked: Sequence[str], *, weighs: bool, more: Sequence[str] = ()) -> list[str]:
         """Those asked for, else the usual ones. Raises ConfigError for one that does not exist, is not installed, or that no row has the
@@ -73,6 +90,15 @@ class Task(ABC):
         return list(dict.fromkeys(chosen))
 
 
+def asking(metrics: Sequence[str]) -> str:
+    """The task whose rows have the facts for all of these: `auto` where answers in words do. Raises ConfigError where none has them."""
+    needs = {need for name in metrics for need in METRICS[name].needs}
+    tasks = [name for name, task in TASKS.items() if needs <= {*task.gives, *task.weighed} and not task.rows]
+    if not tasks:
+        raise ConfigError("no task gives what these metrics need from one set of rows", got=", ".join(metrics), remedy="judge them apart")
+    return "auto" if "answers" in tasks else tasks[0]
+
+
 def question(row: Asked, shots: Sequence[Conversation]) -> Conversation:
     """What a system is asked, after its examples."""
     return prompted(Conversation(row.turns, Origin(row.id, 0), row.tools), shots)
@@ -84,12 +110,12 @@ def solved(row: Asked, shots: Sequence[Conversation], answer: str) -> Conversati
     return replace(asked, messages=(*(replace(turn, weight=0) for turn in asked.messages), Message("assistant", answer, weight=1)))
 
 
-def choose(name: str, rows: Sequence[Asked], labels: Sequence[str]) -> tuple[Task, str]:
+def choose(name: str, rows: Sequence[Asked], labels: Sequence[str], classifier: Classifier | None = None) -> tuple[Task, str]:
     """The task, and why it was chosen. `auto` looks at the references."""
     distinct = sorted({row.reference.strip() for row in rows})
     if name != "auto":
         task = TASKS[name]
-        return task(labels=tuple(labels) or (tuple(distinct) if name == "labels" else ())), "as asked for"
+        return task(tuple(labels) or (tuple(distinct) if name == "labels" else ()), classifier), "as asked for"
     if labels:
         return TASKS["labels"](labels=tuple(labels)), "labels are given"
     short = max(len(label) for label in distinct) <= LABEL_CHARACTERS

@@ -27,6 +27,7 @@ class Likelihood(Task):
     """Perplexity of the references, their stop token counted."""
 
     name = "likelihood"
+    in_words = False
     gives = ("references",)
     weighed = ("nll", "num_tokens", "num_bytes")
     usual = ("perplexity", "perplexity_byte")
