@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("part", choices=("planted", "seeds", "asha"))
     parser.add_argument("--trials", type=int, help="of a search (16 in `planted`, 24 in `seeds`; a grid has its own number)")
     parser.add_argument("--epochs", type=int, default=1, help="of each trial in `seeds` and `asha` (1); `planted` trains as the demo does")
+    parser.add_argument("--grace", type=int, default=10, help="percent of a trial that `asha` runs in any case (10)")
     options = parser.parse_args()
     os.environ["FTCORE_LOCAL_CPUS"] = "2"
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +62,10 @@ def main() -> int:
 
         connection = connect(local_cpus=2)
         try:
-            met = seeds(home, rows, options.trials or 24, options.epochs) if options.part == "seeds" else asha(home, rows, options.epochs)
+            if options.part == "seeds":
+                met = seeds(home, rows, options.trials or 24, options.epochs)
+            else:
+                met = asha(home, rows, options.epochs, options.grace)
         finally:
             connection.close()
     return 0 if met else 1
@@ -137,9 +141,9 @@ def seeds(home: Path, rows: Path, trials: int, epochs: int) -> bool:
     return wins >= 4
 
 
-def asha(home: Path, rows: Path, epochs: int) -> bool:
+def asha(home: Path, rows: Path, epochs: int, grace: int) -> bool:
     more, found = (f"optim.epochs={epochs}", *POOR), {}
-    early = {"scheduler.reduction": REDUCTION, "scheduler.grace": 5, "looks": 20}
+    early = {"scheduler.reduction": REDUCTION, "scheduler.grace": grace, "looks": 100 // grace}
     for kind, how in {"none": {}, "asha": early}.items():
         how |= {"searcher": "grid", "scheduler.kind": kind}
         found[kind] = searched(recipe_of(home, rows, f"grid-{kind}", *more), GRID, **how)
