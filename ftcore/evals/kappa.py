@@ -19,6 +19,7 @@ from ftcore.errors import DataError
 from ftcore.evals.intervals import Interval, Score, from_draws, resampled
 from ftcore.evals.metrics.base import quotient
 from ftcore.evals.pairs import Pairing
+from ftcore.feedback.agreement import cohen
 from ftcore.recipe import Source
 
 Side = Literal["ours", "theirs"]
@@ -54,15 +55,6 @@ def agreement(said: Sequence[tuple[str, str, str]], *, confidence: float = 0.95,
 def _share(tables: np.ndarray) -> np.ndarray:
     """tables: [D, C, C] counts, a person's word by the judge's."""
     return quotient(np.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))
-
-
-def cohen(tables: np.ndarray, apart: np.ndarray) -> np.ndarray:
-    """1 - observed over expected disagreement of two who each have a habit of their own (Cohen 1960; weighted by `apart`: Cohen 1968).
-
-    tables: [D, C, C] counts, one's word by the other's; apart: [C, C], 0 on the diagonal. nan where chance leaves no disagreement.
-    """
-    expected = np.einsum("dk,dl,kl->d", tables.sum(2), tables.sum(1), apart)
-    return 1 - quotient(np.einsum("dkl,kl->d", tables, apart) * tables.sum((1, 2)), expected)
 
 
 def people(file: str, pairing: Pairing) -> list[Label]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ftcore.evals.intervals import Interval, from_draws, resampled
-from ftcore.evals.kappa import cohen
 from ftcore.evals.metrics.base import Prepared, quotient, sums
 from ftcore.feedback.judgements import HIGHEST, LOWEST, Judgement
 
@@ -104,6 +103,15 @@ def _kappa(codes: np.ndarray, apart: np.ndarray) -> Prepared:
     cells = np.eye(num * num)[codes[:, 0] * num + codes[:, 1]]
 
     return sums(cells, lambda total: cohen(total.reshape(-1, num, num), apart))
+
+
+def cohen(tables: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """1 - observed over expected disagreement of two who each have a habit of their own (Cohen 1960; weighted by `apart`: Cohen 1968).
+
+    tables: [D, C, C] counts, one's word by the other's; apart: [C, C], 0 on the diagonal. nan where chance leaves no disagreement.
+    """
+    expected = np.einsum("dk,dl,kl->d", tables.sum(2), tables.sum(1), apart)
+    return 1 - quotient(np.einsum("dkl,kl->d", tables, apart) * tables.sum((1, 2)), expected)
 
 
 def fleiss_kappa(codes: np.ndarray, num_categories: int) -> Prepared:

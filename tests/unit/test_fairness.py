@@ -87,7 +87,7 @@ def test_a_row_that_stepped_back_ends_as_if_it_had_not(
             return [(hog(n), *both) for n, both in enumerate(zip(alone, together, strict=True))], engine.stats().num_preempted
 
     found, num_preempted = run(go())
-    assert num_preempted >= 6
+    assert num_preempted, "nobody stepped back"
     for request, alone, together in found:
         assert [token.id for token in alone] == [token.id for token in together] and len(alone) == 90
         require_own(truth, replace(request, sampling=replace(request.sampling, repetition_penalty=1.0)), together)
