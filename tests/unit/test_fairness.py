@@ -79,9 +79,13 @@ def test_a_row_that_stepped_back_ends_as_if_it_had_not(
 
             alone = [await answer(engine, hog(number)) for number in range(6)]
             tasks = [asyncio.create_task(answer(engine, hog(number))) for number in range(6)]
-            for number in range(12):
-                light = Request(f"light{number}", (9, 9, number + 3), DIGESTS[2 * (number % 2)], 3, salt=f"light{number % 2}")
-                await answer(engine, light)
+            while engine.stats().num_running < 3:
+                await asyncio.sleep(0)
+            lights = [
+                Request(f"light{number}", (9, 9, number + 3), DIGESTS[2 * (number % 2)], 3, salt=f"light{number % 2}")
+                for number in range(12)
+            ]
+            await asyncio.gather(*(answer(engine, light) for light in lights))
             together = await asyncio.gather(*tasks)
             assert engine.stats().num_running == engine.stats().num_waiting == engine.stats().cache_tokens == 0
             return [(hog(n), *both) for n, both in enumerate(zip(alone, together, strict=True))], engine.stats().num_preempted
