@@ -15,7 +15,7 @@ ORDER: tuple[Level, ...] = ("error", "warning")
 
 @dataclass(frozen=True)
 class Flaw:
-    """One finding. An error is what an API server or the operator refuses, or what runs other than it reads; a warning is against practice."""
+    """One finding. An error is what is refused, or runs other than it reads; a warning is against practice."""
 
     level: Level
     rule: str
