@@ -28,6 +28,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--candidates", default="2,4,8", help="how many at once (2,4,8)")
     for name, default in {"steps": 12, "rounds": 3, "threads": 1, "micro_batch": 1}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"({default})")
+    parser.add_argument("--tokens", type=int, default=512, help="of a block; longer rows are left out (512)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -66,6 +67,7 @@ def measure(args: argparse.Namespace) -> None:
             words = [f"name=candidate-{number}", f"model.path={ROOT}/ftcore/demo/base", f"data.sources.0.path={day.rows}"]
             words += [f"data.cache={scratch}/prepared", f"output.runs={scratch}/runs", f"optim.max_steps={args.steps + WARM_UP}"]
             words += [f"method.rank={rank}", f"optim.lr={1e-3 * (number + 1)}", "eval.every_steps=100000", "data.engine=process"]
+            words += [f"data.max_length={args.tokens}", "data.overlong=drop", "data.max_rejected=1"]
             return load_recipe(ROOT / "pipelines/recipes/demo-lora.yaml", [*words, f"backend.micro_batch={args.micro_batch}"])
 
         prepared = prepare(recipe(0), log=lambda line: None)
