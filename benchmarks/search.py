@@ -40,7 +40,7 @@ NARROW = ("optim.lr={log: [1e-4, 3e-2]}", "method.rank={choice: [4, 8, 16]}", "m
 """Who knows a little."""
 RATES = "optim.lr={choice: [1e-3, 2e-2, 3e-4, 6e-3, 1e-2, 3e-3]}"
 GRID = (RATES, "method.rank={choice: [2, 4, 8, 16]}", NARROW[2])
-MARGIN, SECONDS, SEEDS = 20.0, 600, 5
+MARGIN, SECONDS = 20.0, 600
 APART, LESS = 1.01, 4.0
 REDUCTION = 4
 
@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, help="of a search (16 in `planted`, 24 in `seeds`; a grid has its own number)")
     parser.add_argument("--epochs", type=int, default=1, help="of each trial in `seeds` and `asha` (1); `planted` trains as the demo does")
     parser.add_argument("--grace", type=int, default=10, help="percent of a trial that `asha` runs in any case (10)")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="which of `seeds` (0,1,2,3,4); the goal is all but one of five")
     options = parser.parse_args()
     os.environ["FTCORE_LOCAL_CPUS"] = "2"
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +64,7 @@ def main() -> int:
         connection = connect(local_cpus=2)
         try:
             if options.part == "seeds":
-                met = seeds(home, rows, options.trials or 24, options.epochs)
+                met = seeds(home, rows, options.trials or 24, options.epochs, [int(seed) for seed in options.seeds.split(",")])
             else:
                 met = asha(home, rows, options.epochs, options.grace)
         finally:
@@ -120,13 +121,13 @@ def lowest(found: Found) -> float:
     return value
 
 
-def seeds(home: Path, rows: Path, trials: int, epochs: int) -> bool:
+def seeds(home: Path, rows: Path, trials: int, epochs: int, numbers: list[int]) -> bool:
     more, wins = (f"optim.epochs={epochs}", *POOR), 0
     stock = searched(recipe_of(home, rows, "stock", f"optim.epochs={epochs}", *STOCK), ("optim.lr={choice: [2e-4]}",), searcher="grid")
     whole = stock.num_steps
     print(f"the stock values: validation loss {lowest(stock):.4f} after {whole} steps")
     print(f"{'seed':>4} {'tune':>8} {'steps':>6} {'seconds':>8} {'random':>8} {'steps':>6} {'seconds':>8}")
-    for seed in range(SEEDS):
+    for seed in numbers:
         how = {"scheduler.reduction": REDUCTION}
         ours = searched(recipe_of(home, rows, f"tune-{seed}", *more), SPACE, trials=trials, seed=seed, **how)
         budget = -(-ours.num_steps // whole)  # rounded up: random search never has less
@@ -137,8 +138,8 @@ def seeds(home: Path, rows: Path, trials: int, epochs: int) -> bool:
             f"{seed:>4} {lowest(ours):>8.4f} {ours.num_steps:>6} {ours.seconds:>8.0f} "
             f"{lowest(theirs):>8.4f} {theirs.num_steps:>6} {theirs.seconds:>8.0f}", flush=True,
         )  # fmt: skip
-    print(f"tune had the lowest in {wins} of {SEEDS} (goal 4)")
-    return wins >= 4
+    print(f"tune had the lowest in {wins} of {len(numbers)} (goal: all, or all but one of five)")
+    return wins >= len(numbers) - (len(numbers) >= 5)
 
 
 def asha(home: Path, rows: Path, epochs: int, grace: int) -> bool:

@@ -5,6 +5,7 @@ In: a recipe's resources, the alive nodes. Out: the numbers of a Ray ScalingConf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,11 @@ class Node:
 def alive_nodes() -> list[Node]:
     """The nodes of the cluster this process is joined to."""
     nodes = []
+    in_pods = "RAY_USAGE_STATS_KUBERAY_IN_USE" in os.environ  # KubeRay tells Ray the container's whole memory, its objects' part included
     for node in ray.nodes():
         if node["Alive"]:
             resources = node["Resources"]
-            memory = (resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)) / GIB
+            memory = (resources.get("memory", 0.0) + (0.0 if in_pods else resources.get("object_store_memory", 0.0))) / GIB
             nodes.append(Node(node["NodeManagerAddress"], resources.get("CPU", 0.0), resources.get("GPU", 0.0), node["NodeID"], memory))
     return nodes
 

@@ -37,7 +37,7 @@ from tests.served import store as store
 KEY = new_clear_key()
 HEADERS = {"authorization": f"Bearer {KEY}"}
 METRICS = {"metrics": {"key_sha256": key_hash(KEY)}}
-GRAFANA = Path(__file__).resolve().parents[2] / "serving/grafana.json"
+GRAFANA = Path(__file__).resolve().parents[2] / "k8s/base/grafana.json"
 
 
 @pytest.fixture
