@@ -77,6 +77,8 @@ def parse(text: str, file: str) -> Iterator[Document | Flaw]:
     try:
         while loader.check_node():
             node, number = loader.get_node(), number + 1
+            if node is None:
+                break
             lines: dict[str, int] = {}
             twice = list(_walk(node, "", lines))
             tree = loader.construct_document(node)
