@@ -3,7 +3,8 @@
     python -m cluster.leaving 100                 training: at most 100 s, for a checkpoint
     python -m cluster.leaving 100 --port 8000     serving: also until nobody is connected there any more
 
-In: FTCORE_PREEMPTION_FILE, the processes of this machine. Out: the file; exit code 1 where the time did not do. Runs in: the preStop hook of a pod; no ray.
+In: FTCORE_PREEMPTION_FILE, the processes of this machine. Out: the file; exit code 1 where the time did not do.
+Runs in: the preStop hook of a pod; no ray.
 
 A hook counts against terminationGracePeriodSeconds; when it has ended, `ray start` gets SIGTERM and takes everything down at once.
 """

@@ -55,7 +55,10 @@ COMMANDS: dict[str, Command] = {
         "pipelines.doctor:main", "[RECIPE] [PATH=VALUE ...]", "look at every node before a run; each finding with its remedy"
     ),
     "submit": Command("cluster.submit:main", "sft RECIPE [PATH=VALUE ...]", "run a recipe as a job of a Ray cluster, and follow it"),
-    "k8s": Command("cluster.kube.commands:main", "lint PATH...|render RECIPE", "Kubernetes manifests: check them, write them", extra="k8s"),
+    "k8s": Command(
+        "cluster.kube.commands:main", "lint PATH...", "check Kubernetes manifests as strictly as a cluster would, offline", extra="k8s"
+    ),
+    "k8s render": Command("pipelines.render:main", "RECIPE [PATH=VALUE ...]", "a recipe as a RayJob, pods and memory by its forecast"),
     "adapters": Command("ftcore.adapter_commands:main", "list|show|verify|promote|...", "look after the adapter store"),
     "adapters status": Command("serving.watching:status_main", "URL", "of a running server: which replica serves which version"),
     "serve": Command("serving.commands:serve_main", "[FILE] base=... store=...", "answer over HTTP, each tenant with its own adapters"),

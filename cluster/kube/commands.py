@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from cluster.kube import lint
 from ftcore.errors import ConfigError
 
+RENDER = "render RECIPE   a recipe as a RayJob, pods and memory by its forecast"
+"""Another room's: `ftcore` sends it there itself."""
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "lint": (lint.main, "PATH...   check manifests as strictly as a cluster would, offline"),
 }
@@ -21,10 +23,11 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: ftcore k8s COMMAND ...\n\ncommands:")
         print("\n".join(f"  {name} {usage}" for name, (_, usage) in COMMANDS.items()))
+        print(f"  {RENDER}")
         print("\n`ftcore k8s COMMAND --help` says more.")
         sys.exit(0 if argv else 2)
     if argv[0] not in COMMANDS:
-        near = get_close_matches(argv[0], COMMANDS, n=1)
+        near = get_close_matches(argv[0], [*COMMANDS, "render"], n=1)
         remedy = f"did you mean `ftcore k8s {near[0]}`?" if near else "`ftcore k8s --help` lists the commands"
-        raise ConfigError("unknown command", where="ftcore k8s", got=argv[0], wanted=" | ".join(COMMANDS), remedy=remedy)
+        raise ConfigError("unknown command", where="ftcore k8s", got=argv[0], wanted=" | ".join([*COMMANDS, "render"]), remedy=remedy)
     return COMMANDS[argv[0]][0](argv[1:])
