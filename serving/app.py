@@ -55,7 +55,12 @@ def application(settings: ServeSettings) -> serve.Application:
     }
     # what is over the replicas' share is told so, by the handle
     most = sum(2 * base.queue * base.replicas.max for base in settings.all_bases.values()) + 8
-    ingress = Ingress.options(max_ongoing_requests=most, max_queued_requests=most)  # type: ignore[attr-defined]
+    ingress = Ingress.options(  # type: ignore[attr-defined]
+        num_replicas=settings.ingress.replicas,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
+        ray_actor_options={"num_cpus": settings.ingress.num_cpus, "runtime_env": {"env_vars": SHORT_WAY}},
+    )
     return ingress.bind(settings.model_dump(mode="json"), engines)
 
 
@@ -164,7 +169,7 @@ class Handle:
         return [state for state in found if not isinstance(state, Exception)]
 
 
-@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SHORT_WAY}}, graceful_shutdown_timeout_s=60)
+@serve.deployment(name="ingress", graceful_shutdown_timeout_s=60)
 @serve.ingress(lambda: build_api(_service))
 class Ingress:
     """Reads keys and names, then hands jobs on."""

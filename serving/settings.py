@@ -121,6 +121,14 @@ class Replicas(Section):
         return self
 
 
+class Ingress(Section):
+    """What takes requests in: reads keys and names, hands jobs on. Further copies share limits and audit exactly."""
+
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0, ge=0)
+    """Logical CPUs of a copy. Above 0 none sits on a head that has none, so that a head may go while clients ask."""
+
+
 class Base(Section):
     """One model, and what serves it."""
 
@@ -198,6 +206,7 @@ class ServeSettings(Base):
     """Of every tenant that has none of its own (`ftcore tenants limits`)."""
     audit_spool: str = ""
     """Local folder where audit lines wait to be sealed into the store; empty: in a local store itself, else below ~/.local/state/ftcore."""
+    ingress: Ingress = Ingress()
     metrics: Metrics = Metrics()
     admin: Admin = Admin()
     jwt: Jwt | None = None
