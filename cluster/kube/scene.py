@@ -26,6 +26,8 @@ GATES = {
     "RayClusterHistoryServer": False,
     "KubernetesWAS": False,
 }
+GENERATED = 5
+"""Characters that the API server adds to a generateName."""
 AUTOSCALER_V2_ENV = "RAY_enable_autoscaler_v2"
 
 
@@ -115,7 +117,8 @@ class Cluster:
     @property
     def name_length(self) -> int:
         """Of the RayCluster's name: RayJob and RayService add `-` and five characters to theirs, a RayCronJob eleven more."""
-        return len(self.spec.document.name) + {"RayJob": 6, "RayService": 6, "RayCronJob": 17}.get(self.kind, 0)
+        generated = 0 if self.spec.document.metadata.get("name") else GENERATED
+        return len(self.spec.document.name) + generated + {"RayJob": 6, "RayService": 6, "RayCronJob": 17}.get(self.kind, 0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from zoneinfo import available_timezones
 
 from cluster.kube.flaws import Flaw
@@ -15,7 +16,9 @@ from cluster.kube.scene import Scene
 from cluster.kube.trees import go_duration_s
 
 WORDS = {"@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly"}
-MONTHS = {name: number for number, name in enumerate(("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"), 1)}
+MONTHS = {
+    name: number for number, name in enumerate(("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"), 1)
+}
 DAYS = {name: number for number, name in enumerate(("sun", "mon", "tue", "wed", "thu", "fri", "sat"))}
 FIELDS: tuple[tuple[str, int, int, dict[str, int]], ...] = (
     ("minute", 0, 59, {}),
@@ -81,6 +84,12 @@ def cron_time_zone(scene: Scene) -> Iterator[Flaw]:
         where = place.down("spec", "timeZone")
         if not isinstance(where.value, str):
             continue
-        known = available_timezones()  # empty on a machine without the time zones' files: then nothing can be said
+        known = _zones()
         if not where.text or (known and where.text not in known | {"UTC", "Local"}):
             yield where.flaw("a name of the IANA list, like Europe/Vienna or UTC", "write such a name, or delete timeZone")
+
+
+@cache
+def _zones() -> set[str]:
+    """Reads the machine's files once. Empty where there are none: then nothing can be said."""
+    return available_timezones()

@@ -10,14 +10,12 @@ from collections.abc import Iterator
 
 from cluster.kube.flaws import Flaw
 from cluster.kube.rulebook import rule
-from cluster.kube.scene import Scene
+from cluster.kube.scene import GENERATED, Scene
 from cluster.kube.trees import Place, go_duration_s
 
 # The longest generated name, `<cluster>-serve-svc`, must stay within 63; RayJob and RayService add six characters to name their
 # cluster, a RayCronJob eleven to name its RayJob (controllers/ray/utils/constant.go).
 LENGTHS = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
-GENERATED = 5
-"""Characters that the API server adds to a generateName."""
 DNS_1035 = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
 DNS_1123 = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 INITIALIZING_TIMEOUT = "ray.io/initializing-timeout"
