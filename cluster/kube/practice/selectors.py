@@ -1,0 +1,65 @@
+"""Selectors: Services, policies, budgets and monitors that look for pods by their labels, and find none.
+
+In: a Scene. Out: Flaws. Runs in: a terminal; imports no ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from cluster.kube.flaws import Flaw
+from cluster.kube.pods import Pod, carries, pods, same_namespace, selects
+from cluster.kube.rulebook import rule
+from cluster.kube.scene import Scene
+from cluster.kube.trees import Place
+
+REMEDY = "compare with the labels of the pod templates and with those that the operator sets (ray.io/node-type, ray.io/group, …)"
+
+
+def _here(place: Place, found: list[Pod]) -> list[Pod]:
+    return [pod for pod in found if same_namespace(place.document.namespace, pod.namespace)]
+
+
+@rule("selects-nothing", "a selector that finds no pod protects, balances and measures nothing, without a word")
+def selects_nothing(scene: Scene) -> Iterator[Flaw]:
+    found = list(pods(scene))
+    for place in scene.of("Service"):
+        where = place.down("spec", "selector")
+        if where.value and not any(carries(where, pod) for pod in _here(place, found)):
+            yield where.warning("labels of a pod in the folder", REMEDY)
+    for place in scene.of("NetworkPolicy"):
+        for where in (place.down("spec", "podSelector"), *_peers(place)):
+            if where.value and not any(map(partial(selects, where), _here(place, found))):
+                yield where.warning("labels of a pod in the folder", REMEDY)
+    for place in scene.of("PodMonitor"):
+        where = place.down("spec", "selector")
+        if where.value and not any(map(partial(selects, where), _here(place, found))):
+            yield where.warning("labels of a pod in the folder", REMEDY)
+
+
+def _peers(place: Place) -> Iterator[Place]:
+    """The pods of the same namespace that a policy lets in or out."""
+    for direction, side in (("ingress", "from"), ("egress", "to")):
+        for allowed in place.down("spec", direction):
+            for peer in allowed[side]:
+                if peer["podSelector"].given and not peer["namespaceSelector"].given:
+                    yield peer["podSelector"]
+
+
+@rule("disruption-budget", "a budget that finds nothing protects nothing; one that spares no pod stops every drain of a node")
+def disruption_budget(scene: Scene) -> Iterator[Flaw]:
+    found = list(pods(scene))
+    for place in scene.of("PodDisruptionBudget"):
+        where, low, high = place.down("spec", "selector"), place.down("spec", "minAvailable"), place.down("spec", "maxUnavailable")
+        chosen = [pod for pod in _here(place, found) if where.value and selects(where, pod)]
+        if not chosen:
+            yield where.warning("labels of a pod in the folder", REMEDY)
+            continue
+        count = sum(pod.replicas for pod in chosen)
+        if low.text == "100%" or (low.number is not None and low.number >= count):
+            yield low.warning(
+                f"less than the {count} pods that are there", "lower it, or write maxUnavailable: 1; as it is, no node can be drained"
+            )
+        if high.number == 0 or high.text == "0%":
+            yield high.warning("1 or more", "write maxUnavailable: 1; as it is, no node can be drained")
