@@ -44,16 +44,21 @@ Process = subprocess.Popen[str]
 class NetnsCluster:
     """Opened by `with`. Node 0 is the head.
 
+    cpus: logical ones of every node, or a number for each.
+    head_words: more for the `ray start` of the head.
     environment: variables of one node's processes, by node. everywhere: of all nodes' and of what `run` starts.
     private: folders that a node has for itself (empty, not shared with the others), by node; only with namespaces.
     """
 
     def __init__(
-        self, nodes: int = 3, cpus: float = 1, *, environment: Mapping[int, Mapping[str, str]] | None = None,
+        self, nodes: int = 3, cpus: float | Sequence[float] = 1, *, environment: Mapping[int, Mapping[str, str]] | None = None,
         everywhere: Mapping[str, str] | None = None, private: Mapping[int, Iterable[Path]] | None = None,
-        object_store_mib: int = 100, token: bool = True, isolate: bool = True, log: Callable[[str], None] = print,
+        head_words: Sequence[str] = (), object_store_mib: int = 100, token: bool = True,
+        isolate: bool = True, log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        self.nodes, self.cpus, self.isolate, self.log = nodes, cpus, isolate, log
+        self.nodes, self.isolate, self.log = nodes, isolate, log
+        self.cpus = [float(cpus)] * nodes if isinstance(cpus, int | float) else list(cpus)
+        self._head_words = list(head_words)
         self._environment, self._everywhere = dict(environment or {}), everywhere or {}
         self._private = {node: [Path(path) for path in paths] for node, paths in (private or {}).items()}
         self._object_store_bytes = object_store_mib << 20
@@ -85,7 +90,8 @@ class NetnsCluster:
             self.close()
             raise
         kind = "addresses" if self.isolated else "nodes"
-        self.log(f"nodes: {self.nodes} {kind} {', '.join(self.addresses)}, {self.cpus:g} CPUs each, {time.monotonic() - started:.1f} s")
+        where = f"{self.nodes} {kind} {', '.join(self.addresses)}"
+        self.log(f"nodes: {where}, {sum(self.cpus):g} CPUs in all, {time.monotonic() - started:.1f} s")
 
     def close(self) -> None:
         """Ends every process of every node and removes network and folders."""
@@ -204,7 +210,7 @@ class NetnsCluster:
     def _start_words(self, node: int) -> list[str]:
         ray, own = str(Path(sys.executable).with_name("ray")), self.network.address(node)
         words = [
-            ray, "start", f"--node-ip-address={own}", f"--num-cpus={self.cpus:g}", f"--temp-dir={self.folder}/{node}",
+            ray, "start", f"--node-ip-address={own}", f"--num-cpus={self.cpus[node]:g}", f"--temp-dir={self.folder}/{node}",
             f"--object-store-memory={self._object_store_bytes}", "--disable-usage-stats",
         ]  # fmt: skip
         if not self.isolated:
@@ -213,7 +219,7 @@ class NetnsCluster:
             return [*words, f"--address={self.address}"]
         ports = [f"--port={self._port(PORT)}", f"--dashboard-port={self._port(DASHBOARD_PORT)}"]
         client = [] if self.isolated else [f"--ray-client-server-port={self._port(30000)}"]
-        return [*words, "--head", f"--dashboard-host={own}", *ports, *client]
+        return [*words, "--head", f"--dashboard-host={own}", *ports, *client, *self._head_words]
 
     def _port(self, port: int) -> int:
         """The same in every namespace; on a shared loopback another for each cluster."""

@@ -1,0 +1,64 @@
+"""The manifests of k8s/ without a cluster: their entry points and Serve configs run on real Ray, pods as hosts of their own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.bridge import why_not
+from ftcore.adapters import AdapterStore
+from ftcore.cli import main
+from ftcore.demo.tenants import demo_teams, write_day
+from tests.pods import Load, Nodes, apply_serve, built, finished, log_of, running, serve_state, soon, submit
+
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(bool(why_not()), reason=f"no network namespaces here: {why_not()}")]
+
+
+def claim_of(folder: Path, num_rows: int) -> Path:
+    """A claim with rows in it."""
+    day = write_day(demo_teams(0)[0], folder / "made", day="monday", num_train=num_rows, num_test=1, seed=0)
+    claim = folder / "claim"
+    (claim / "data").mkdir(parents=True)
+    day.rows.rename(claim / "data/rows.jsonl")
+    return claim
+
+
+def key_of(claim: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["tenants", "add", str(claim / "tenants"), "acme"]) == 0
+    return next(word for word in capsys.readouterr().out.split() if word.startswith("ft-") or len(word) > 40)
+
+
+def test_the_dev_overlay_trains_publishes_serves_and_is_upgraded_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = claim_of(tmp_path, 40)
+    found = built("dev", claim)
+    job, service = found["RayJob", "sft"], found["RayService", "serve"]
+    with running(job, tmp_path, workers=1) as nodes:
+        assert finished(nodes, submit(nodes, job, "sft")) == "SUCCEEDED", log_of(nodes, "sft")[-3000:]
+        ref = AdapterStore(claim / "adapters").resolve("acme/desktop")
+        key = key_of(claim, capsys)
+        apply_serve(nodes, service)
+        soon("the service runs", lambda: serve_state(nodes) == "RUNNING")
+        load = Load(key, "desktop", [f"http://{nodes.addresses[1]}:8000"])
+        soon("its worker is ready", lambda: load.ready(load.endpoints[0]))
+        with load.of(3):
+            soon("answers", lambda: load.answered > 5 or load.failed)
+            seconds = upgraded(nodes, service)
+            before = load.answered
+            soon("answers after the upgrade", lambda: load.answered > before + 5 or load.failed)
+        assert not load.failed, load.failed[:3]
+        assert set(load.versions) == {ref.full}
+    print(f"upgrade of the config under load: {load.answered} answered, 0 failed, {seconds:.1f} s, longest {load.longest_s:.1f} s")
+
+
+def upgraded(nodes: Nodes, service: dict) -> float:
+    """The same application with other arguments, rolled out in place. Seconds until it runs."""
+    changed = copy.deepcopy(service)
+    config = yaml.safe_load(changed["spec"]["serveConfigV2"])
+    config["applications"][0]["args"]["max_body_kib"] = 512
+    changed["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+    apply_serve(nodes, changed)
+    soon("the change is seen", lambda: serve_state(nodes) != "RUNNING", limit_s=30, every_s=0.05)
+    return soon("the new version runs", lambda: serve_state(nodes) == "RUNNING")
