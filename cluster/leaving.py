@@ -46,14 +46,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def training(proc: Path = Path("/proc")) -> Iterator[int]:
-    """Processes of this machine that train."""
+    """Processes that train, of this pod alone: those that share its network, where more can be seen."""
+    own = (proc / "self/ns/net").stat().st_ino
     for folder in proc.iterdir():
         if folder.name.isdigit():
             try:
                 title = (folder / "cmdline").read_bytes()
-            except OSError:  # it ended as we looked
+                is_ours = (folder / "ns/net").stat().st_ino == own
+            except OSError:  # it ended as we looked, or is another user's
                 continue
-            if title.startswith(b"ray::") and WORKER.encode() in title:
+            if is_ours and title.startswith(b"ray::") and WORKER.encode() in title:
                 yield int(folder.name)
 
 

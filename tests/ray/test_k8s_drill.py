@@ -1,0 +1,189 @@
+"""The drill: what Kubernetes does to pods, done to the manifests' own clusters on real Ray, with what it costs counted.
+
+`make proof ARGS="-k drill"` prints the figures of k8s/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.bridge import why_not
+from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.publish import import_adapter
+from ftcore.recipe import Model
+from tests.oracles import make_adapter
+from tests.pods import (
+    REPO,
+    Load,
+    Nodes,
+    Tree,
+    apply_serve,
+    built,
+    cluster_of,
+    evicted,
+    finished,
+    log_of,
+    redis_server,
+    running,
+    serve_state,
+    soon,
+    submit,
+)  # fmt: skip
+from tests.ray.test_k8s_pods import claim_of, key_of, upgraded
+from tests.serve_command import free_port
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.proof,
+    pytest.mark.skipif(bool(why_not()), reason=f"no network namespaces here: {why_not()}"),
+]
+HEAD_AWAY_S = 20.0
+
+
+def steps_of(claim: Path) -> list[int]:
+    """Every step in the order in which its line was written."""
+    path = claim / "runs/acme-monday/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def came_to(claim: Path, step: int) -> bool:
+    return max(steps_of(claim), default=0) >= step
+
+
+def replaced(nodes: Nodes, home: Path, node: int) -> None:
+    """A new pod in the place of one that is gone: its /tmp is empty."""
+    shutil.rmtree(home / f"pod-{node}")
+    (home / f"pod-{node}").mkdir()
+    nodes.start_node(node)
+
+
+def test_drill_of_training(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path, 300)
+    job = built("base", claim)["RayJob", "sft"]
+    group = cluster_of(job)["workerGroupSpecs"][0]
+    told = []
+
+    def disturbed(nodes: Nodes, what: str, name: str, after: int) -> None:
+        """Waits for a step, lets something happen, waits until training goes on; what it cost."""
+        soon(f"step {after}", lambda: came_to(claim, after), limit_s=300)
+        began, before = time.monotonic(), len(steps_of(claim))
+        if what == "evicted":
+            took, code = evicted(nodes, 1, group)
+            assert code == 0, "the hook waited in vain"
+            assert took < group["template"]["spec"]["terminationGracePeriodSeconds"]
+        else:
+            nodes.kill_node(2)
+        reached = max(steps_of(claim))
+        replaced(nodes, tmp_path, 1 if what == "evicted" else 2)
+        soon("training goes on", lambda: max(steps_of(claim)[before:], default=0) > reached, limit_s=300)
+        lost = sum(count - 1 for count in Counter(steps_of(claim)).values())
+        told.append(f"{what}: {lost} steps made twice so far, {time.monotonic() - began:.0f} s until the next new one ({name})")
+
+    with running(job, tmp_path, workers=2) as nodes:
+        submit(nodes, job, "sft")
+        disturbed(nodes, "evicted", "a worker's pod, with notice", 20)
+        assert len(set(steps_of(claim))) == len(steps_of(claim)), "with notice no step is lost"
+        disturbed(nodes, "gone", "a worker's node, without a word", 60)
+        soon("step 90", lambda: came_to(claim, 90), limit_s=300)
+    with running(job, tmp_path, workers=2) as nodes:  # the head is gone, and with it the cluster: backoffLimit makes another
+        assert finished(nodes, submit(nodes, job, "sft-retry")) == "SUCCEEDED", log_of(nodes, "sft-retry")[-3000:]
+    steps = steps_of(claim)
+    told.append(f"head gone, a new cluster: {sum(count - 1 for count in Counter(steps).values())} steps made twice in all of {max(steps)}")
+    assert set(steps) == set(range(1, max(steps) + 1))
+    assert AdapterStore(claim / "adapters").resolve("acme/desktop")
+    print("\n".join(told))
+
+
+@contextmanager
+def watched(load: Load, endpoints: list[str], leaving: set[str]) -> Iterator[None]:
+    """Keeps the endpoints of a service: those that answer their readiness probe and were not told to go."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            ready = [each for each in endpoints if each not in leaving and load.ready(each)]
+            load.endpoints[:] = ready or load.endpoints
+            over.wait(0.5)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def published(claim: Path, home: Path) -> AdapterRef:
+    base = REPO / "ftcore/demo/base"
+    store = AdapterStore(claim / "adapters")
+    made = make_adapter(base, home / "made-adapter", 1)
+    ref = import_adapter(made, "acme/desktop", Model(path=str(base)), store, log=lambda _: None)
+    store.promote(ref)
+    return ref
+
+
+def up(nodes: Nodes, service: Tree, load: Load) -> float:
+    """Puts the application there and waits until each worker's pod is ready; seconds."""
+    began = time.monotonic()
+    apply_serve(nodes, service)
+    soon("the service runs", lambda: serve_state(nodes) == "RUNNING", limit_s=300)
+    for address in nodes.addresses[1:]:
+        soon("a worker is ready", lambda address=address: load.ready(f"http://{address}:8000"))
+    return time.monotonic() - began
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed (Debian: apt install redis-server)")
+def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = tmp_path / "claim"
+    claim.mkdir()
+    service, ref = built("prod", claim)["RayService", "serve"], published(claim, tmp_path)
+    group = cluster_of(service)["workerGroupSpecs"][0]
+    load = Load(key_of(claim, capsys), "desktop", [])
+    told: list[str] = []
+
+    def tell(what: str, began: float, before: int, more: str = "") -> None:
+        told.append(f"{what}: {load.answered - before} answered, {len(load.failed)} failed, {time.monotonic() - began:.0f} s{more}")
+        assert not load.failed, load.failed[:3]
+        assert load.answered > before, "somebody asked all the while"
+
+    with redis_server(tmp_path, free_port()) as redis, running(service, tmp_path / "blue", workers=2, redis=redis) as nodes:
+        told.append(f"from nothing to ready: {up(nodes, service, load):.0f} s")
+        endpoints, leaving = [f"http://{address}:8000" for address in nodes.addresses[1:]], set[str]()
+        load.endpoints[:] = endpoints
+        with watched(load, endpoints, leaving), load.of(4):
+            soon("answers", lambda: load.answered > 20 or load.failed)
+            began, before = time.monotonic(), load.answered
+            upgraded(nodes, service)
+            tell("the config changed in place", began, before, f", longest answer {load.longest_s:.1f} s")
+
+            began, before = time.monotonic(), load.answered
+            nodes.kill_node(0)
+            time.sleep(HEAD_AWAY_S)
+            tell("head away", began, before)
+            back = time.monotonic()
+            nodes.start_node(0)
+            soon("Serve's controller is back", lambda: serve_state(nodes) == "RUNNING", limit_s=180)
+            tell("head back", began, before, f", {time.monotonic() - back:.0f} s after its start Serve says RUNNING")
+
+            began, before = time.monotonic(), load.answered
+            leaving.add(endpoints[0])
+            load.endpoints[:] = endpoints[1:]
+            took, code = evicted(nodes, 1, group)
+            gone = f", gone after {took:.0f} s (hook {'in time' if code == 0 else 'out of time'})"
+            replaced(nodes, tmp_path / "blue", 1)
+            leaving.clear()
+            soon("the new pod is ready", lambda: endpoints[0] in load.endpoints, limit_s=240)
+            tell("a worker's pod evicted and replaced", began, before, gone)
+    assert set(load.versions) == {ref.full}
+    print("\n".join(told))
