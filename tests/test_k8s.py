@@ -1,0 +1,178 @@
+"""k8s/: every overlay builds and is clean, what it starts is there and valid, and a rendered recipe gets what its forecast says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.kube.building import build
+from cluster.kube.documents import Document
+from cluster.kube.jobs import GPU, gib, job_name
+from ftcore.cli import main
+from ftcore.forecast import forecast
+from ftcore.memory import GIB
+from ftcore.recipe import load_recipe
+from serving.settings import ServeSettings
+from tests.pods import here
+from tests.unit.test_shapes import QWEN2_72B
+
+REPO = Path(__file__).resolve().parents[1]
+OVERLAYS = sorted(path.name for path in (REPO / "k8s/overlays").iterdir())
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("kustomize") or shutil.which("kubectl")), reason="neither kustomize nor kubectl is installed: nothing can be built"
+)
+DEMO = ["pipelines/recipes/demo-lora.yaml", "model.path=/app/ftcore/demo/base", "data.sources.0.path=/mnt/ftcore/data/rows.jsonl"]
+BIG = [
+    "pipelines/recipes/sft-full.yaml", "model.path=/mnt/ftcore/models/qwen-72b", "data.sources.0.path=s3://rows/day.jsonl",
+    "backend={kind: deepspeed, zero: 3, gradient_checkpointing: true}", "resources={workers: 32, gpus_per_worker: 1, cpus_per_worker: 8}",
+    "optim.batch_size=32",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+def objects(overlay: str) -> list[dict[str, Any]]:
+    return [found.tree for found in build(REPO / "k8s/overlays" / overlay).documents if isinstance(found, Document)]
+
+
+def of_kind(overlay: str, kind: str) -> list[dict[str, Any]]:
+    return [tree for tree in objects(overlay) if tree["kind"] == kind]
+
+
+def lint(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[dict[str, Any]]]:
+    code = main(["k8s", "lint", *words, "--json"])
+    return code, json.loads(capsys.readouterr().out)["flaws"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_builds_and_is_clean(overlay: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, flaws = lint(capsys, f"k8s/overlays/{overlay}", "--strict")
+    assert not flaws and code == 0, flaws[:3]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_a_job_starts_is_there_and_valid(overlay: str, tmp_path: Path) -> None:
+    for job in of_kind(overlay, "RayJob"):
+        python, script, recipe, *words = shlex.split(here(job["spec"]["entrypoint"], tmp_path))
+        assert python == "python" and Path(script).is_file() and Path(recipe).is_file(), job["spec"]["entrypoint"]
+        overrides = [word for number, word in enumerate(words) if "=" in word and words[number - 1] != "--search"]
+        asked = load_recipe(recipe, overrides).resources
+        [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert group["replicas"] * int(limits["cpu"]) >= asked.max_workers * asked.cpus_per_worker
+        assert group["replicas"] * int(limits.get(GPU, 0)) >= asked.max_workers * asked.gpus_per_worker
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_serve_config_names_what_the_application_has(overlay: str, tmp_path: Path) -> None:
+    [service] = of_kind(overlay, "RayService")
+    [application] = yaml.safe_load(here(service["spec"]["serveConfigV2"], tmp_path))["applications"]
+    settings = ServeSettings.model_validate(application["args"])
+    deployments = {each["name"]: each for each in application["deployments"]}
+    assert set(deployments) == {"ingress", "engine"}
+    assert deployments["engine"]["max_queued_requests"] == settings.queue
+    [group] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["cpu"]) >= settings.num_cpus + settings.ingress.num_cpus and int(limits.get(GPU, 0)) >= settings.num_gpus
+    assert group["maxReplicas"] >= settings.replicas.max
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_one_image_one_ray(overlay: str) -> None:
+    pinned = re.search(r"^ray==(\S+)$", (REPO / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    text = yaml.safe_dump_all(objects(overlay))
+    assert set(re.findall(r"rayVersion: '?([\d.]+)", text)) == {pinned[1]}
+    images = set(re.findall(r"image: (ftcore:\S+)", text))
+    assert images == {f"ftcore:{pinned[1]}" + "-cuda" * (overlay == "gpu")}
+
+
+def rendered(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    assert main(["k8s", "render", *words]) == 0
+    return list(yaml.safe_load_all(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("overlay", ["dev", "kueue"])
+def test_a_rendered_demo_is_clean_and_holds_its_forecast(overlay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, job = rendered(capsys, *DEMO, "resources.workers=2", "resources.cpus_per_worker=1", "--overlay", overlay)
+    assert files["data"]["recipe.yaml"] == (REPO / DEMO[0]).read_text()
+    assert ("suspend" in job["spec"]) == (overlay == "kueue")
+    require_covered(job, [DEMO[0], "model.path=ftcore/demo/base", "resources.workers=2"])
+    assert cleans(tmp_path, capsys, files, job) == 0
+
+
+def test_a_rendered_70b_zero3_run_is_clean_and_holds_its_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_72B))
+    files, job = rendered(capsys, *BIG, "--overlay", "gpu", "--config", str(tmp_path))
+    group = require_covered(job, [BIG[0], f"model.path={tmp_path}", *BIG[3:]])
+    assert (group["replicas"], group["template"]["spec"]["containers"][0]["resources"]["limits"][GPU]) == (4, "8")
+    assert cleans(tmp_path, capsys, files, job) == 0
+
+
+def require_covered(job: dict[str, Any], recipe: list[str]) -> dict[str, Any]:
+    """The pods hold all workers, and each pod what its workers are forecast to need."""
+    known = forecast(load_recipe(recipe[0], recipe[1:]))
+    asked = known.recipe.resources
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"]
+    each = -(-asked.max_workers // group["replicas"])
+    host = known.need.host_peak if known.need.on_gpu else known.need.peak
+    assert gib(resources["requests"]["memory"]) >= each * host / GIB / 0.9
+    assert int(resources["requests"]["cpu"]) >= each * asked.cpus_per_worker
+    assert int(resources["requests"].get(GPU, 0)) == each * asked.gpus_per_worker
+    return dict(group)
+
+
+def cleans(folder: Path, capsys: pytest.CaptureFixture[str], *made: dict[str, Any]) -> int:
+    """The lint's exit code, errors and warnings alike, of rendered objects beside those they stand on."""
+    (folder / "out").mkdir()
+    beside = [tree for tree in objects("dev") if tree["kind"] in ("ServiceAccount", "PersistentVolumeClaim", "Namespace")]
+    (folder / "out/all.yaml").write_text(yaml.safe_dump_all([*beside, *made]))
+    code, flaws = lint(capsys, str(folder / "out"), "--strict")
+    assert not flaws, flaws[:3]
+    return code
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*DEMO, "--overlay", "gup"], ("--overlay", "gup", "did you mean gpu?")),
+        ([*BIG, "--overlay", "dev"], ("resources", "0 GPUs a node", "--overlay gpu")),
+        ([*BIG, "resources.workers=64", "--overlay", "gpu"], ("resources.workers", "32 GPUs in all", "64 GPUs", "resources.workers=32")),
+        ([*BIG, "resources.workers=8", "--overlay", "gpu"], ("more memory than a worker has", "offload_optimizer")),
+        ([*DEMO, "--overlay", "gpu"], ("leaves the overlay's GPUs alone", "resources.gpus_per_worker=1")),
+        ([*DEMO, "resources.workers=9"], ("resources.workers", "1 nodes", "9 workers")),
+        ([DEMO[0], DEMO[1]], ("the pods do not have this path", "data.sources.0.path", "/mnt/ftcore/acme-monday.rows.jsonl")),
+        ([DEMO[0], DEMO[2]], ("the pods do not have this path", "model.path", "ftcore/demo/base")),
+        ([DEMO[0], DEMO[2], "model.path=/mnt/ftcore/none"], ("cannot be counted from here", "--config DIR")),
+        ([*DEMO, "method.rnk=4"], ("did you mean", "method.rank")),
+        ([*DEMO, "--name", "A_run"], ("no name for a RayJob", "a-run")),
+        ([*DEMO, "--overlay", "k8s"], ("cannot be built",)),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused_with_a_way_out(
+    words: list[str], said: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_72B))
+    config = ["--config", str(tmp_path)] if words[: len(BIG)] == BIG else []
+    assert main(["k8s", "render", *words, *config]) in (2, 3)
+    told = capsys.readouterr()
+    assert not told.out
+    assert all(word in told.err for word in said), told.err
+
+
+def test_a_name_becomes_one_that_the_operator_takes() -> None:
+    assert job_name("acme-monday") == "acme-monday"
+    assert job_name("2026 Über/Run_7") == "run-2026-ber-run-7"
+    assert len(job_name("x" * 80)) == 47
