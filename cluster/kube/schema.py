@@ -20,6 +20,8 @@ from cluster.kube.flaws import Flaw
 from cluster.kube.values import Wrong, described, shown, wrong_type, wrongs
 
 OPEN = "x-kubernetes-preserve-unknown-fields"
+EMBEDDED = "x-kubernetes-embedded-resource"
+HEAD = ("apiVersion", "kind", "metadata")
 # After one of these the API server asks no CEL rule: a rule may rely on what is missing or of another type.
 BLOCKING = {"type", "required", "length", "items", "yaml"}
 
@@ -111,7 +113,7 @@ class Walk:
             found = child(schema, key)
             if found is not None:
                 yield from self.unknown(inner, found, under(path, key), (*above, (path, schema)))
-            elif self._is_closed(schema):
+            elif self._is_closed(schema) and not (schema.get(EMBEDDED) and key in HEAD):
                 names = list(schema.get("properties") or {})
                 wanted = "one of its fields" if names else "no field at all"
                 remedy = self._cure(key, names, schema, path, above)
@@ -156,7 +158,9 @@ class Walk:
                 yield from self._twice(value, schema, path)
 
     def _flaw(self, wrong: Wrong, value: object, path: str) -> Flaw:
-        return self.document.flaw(wrong.rule, path, got=shown(value), wanted=wrong.wanted, remedy=wrong.remedy)
+        is_secret = self.document.kind == "Secret" and path.startswith(("data.", "stringData."))
+        got = "a value that is not shown" if is_secret else shown(value)
+        return self.document.flaw(wrong.rule, path, got=got, wanted=wrong.wanted, remedy=wrong.remedy)
 
     def _object(self, value: Mapping[str, Any], schema: Schema, path: str) -> Iterator[Flaw]:
         for name in schema.get("required") or ():
@@ -169,14 +173,14 @@ class Walk:
                 yield from self.values(inner, found, under(path, key))
 
     def _logic(self, value: Any, schema: Schema, path: str) -> Iterator[Flaw]:
-        """Of several alternatives; what breaks all of `anyOf` is told by the one that comes nearest."""
+        """Of several alternatives; what breaks all is told by the one that comes nearest, in its type first."""
         for part in schema.get("allOf") or ():
             yield from self.values(value, part, path)
         for key in ("anyOf", "oneOf"):
             verdicts = [list(self.values(value, part, path)) for part in schema.get(key) or ()]
             num_met = sum(not flaws for flaws in verdicts)
             if verdicts and not num_met:
-                yield from min(verdicts, key=len)
+                yield from min(verdicts, key=lambda flaws: (any(flaw.rule == "type" and flaw.path == path for flaw in flaws), len(flaws)))
             elif key == "oneOf" and num_met > 1:
                 yield self.document.flaw(
                     "alternatives", path, got=shown(value), wanted=f"one alternative of {len(verdicts)}, {num_met} fit"
