@@ -174,7 +174,7 @@ plant(
     ("RayJob", f"{JOB} authOptions", GONE),
     at=f"{JOB} rayVersion",
 )
-plant("backoff-limit", "RayJob", "spec backoffLimit", -1, "0 or more", "failed")
+plant("backoff-limit", "RayJob", "spec backoffLimit", -1, "0 or more", "failure")
 plant("job-deadlines", "RayJob", "spec activeDeadlineSeconds", 0, "1 second", "positive")
 plant("job-ttl", CRON, "spec jobTemplate ttlSecondsAfterFinished", -1, "0 seconds", "negative")
 plant("runtime-env", "RayJob", "spec runtimeEnvYAML", "no object", "YAML", "block")
@@ -364,3 +364,29 @@ plant("gang-queue", "RayJob", "metadata labels ray.io/gang-scheduling-enabled", 
 plant("gang-members", "RayJob", "metadata labels kai.scheduler/queue", "q", "KAI", "SidecarMode", at="spec submissionMode")
 QUEUED = ("RayCluster", "metadata labels kueue.x-k8s.io/queue-name", "q")
 plant("kueue", "RayCluster", "spec enableInTreeAutoscaling", True, "Kueue", "elastic", QUEUED, SCALING[1])
+# What the operator ignores.
+plant(
+    "service-fields",
+    "RayService",
+    "spec serveService spec selector",
+    {"a": "b"},
+    "no selector",
+    "operator",
+    at="spec serveService spec selector",
+)
+plant("template-metadata", "RayCluster", f"{WORKER} template metadata namespace", "other", "no namespace", "delete")
+plant("unused-fields", "RayService", "spec serviceUnhealthySecondThreshold", 900, "not read", "delete")
+plant("ft-deletion-timeout", "RayCluster", "metadata annotations ray.io/gcs-ft-deletion-timeout", "5m", "seconds", "quotes")
+plant(
+    "rocksdb-upgrade",
+    "RayService",
+    f"{SERVED} gcsFaultToleranceOptions",
+    {"backend": "rocksdb", "storage": {"claimName": "store"}},
+    "None",
+    "lock",
+    at="spec upgradeStrategy type",
+    gates=(CRON, "GCSFaultToleranceEmbeddedStorage"),
+)
+plant("secret-in-clear", "RayJob", "spec runtimeEnvYAML", "env_vars: {HF_TOKEN: hf_abc}", "no secret", "secretKeyRef")
+MONITOR = {"selector": {"matchLabels": {"ray.io/node-type": "worker"}}}
+plant("selects-nothing", "ServiceMonitor", "spec", MONITOR, "Service", "compare", at="spec selector")

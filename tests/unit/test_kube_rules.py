@@ -60,7 +60,7 @@ def test_a_flaw_knows_the_line_it_is_written_on() -> None:
 
 def test_no_rule_raises_on_trees_of_wrong_types() -> None:
     chance = random.Random(6)
-    for _ in range(100):
+    for _ in range(60):
         tree = trees()
         for kind in tree:
             for path in chance.sample(sorted(_paths(tree[kind])), k=min(3, len(list(_paths(tree[kind]))))):
@@ -73,6 +73,23 @@ def test_no_rule_raises_on_trees_of_wrong_types() -> None:
                 except (TypeError, AttributeError, IndexError, ValueError, KeyError):
                     continue  # a change above it has taken the place away
         list(check([Document("f.yaml", 1, one) for one in tree.values()]))
+
+
+def test_no_rule_raises_on_trees_of_known_keys_in_any_order() -> None:
+    chance = random.Random(7)
+    keys = sorted({key for tree in trees().values() for path in _paths(tree) for key in path.split() if not key.isdigit()})
+    leaves = [None, 0, -1, 2.5, True, "", "x", "Never", "rocksdb", "v2", "token", "a: [b", "2.60.0", "/x", "ray.io/v1"]
+
+    def grow(depth: int) -> Any:
+        if depth == 0 or chance.random() < 0.2:
+            return chance.choice(leaves)
+        if chance.random() < 0.3:
+            return [grow(depth - 1) for _ in range(chance.randrange(4))]
+        return {key: grow(depth - 1) for key in chance.sample(keys, k=12)}
+
+    for _ in range(15):
+        found = [{"apiVersion": "ray.io/v1", "kind": kind, "metadata": grow(3), "spec": grow(4)} for kind in trees()]
+        list(check([Document("f.yaml", 1, tree) for tree in found], [CRON]))
 
 
 def _paths(tree: Any, path: str = "") -> Iterator[str]:

@@ -118,12 +118,11 @@ def job_metadata(scene: Scene) -> Iterator[Flaw]:
 @rule("backoff-limit", "tries are counted from 0, and a job that you submit yourself has none")
 def backoff_limit(scene: Scene) -> Iterator[Flaw]:
     for job in scene.jobs:
+        for where in (job.spec["backoffLimit"], job.spec["submitterConfig"]["backoffLimit"]):
+            if where.number is not None and where.number < 0:
+                yield where.flaw("0 or more", "write how often it may start again after a failure")
         where = job.spec["backoffLimit"]
-        if where.number is None:
-            continue
-        if where.number < 0:
-            yield where.flaw("0 or more", "write how often a failed job may start again")
-        elif where.number > 0 and job.mode == "InteractiveMode":
+        if (where.number or 0) > 0 and job.mode == "InteractiveMode":
             yield where.flaw("0 with InteractiveMode", "set backoffLimit: 0")
 
 
