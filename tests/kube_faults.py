@@ -1,7 +1,11 @@
-"""Planted faults: small changes of the good manifests, each with the rule that must find it, where, and what that rule must say."""
+"""Planted faults: small changes of the good manifests, each with the rule that must find it, where, and what that rule must say.
+
+Here the operator's rules; in kube_practice_faults those of practice.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +16,6 @@ WORKER, HEAD = "spec workerGroupSpecs 0", "spec headGroupSpec"
 CONTAINER = "template spec containers 0"
 JOB = "spec rayClusterSpec"
 SERVED = "spec rayClusterConfig"
-GPU = {"cpu": "2", "memory": "16Gi", "nvidia.com/gpu": 1}
-NO_LEVEL = ("Namespace", "metadata labels", {})
 FAULTS: list[Fault] = []
 
 
@@ -31,9 +33,15 @@ class Fault:
     gates: tuple[str, ...]
 
 
-def plant(rule: str, kind: str, path: str, value: Any, wanted: str, remedy: str, *also: tuple[str, str, Any], **rest: Any) -> None:
-    """`at`: where the flaw is, if not where the change was made. `gates`: beside RayCronJob's."""
-    FAULTS.append(Fault(rule, kind, path, value, wanted, remedy, rest.get("at", path), also, rest.get("gates", (CRON,))))
+def planter(into: list[Fault]) -> Callable[..., None]:
+    def plant(rule: str, kind: str, path: str, value: Any, wanted: str, remedy: str, *also: tuple[str, str, Any], **rest: Any) -> None:
+        """`at`: where the flaw is, if not where the change was made. `gates`: instead of RayCronJob's."""
+        into.append(Fault(rule, kind, path, value, wanted, remedy, rest.get("at", path), also, rest.get("gates", (CRON,))))
+
+    return plant
+
+
+plant = planter(FAULTS)
 
 
 def env(name: str, value: str = "x") -> dict[str, str]:
@@ -174,7 +182,7 @@ plant(
     ("RayJob", f"{JOB} authOptions", GONE),
     at=f"{JOB} rayVersion",
 )
-plant("backoff-limit", "RayJob", "spec backoffLimit", -1, "0 or more", "failed")
+plant("backoff-limit", "RayJob", "spec backoffLimit", -1, "0 or more", "failure")
 plant("job-deadlines", "RayJob", "spec activeDeadlineSeconds", 0, "1 second", "positive")
 plant("job-ttl", CRON, "spec jobTemplate ttlSecondsAfterFinished", -1, "0 seconds", "negative")
 plant("runtime-env", "RayJob", "spec runtimeEnvYAML", "no object", "YAML", "block")
@@ -282,85 +290,40 @@ for name, line in (
 ):
     plant(name, "RayService", "spec serveConfigV2", SERVE_CONFIG.replace(line, "user_config: {}"), "main/engine", "", gates=(CRON,))
 plant("serve-spread", "RayService", f"{SERVED} workerGroupSpecs 0 template spec topologySpreadConstraints", GONE, "hosts", "hostname")
-# Images, resources.
-plant("image-tag", "RayCluster", f"{WORKER} {CONTAINER} image", "example.org:5000/ftcore", "tag", "version")
-plant("image-version", "RayCluster", f"{WORKER} {CONTAINER} image", "ftcore:1.4.0-ray2.59.0", "2.60.0", "one version")
-plant("head-num-cpus", "RayCluster", f"{HEAD} rayStartParams num-cpus", GONE, '"0"', "workers")
+# Ports.
 plant(
-    "head-memory",
-    "RayCluster",
-    f"{HEAD} {CONTAINER} resources",
-    {"limits": {"cpu": "2", "memory": "4Gi"}},
-    "5Gi",
-    "5Gi",
-    at=f"{HEAD} {CONTAINER} resources limits memory",
+    "dashboard-port",
+    "RayJob",
+    f"{JOB} headGroupSpec {CONTAINER} ports 1 name",
+    "board",
+    "dashboard",
+    "8265",
+    at=f"{JOB} headGroupSpec {CONTAINER} ports",
 )
-plant("resources-missing", "RayCluster", f"{WORKER} {CONTAINER} resources", {}, "limits.memory", "requests")
-plant("memory-request", "RayCluster", f"{WORKER} {CONTAINER} resources requests memory", "8Gi", "16Gi", "request")
-plant("gpu-request", "RayCluster", f"{WORKER} {CONTAINER} resources requests nvidia.com/gpu", 1, "limits", "limits")
+plant("port-params", "RayCluster", f"{HEAD} rayStartParams port", "6380", "6380", "port", at=f"{HEAD} {CONTAINER} ports 0 containerPort")
+# What the operator ignores.
 plant(
-    "gpu-placement",
-    "RayCluster",
-    f"{WORKER} {CONTAINER} resources limits",
-    GPU,
-    "toleration",
-    "NoSchedule",
-    ("RayCluster", f"{WORKER} template spec nodeSelector", {"gpu": "a"}),
-    at=f"{WORKER} template spec tolerations",
+    "service-fields",
+    "RayService",
+    "spec serveService spec selector",
+    {"a": "b"},
+    "no selector",
+    "operator",
+    at="spec serveService spec selector",
 )
-plant("start-params-differ", "RayCluster", f"{WORKER} rayStartParams num-cpus", "8", "2", "equal")
-# Secrets.
+plant("template-metadata", "RayCluster", f"{WORKER} template metadata namespace", "other", "no namespace", "delete")
+plant("unused-fields", "RayService", "spec serviceUnhealthySecondThreshold", 900, "not read", "delete")
+plant("ft-deletion-timeout", "RayCluster", "metadata annotations ray.io/gcs-ft-deletion-timeout", "5m", "seconds", "quotes")
 plant(
-    "secret-in-clear",
-    "RayCluster",
-    f"{WORKER} {CONTAINER} env 0",
-    env("HF_TOKEN", "hf_abc"),
-    "Secret",
-    "secretKeyRef",
-    at=f"{WORKER} {CONTAINER} env 0 value",
+    "rocksdb-upgrade",
+    "RayService",
+    f"{SERVED} gcsFaultToleranceOptions",
+    {"backend": "rocksdb", "storage": {"claimName": "store"}},
+    "None",
+    "lock",
+    at="spec upgradeStrategy type",
+    gates=(CRON, "GCSFaultToleranceEmbeddedStorage"),
 )
-plant(
-    "secret-in-clear",
-    "RayCluster",
-    "spec gcsFaultToleranceOptions redisPassword",
-    {"value": "1234"},
-    "Secret",
-    "outside",
-    REDIS,
-    at="spec gcsFaultToleranceOptions redisPassword value",
-)
-plant("missing-secret", "ExternalSecret", "metadata name", "other", "Secret", "kubectl", at="")
-plant("missing-reference", "RayCluster", f"{WORKER} template spec serviceAccountName", "ghost", "ServiceAccount", "before")
-# Selectors.
-plant("selects-nothing", "Service", "spec selector", {"app": "ghost"}, "labels", "ray.io/node-type")
-plant(
-    "selects-nothing", "NetworkPolicy", "spec podSelector matchLabels ray.io/node-type", "tail", "labels", "compare", at="spec podSelector"
-)
-plant(
-    "disruption-budget",
-    "PodDisruptionBudget",
-    "spec",
-    {"minAvailable": 8, "selector": {"matchLabels": {"ray.io/group": "small"}}},
-    "8 pods",
-    "drained",
-    at="spec minAvailable",
-)
-# Pod security.
-plant("pod-security", "RayCluster", f"{WORKER} {CONTAINER} securityContext runAsNonRoot", False, "restricted", "runAsNonRoot")
-plant("pod-security", "RayJob", "spec submitterPodTemplate", GONE, "template", "default has none")
-plant("pod-security", "RayCluster", f"{HEAD} template spec hostNetwork", True, "false", "delete")
-plant(
-    "runs-as-root",
-    "RayCluster",
-    f"{WORKER} {CONTAINER} securityContext",
-    {"runAsUser": 0},
-    "root",
-    "1000",
-    NO_LEVEL,
-    at=f"{WORKER} {CONTAINER} securityContext runAsUser",
-)
-# Queues.
-plant("gang-queue", "RayJob", "metadata labels ray.io/gang-scheduling-enabled", "true", "queue", "volcano")
-plant("gang-members", "RayJob", "metadata labels kai.scheduler/queue", "q", "KAI", "SidecarMode", at="spec submissionMode")
-QUEUED = ("RayCluster", "metadata labels kueue.x-k8s.io/queue-name", "q")
-plant("kueue", "RayCluster", "spec enableInTreeAutoscaling", True, "Kueue", "elastic", QUEUED, SCALING[1])
+plant("secret-in-clear", "RayJob", "spec runtimeEnvYAML", "env_vars: {HF_TOKEN: hf_abc}", "no secret", "secretKeyRef")
+MONITOR = {"selector": {"matchLabels": {"ray.io/node-type": "worker"}}}
+plant("selects-nothing", "ServiceMonitor", "spec", MONITOR, "Service", "compare", at="spec selector")

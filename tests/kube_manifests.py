@@ -106,6 +106,7 @@ def trees() -> dict[str, dict[str, Any]]:
             "workers",
             spec={"maxUnavailable": 1, "selector": {"matchLabels": {"ray.io/group": "small"}}},
         ),
+        "ServiceMonitor": _named("monitoring.coreos.com/v1", "ServiceMonitor", "heads", spec={"selector": head["podSelector"]}),
         "RayCluster": _named("ray.io/v1", "RayCluster", "lab", spec=cluster_spec()),
         "RayJob": _named("ray.io/v1", "RayJob", "sft", spec=job_spec()),
         "RayCronJob": _named(

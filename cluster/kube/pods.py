@@ -12,6 +12,7 @@ from cluster.kube.scene import Cluster, Group, Job, Scene
 from cluster.kube.trees import Place, root
 
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job")
+HEAD_SERVICE = ("ray.io/cluster", "ray.io/node-type", "ray.io/identifier", "app.kubernetes.io/name", "app.kubernetes.io/created-by")
 Labels = Mapping[str, str | None]
 """None is a value that is only known in the cluster: a generated name."""
 
@@ -94,7 +95,28 @@ def _written(labels: Place) -> dict[str, str | None]:
     return {key: value.text for key, value in labels.entries()}
 
 
-def selects(selector: Place, pod: Pod) -> bool:
+@dataclass(frozen=True)
+class Labelled:
+    """What a selector looks at."""
+
+    labels: Labels
+
+
+def services(scene: Scene) -> Iterator[Labelled]:
+    """Those in the folder, and the head and serve services that the operator makes (controllers/ray/common/service.go)."""
+    for place in scene.of("Service"):
+        yield Labelled(_written(place["metadata"]["labels"]))
+    for cluster in scene.clusters:
+        labels = dict(ray_labels(cluster, cluster.head))
+        yield Labelled({name: labels[name] for name in HEAD_SERVICE})
+        if cluster.kind == "RayService":
+            name = cluster.spec.document.name
+            own = {"ray.io/originated-from-cr-name": name, "ray.io/originated-from-crd": "RayService"}
+            yield Labelled(own | {"ray.io/serve": f"{name}-serve"})
+            yield Labelled(own | {"ray.io/node-type": "head", "ray.io/identifier": f"{name}-head"})
+
+
+def selects(selector: Place, pod: Pod | Labelled) -> bool:
     """A LabelSelector with matchLabels and matchExpressions; one that is empty selects all."""
     if not all(_has(pod.labels, key, {value.text}) for key, value in selector["matchLabels"].entries()):
         return False

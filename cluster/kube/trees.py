@@ -5,6 +5,7 @@ In: a Document. Out: Places, numbers out of quantities, durations and versions. 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,12 +110,9 @@ def quantity(text: str) -> float | None:
     if not found:
         return None
     number, suffix = float(found[1]), found[2] or ""
-    if suffix[:1] in "eE" and len(suffix) > 1 and suffix[1] != "i":
-        try:
-            return float(found[0])
-        except OverflowError:
-            return None
-    return number * _FACTORS.get(suffix, 1.0)
+    exponent = suffix[:1] in "eE" and suffix[1:].lstrip("+-").isdigit()
+    amount = float(found[0]) if exponent else number * _FACTORS.get(suffix, 1.0)
+    return amount if math.isfinite(amount) else None
 
 
 def go_duration_s(text: str) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from cluster.kube.documents import Document, parse
 from cluster.kube.rules import RULES, check
 from tests.kube_faults import CRON, FAULTS, Fault
 from tests.kube_manifests import documents, put, spelled, trees
+from tests.kube_practice_faults import PRACTICE
+
+ALL = FAULTS + PRACTICE
 
 
 def test_the_good_manifests_have_no_flaw() -> None:
     assert [str(flaw) for flaw in check(documents(), [CRON])] == []
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.rule}:{fault.kind}")
+@pytest.mark.parametrize("fault", ALL, ids=lambda fault: f"{fault.rule}:{fault.kind}")
 def test_a_planted_fault_is_found_at_its_place_with_a_remedy(fault: Fault) -> None:
     changed = documents(*fault.also, (fault.kind, fault.path, fault.value))
     found = [flaw for flaw in check(changed, fault.gates) if flaw.rule == fault.rule]
@@ -40,14 +44,14 @@ def test_a_planted_fault_is_the_only_thing_that_is_found() -> None:
         "head-memory",
         "serve-head",
     }
-    for fault in FAULTS:
+    for fault in ALL:
         if fault.rule in alone:
             flaws = list(check(documents(*fault.also, (fault.kind, fault.path, fault.value)), fault.gates))
             assert {flaw.rule for flaw in flaws} <= {fault.rule, "replicas-clamped"}, flaws
 
 
 def test_every_rule_is_planted_at_least_once_and_says_why_it_is_there() -> None:
-    assert {fault.rule for fault in FAULTS} == set(RULES)
+    assert {fault.rule for fault in ALL} == set(RULES)
     assert all(reason and "\n" not in reason for reason in RULES.values())
 
 
@@ -60,7 +64,7 @@ def test_a_flaw_knows_the_line_it_is_written_on() -> None:
 
 def test_no_rule_raises_on_trees_of_wrong_types() -> None:
     chance = random.Random(6)
-    for _ in range(100):
+    for _ in range(60):
         tree = trees()
         for kind in tree:
             for path in chance.sample(sorted(_paths(tree[kind])), k=min(3, len(list(_paths(tree[kind]))))):
@@ -73,6 +77,30 @@ def test_no_rule_raises_on_trees_of_wrong_types() -> None:
                 except (TypeError, AttributeError, IndexError, ValueError, KeyError):
                     continue  # a change above it has taken the place away
         list(check([Document("f.yaml", 1, one) for one in tree.values()]))
+
+
+def test_no_rule_raises_on_trees_of_known_keys_in_any_order() -> None:
+    chance = random.Random(7)
+    keys = sorted({key for tree in trees().values() for path in _paths(tree) for key in path.split() if not key.isdigit()})
+    leaves = [None, 0, -1, 2.5, True, "", "x", "Never", "rocksdb", "v2", "token", "a: [b", "2.60.0", "/x", "ray.io/v1"]
+
+    def grow(depth: int) -> Any:
+        if depth == 0 or chance.random() < 0.2:
+            return chance.choice(leaves)
+        if chance.random() < 0.3:
+            return [grow(depth - 1) for _ in range(chance.randrange(4))]
+        return {key: grow(depth - 1) for key in chance.sample(keys, k=12)}
+
+    for _ in range(15):
+        found = [{"apiVersion": "ray.io/v1", "kind": kind, "metadata": grow(3), "spec": grow(4)} for kind in trees()]
+        list(check([Document("f.yaml", 1, tree) for tree in found], [CRON]))
+
+
+def test_a_text_that_never_ends_is_no_yaml() -> None:
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{b}'] * 9)}]\n" for b, c in pairwise("abcdefghi"))
+    for text in (bomb, "a: &a [*a]", "[" * 5000):
+        flaws = list(check(documents(("RayService", "spec serveConfigV2", text), ("RayJob", "spec runtimeEnvYAML", text)), [CRON]))
+        assert {flaw.rule for flaw in flaws if flaw.level == "error"} == {"serve-config", "runtime-env"}
 
 
 def _paths(tree: Any, path: str = "") -> Iterator[str]:

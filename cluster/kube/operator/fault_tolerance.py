@@ -14,6 +14,7 @@ from cluster.kube.trees import Place
 
 FT_ENABLED, FT_NAMESPACE = "ray.io/ft-enabled", "ray.io/external-storage-namespace"
 REDIS_FIELDS = ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace")
+FT_DELETION = "ray.io/gcs-ft-deletion-timeout"
 STORE_ENV = ("RAY_gcs_storage", "RAY_gcs_storage_path")
 STORE_VOLUME, STORE_PATH = "gcs-storage", "/data/gcs"
 
@@ -35,6 +36,14 @@ def ft_annotation(scene: Scene) -> Iterator[Flaw]:
             yield where.flaw(
                 "gcsFaultToleranceOptions.externalStorageNamespace instead", "move the namespace there and delete the annotation"
             )
+
+
+@rule("ft-deletion-timeout", "a timeout that cannot be read is silently the default, five minutes")
+def ft_deletion_timeout(scene: Scene) -> Iterator[Flaw]:
+    for cluster in scene.clusters:
+        where = cluster.annotations[FT_DELETION]
+        if where.given and not (where.text.isdigit() and int(where.text)):
+            yield where.warning("whole seconds, 1 or more", "write the seconds in quotes")
 
 
 @rule("ft-redis-address", "the operator hands Redis' address to the head itself")

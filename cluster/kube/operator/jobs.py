@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 
 import yaml
 
@@ -18,6 +19,8 @@ from cluster.kube.trees import Place, version
 MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
 CLUSTER_KEY = "ray.io/cluster"
 METADATA_SINCE = (2, 6, 0)
+MOST_VALUES = 100_000
+"""In one text."""
 
 
 @rule("job-cluster", "a RayJob brings its cluster, or names one that is there, and not both")
@@ -118,12 +121,11 @@ def job_metadata(scene: Scene) -> Iterator[Flaw]:
 @rule("backoff-limit", "tries are counted from 0, and a job that you submit yourself has none")
 def backoff_limit(scene: Scene) -> Iterator[Flaw]:
     for job in scene.jobs:
+        for where in (job.spec["backoffLimit"], job.spec["submitterConfig"]["backoffLimit"]):
+            if where.number is not None and where.number < 0:
+                yield where.flaw("0 or more", "write how often it may start again after a failure")
         where = job.spec["backoffLimit"]
-        if where.number is None:
-            continue
-        if where.number < 0:
-            yield where.flaw("0 or more", "write how often a failed job may start again")
-        elif where.number > 0 and job.mode == "InteractiveMode":
+        if (where.number or 0) > 0 and job.mode == "InteractiveMode":
             yield where.flaw("0 with InteractiveMode", "set backoffLimit: 0")
 
 
@@ -156,9 +158,22 @@ def runtime_env(scene: Scene) -> Iterator[Flaw]:
             yield where.flaw("YAML: an object like `working_dir: …`", "write it as a block: `runtimeEnvYAML: |` and the fields below")
 
 
-def loaded(where: Place) -> object:
-    """What YAML in a text says; None for what is no YAML."""
+@lru_cache(maxsize=256)
+def _loaded(text: str) -> object:
     try:
-        return yaml.safe_load(where.text)
-    except (yaml.YAMLError, ValueError):  # a date like 2024-13-45 raises ValueError
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date like 2024-13-45 raises ValueError
         return None
+    waiting, seen = [value], 0
+    while waiting:  # aliases of aliases: small to write, endless to walk
+        inside = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            return None
+        waiting += inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ()
+    return value
+
+
+def loaded(where: Place) -> object:
+    """What YAML in a text says; None for what is no YAML. Nobody changes it: it is read once."""
+    return _loaded(where.text)

@@ -12,13 +12,12 @@ from typing import Any
 from cluster.kube.flaws import Flaw
 from cluster.kube.operator.jobs import loaded
 from cluster.kube.rulebook import rule
-from cluster.kube.scene import Cluster, Scene
+from cluster.kube.scene import Scene
 from cluster.kube.trees import Place, root
 
 INCREMENTAL = "NewClusterWithIncrementalUpgrade"
 SERVICE_UPGRADES = (INCREMENTAL, "NewCluster", "None")
 CLUSTER_UPGRADES = ("Recreate", "None")
-SERVE_PORT = 8000
 ORIGIN = "ray.io/originated-from-crd"
 
 
@@ -109,28 +108,3 @@ def applications(where: Place) -> list[dict[str, Any]]:
     config = loaded(where)
     listed = config.get("applications") if isinstance(config, dict) else None
     return [app for app in listed if isinstance(app, dict)] if isinstance(listed, list) else []
-
-
-@rule("serve-port", "the operator makes the service that serves from the head's ports called serve")
-def serve_port(scene: Scene) -> Iterator[Flaw]:
-    for cluster in scene.clusters:
-        if cluster.kind != "RayService":
-            continue
-        ports, custom = cluster.head.container["ports"], root(cluster.spec.document).down("spec", "serveService")
-        named = [port for port in ports if port["name"].text == "serve" or port["name"].text.startswith("serve-")]
-        if ports.value and not named and not custom.given:
-            yield ports.flaw(
-                "a port called serve on the head", "add {name: serve, containerPort: 8000}: without it the service is not made"
-            )
-        yield from _other_port(cluster, named)
-
-
-def _other_port(cluster: Cluster, named: list[Place]) -> Iterator[Flaw]:
-    config = loaded(root(cluster.spec.document).down("spec", "serveConfigV2"))
-    options = config.get("http_options") if isinstance(config, dict) else None
-    listens = options.get("port", SERVE_PORT) if isinstance(options, dict) else SERVE_PORT
-    for port in named:
-        if port["name"].text == "serve" and port["containerPort"].number not in (None, listens):
-            yield port["containerPort"].flaw(
-                f"{listens}, where Serve listens", "write the same port here and in serveConfigV2's http_options.port"
-            )

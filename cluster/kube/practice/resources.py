@@ -108,7 +108,7 @@ def _told(group: Group) -> Iterator[tuple[Place, int]]:
         *(group.place["resources"][name] for name in ("CPU", "GPU", "memory")),
     ):
         amount = where.amount
-        if amount is not None and not (group.is_head and amount == 0) and math.isfinite(amount):
+        if amount is not None and not (group.is_head and amount == 0):
             yield where, round(amount)
 
 

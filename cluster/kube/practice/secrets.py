@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 from cluster.kube.flaws import Flaw
+from cluster.kube.operator.jobs import loaded
 from cluster.kube.operator.security import TOKEN_SINCE
 from cluster.kube.pods import pods
 from cluster.kube.rulebook import rule
@@ -26,7 +27,7 @@ def is_secret(name: str, value: str) -> bool:
     words = set(name.upper().replace("-", "_").split("_"))
     if words & PASSWORDS:
         return bool(value) and not value.startswith(("$", "/"))
-    return bool(words & TOKENS) and bool(value) and not _PUBLIC.match(value)
+    return bool(words & TOKENS) and "PUBLIC" not in words and bool(value) and not _PUBLIC.match(value)
 
 
 @rule("secret-in-clear", "who can read the folder, its history or the object can read the secret")
@@ -42,6 +43,8 @@ def secret_in_clear(scene: Scene) -> Iterator[Flaw]:
         ):
             if where.text and not where.text.startswith("$"):
                 yield where.flaw("a reference to a Secret", REMEDY, got="a login in clear")
+    for where, name in _in_texts(scene):
+        yield where.flaw("no secret in this text", REMEDY, got=f"{name} in clear")
     for place in scene.of("Secret"):
         for name in ("data", "stringData"):
             if place[name].value:
@@ -50,6 +53,27 @@ def secret_in_clear(scene: Scene) -> Iterator[Flaw]:
                     "keep the Secret outside (kubectl create secret, ExternalSecret, SealedSecret)",
                     got="values in clear",
                 )
+
+
+def _in_texts(scene: Scene) -> Iterator[tuple[Place, str]]:
+    """Variables of runtime environments, and a ConfigMap's keys."""
+    for where in (*(job.spec["runtimeEnvYAML"] for job in scene.jobs), *(place.down("spec", "serveConfigV2") for place in scene.services)):
+        yield from ((where, name) for name, value in _variables(loaded(where)) if is_secret(name, value))
+    for place in scene.of("ConfigMap"):
+        for name, where in place["data"].entries():
+            if "\n" not in where.text.strip() and is_secret(name, where.text):
+                yield where, name
+
+
+def _variables(value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, list):
+        for inside in value:
+            yield from _variables(inside)
+    for key, inside in value.items() if isinstance(value, dict) else ():
+        if key == "env_vars" and isinstance(inside, dict):
+            yield from ((str(name), str(text)) for name, text in inside.items())
+        elif isinstance(inside, (dict, list)):
+            yield from _variables(inside)
 
 
 def _holders(scene: Scene) -> Iterator[Place]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from cluster.kube.flaws import Flaw
-from cluster.kube.pods import Pod, carries, pods, same_namespace, selects
+from cluster.kube.pods import Pod, carries, pods, same_namespace, selects, services
 from cluster.kube.rulebook import rule
 from cluster.kube.scene import Scene
 from cluster.kube.trees import Place
@@ -34,8 +34,13 @@ def selects_nothing(scene: Scene) -> Iterator[Flaw]:
                 yield where.warning("labels of a pod in the folder", REMEDY)
     for place in scene.of("PodMonitor"):
         where = place.down("spec", "selector")
-        if where.value and not any(map(partial(selects, where), _here(place, found))):
+        near = found if place.down("spec", "namespaceSelector").given else _here(place, found)
+        if where.value and not any(map(partial(selects, where), near)):
             yield where.warning("labels of a pod in the folder", REMEDY)
+    for place in scene.of("ServiceMonitor"):
+        where = place.down("spec", "selector")
+        if where.value and not any(map(partial(selects, where), services(scene))):
+            yield where.warning("labels of a Service in the folder, or of one that the operator makes", REMEDY)
 
 
 def _peers(place: Place) -> Iterator[Place]:

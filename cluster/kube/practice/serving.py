@@ -99,3 +99,17 @@ def serve_spread(scene: Scene) -> Iterator[Flaw]:
 def _several(cluster: Cluster, place: Place) -> bool:
     names = ("replicas", "minReplicas", "maxReplicas") if cluster.autoscaling else ("replicas", "minReplicas")
     return max((place[name].number or 0 for name in names), default=0) >= 2
+
+
+@rule("rocksdb-upgrade", "a store on one claim has one writer: the new cluster of an upgrade waits for the old one, and that for the new")
+def rocksdb_upgrade(scene: Scene) -> Iterator[Flaw]:
+    for place in scene.services:
+        options, strategy = (
+            place.down("spec", "rayClusterConfig", "gcsFaultToleranceOptions"),
+            place.down("spec", "upgradeStrategy", "type"),
+        )
+        if options["backend"].text == "rocksdb" and options["storage"]["claimName"].text and strategy.text != "None":
+            yield strategy.warning(
+                "None with a claim of one's own",
+                "set upgradeStrategy.type: None, drop claimName, or use Redis: RocksDB's lock stops the upgrade",
+            )
