@@ -23,6 +23,7 @@ from cluster.kube.crds import Catalogue, from_cluster, kuberay, read_folder
 from cluster.kube.documents import Document
 from cluster.kube.flaws import Flaw, Level, as_json, in_order
 from cluster.kube.reading import Manifests, read
+from cluster.kube.waivers import waived
 
 RAY = "ray.io"
 
@@ -90,7 +91,9 @@ def lint(found: Iterable[Manifests], against: Against) -> Report:
         notes += manifests.notes
         kinds.update(document.kind or "no kind" for document in manifests.documents)
         unchecked.update(_title(document) for document in manifests.documents if by_schema(document, against) is None)
-        flaws += [manifests.place(flaw) for flaw in (*manifests.flaws, *_of_set(manifests.documents, against))]
+        left, why = waived(manifests.documents, _of_set(manifests.documents, against))
+        notes += why
+        flaws += [manifests.place(flaw) for flaw in (*manifests.flaws, *left)]
     notes += [
         f"not checked: {name}{f' x {number}' if number > 1 else ''} (no schema; --crds DIR)" for name, number in sorted(unchecked.items())
     ]
