@@ -30,6 +30,8 @@ class Command:
     target: str
     usage: str
     summary: str
+    extra: str = "train"
+    """The optional packages it needs, for who has not installed them."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -53,6 +55,7 @@ COMMANDS: dict[str, Command] = {
         "pipelines.doctor:main", "[RECIPE] [PATH=VALUE ...]", "look at every node before a run; each finding with its remedy"
     ),
     "submit": Command("cluster.submit:main", "sft RECIPE [PATH=VALUE ...]", "run a recipe as a job of a Ray cluster, and follow it"),
+    "k8s": Command("cluster.kube.commands:main", "lint PATH...|render RECIPE", "Kubernetes manifests: check them, write them", extra="k8s"),
     "adapters": Command("ftcore.adapter_commands:main", "list|show|verify|promote|...", "look after the adapter store"),
     "adapters status": Command("serving.watching:status_main", "URL", "of a running server: which replica serves which version"),
     "serve": Command("serving.commands:serve_main", "[FILE] base=... store=...", "answer over HTTP, each tenant with its own adapters"),
@@ -137,7 +140,7 @@ def _imported(module_name: str, command: str) -> object:
         raise ConfigError(
             f"`ftcore {command}` needs a package that is not installed",
             got=f"no module {missing}",
-            remedy="pip install 'ftcore[train]' (or `make demo`)",
+            remedy=f"pip install 'ftcore[{COMMANDS[command].extra}]' (or `make demo`)",
         ) from error
 
 
