@@ -6,6 +6,7 @@ Runs in: a terminal; imports no ray.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -110,10 +111,11 @@ def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
                         wanted="a file or folder beside it",
                         remedy="download it into the repository, at a fixed version, and name the file here",
                     )
-                if (folder / name).is_dir():
-                    yield from _files(folder / name, seen)
+                inner = Path(os.path.normpath(folder / name))
+                if inner.is_dir():
+                    yield from _files(inner, seen)
                 else:
-                    yield folder / name
+                    yield inner
 
 
 def _named(document: Document) -> Iterator[tuple[str, str]]:

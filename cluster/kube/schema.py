@@ -169,14 +169,14 @@ class Walk:
                 yield from self.values(inner, found, under(path, key))
 
     def _logic(self, value: Any, schema: Schema, path: str) -> Iterator[Flaw]:
-        """Of several alternatives; what breaks all of `anyOf` is told by the one that comes nearest."""
+        """Of several alternatives; what breaks all is told by the one that comes nearest, in its type first."""
         for part in schema.get("allOf") or ():
             yield from self.values(value, part, path)
         for key in ("anyOf", "oneOf"):
             verdicts = [list(self.values(value, part, path)) for part in schema.get(key) or ()]
             num_met = sum(not flaws for flaws in verdicts)
             if verdicts and not num_met:
-                yield from min(verdicts, key=len)
+                yield from min(verdicts, key=lambda flaws: (any(flaw.rule == "type" and flaw.path == path for flaw in flaws), len(flaws)))
             elif key == "oneOf" and num_met > 1:
                 yield self.document.flaw(
                     "alternatives", path, got=shown(value), wanted=f"one alternative of {len(verdicts)}, {num_met} fit"

@@ -133,9 +133,9 @@ def _of_count(count: int, schema: Schema, suffix: str, called: str) -> Iterator[
     low, high = schema.get(f"min{suffix}"), schema.get(f"max{suffix}")
     rule = "length" if suffix == "Length" else "items"
     if low is not None and count < low:
-        yield Wrong(rule, f"{low} {called} or more, there are {count}")
+        yield Wrong(rule, f"at least {low} {called}, there are {count}")
     if high is not None and count > high:
-        yield Wrong(rule, f"{high} {called} or fewer, there are {count}")
+        yield Wrong(rule, f"at most {high} {called}, there are {count}")
 
 
 @cache
