@@ -32,39 +32,42 @@ RESERVED = {
 ESCAPES = (("__", "__underscores__"), (".", "__dot__"), ("-", "__dash__"), ("/", "__slash__"))
 # What the library says of a function it does not have, or of types it does not compare: no verdict on the value.
 NOT_OURS = ("undeclared reference", "no matching overload", "no such overload")
+# Beside its own: what its types raise for a number, a time or a duration that they cannot hold.
+FAILURES = (celpy.CELEvalError, celpy.CELParseError, ValueError, ArithmeticError, TypeError)
 ENVIRONMENT = celpy.Environment()
 
 
 def broken(document: Document, value: Any, schema: Schema, path: str) -> Iterator[Flaw]:
     """`path` is where the schema stands that holds the rules; a rule's `fieldPath` leads on from there."""
-    context: celpy.Context = {"self": as_cel(value, schema)}
     for rule in schema["x-kubernetes-validations"]:
         text = rule["rule"].strip()
         if OLD.search(text):
             continue
-        where = path + str(rule.get("fieldPath") or "") if path else str(rule.get("fieldPath") or "").removeprefix(".")
+        where = (path + str(rule.get("fieldPath") or "")).removeprefix(".")
         try:
+            context = {"self": as_cel(value, schema)}
             met = bool(_program(text).evaluate(context))
-        except (celpy.CELEvalError, celpy.CELParseError) as error:
-            said = str(error.args[0] if error.args else error).strip().splitlines()[0]
-            if isinstance(error, celpy.CELParseError) or any(words in str(error) for words in NOT_OURS):
-                wanted, remedy = (
-                    "a rule in CEL's standard functions",
-                    "the API server will decide; `kubectl apply --dry-run=server` asks it",
-                )
-                yield document.flaw("cel-not-checked", where, got=text, wanted=wanted, remedy=remedy, level="warning")
-            else:
-                yield document.flaw("cel", where, got=f"{shown(value)}: {said}", wanted=f"a value of which this can be said: {text}")
+        except FAILURES as error:
+            yield _failed(document, where, text, value, error)
             continue
         if not met:
             yield document.flaw("cel", where, got=shown(value), wanted=_message(rule, context), remedy=f"the CRD's rule is {text}")
+
+
+def _failed(document: Document, where: str, text: str, value: Any, error: Exception) -> Flaw:
+    """A rule that cannot be answered for this value is not met; one that this library cannot answer is not checked."""
+    if isinstance(error, celpy.CELEvalError) and not any(words in str(error) for words in NOT_OURS):
+        said = str(error.args[0] if error.args else error).strip()
+        return document.flaw("cel", where, got=f"{shown(value)}: {said}", wanted=f"a value of which this can be said: {text}")
+    wanted, remedy = "a rule in CEL's standard functions", "the API server will decide; `kubectl apply --dry-run=server` asks it"
+    return document.flaw("cel-not-checked", where, got=text, wanted=wanted, remedy=remedy, level="warning")
 
 
 def _message(rule: Mapping[str, Any], context: celpy.Context) -> str:
     if rule.get("messageExpression"):
         try:
             return str(_program(rule["messageExpression"].strip()).evaluate(context))
-        except (celpy.CELEvalError, celpy.CELParseError):
+        except FAILURES:
             return str(rule.get("message") or rule["rule"])  # as the API server falls back
     return str(rule.get("message") or rule["rule"]).strip()
 

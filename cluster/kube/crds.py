@@ -37,6 +37,7 @@ class Crd:
     has_status: bool
     """The API server drops `status` when such an object is made."""
     source: str
+    is_deprecated: bool = False
 
     @property
     def api_version(self) -> str:
@@ -124,7 +125,9 @@ def _versions(document: Mapping[str, Any], source: str) -> Iterator[Crd]:
             if version["served"]:
                 schema = version["schema"]["openAPIV3Schema"]
                 has_status = "status" in (version.get("subresources") or {})
-                yield Crd(spec["group"], version["name"], spec["names"]["kind"], schema, has_status, source)
+                yield Crd(
+                    spec["group"], version["name"], spec["names"]["kind"], schema, has_status, source, bool(version.get("deprecated"))
+                )
     except (KeyError, TypeError) as error:
         raise ConfigError("a CustomResourceDefinition is not complete", where=source, got=f"no {error}") from error
 

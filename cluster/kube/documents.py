@@ -13,6 +13,10 @@ from typing import Any
 import yaml
 
 from cluster.kube.flaws import Flaw, Level
+from cluster.kube.scalars import Loader
+
+MAX_PLACES = 200_000
+"""Of one document. Aliases of aliases make billions; the API server, too, refuses them."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,9 @@ class Document:
         return Flaw(level, rule, self.file, self.line(path), self.title, path, str(got), wanted, remedy)
 
 
-class _Loader(yaml.SafeLoader):
-    """Dates stay text, as in JSON."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 def parse(text: str, file: str) -> Iterator[Document | Flaw]:
     """The documents of one file; a Flaw for what is no object, has a key twice, or is no YAML (then nothing after it is read)."""
-    loader = _Loader(text)
+    loader = Loader(text)
     number = 0
     try:
         while loader.check_node():
@@ -93,6 +87,8 @@ def parse(text: str, file: str) -> Iterator[Document | Flaw]:
             for path, line in twice:
                 yield Flaw("error", "yaml", file, line, document.title, path, "this key twice", "each key once", "keep one of them")
             yield document
+    except RecursionError:
+        yield Flaw("error", "yaml", file, 0, "", "", "a value that holds itself, or is nested too deep", "YAML")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = str(getattr(error, "problem", None) or error)
@@ -104,6 +100,8 @@ def parse(text: str, file: str) -> Iterator[Document | Flaw]:
 def _walk(node: yaml.Node, path: str, lines: dict[str, int]) -> Iterator[tuple[str, int]]:
     """Notes the line of every value; yields the keys that stand twice in one mapping."""
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(lines) > MAX_PLACES:
+        raise yaml.YAMLError(f"more than {MAX_PLACES} values in one document")
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:

@@ -21,7 +21,7 @@ from pathlib import Path
 from cluster.kube import core, metadata, rules, schema
 from cluster.kube.crds import Catalogue, from_cluster, kuberay, read_folder
 from cluster.kube.documents import Document
-from cluster.kube.flaws import Flaw, as_json, in_order
+from cluster.kube.flaws import Flaw, Level, as_json, in_order
 from cluster.kube.reading import Manifests, read
 
 RAY = "ray.io"
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     extra += from_cluster() if options.cluster else []
     against = Against(Catalogue.of([*shipped, *extra]), core.known_version(options.kubernetes), frozenset(_words(options.gates)))
     report = without(lint([found for path in options.paths for found in read(Path(path))], against), _words(options.ignore))
-    told = [f"KubeRay {version}", f"Kubernetes {against.kubernetes}", *sorted({crd.source for crd in extra})]
+    told = [f"KubeRay {version}", f"Kubernetes {against.kubernetes}", *(f"the CRDs of {folder}" for folder in options.crds)]
+    told += ["the cluster's CRDs"] if options.cluster else []
     clean = not report.count("error") and not (options.strict and report.flaws)
     print(_as_json(report, told, clean) if options.json else _as_text(report, told))
     return 0 if clean else 1
@@ -114,7 +115,7 @@ def by_schema(document: Document, against: Against) -> Iterator[Flaw] | None:
     if not document.kind or not document.api_version:
         return iter(())  # told by metadata
     crd = against.crds.find(document.api_version, document.kind)
-    if crd is not None:
+    if crd is not None and not crd.is_deprecated:
         return schema.check(document, crd)
     if against.crds.of_group(group):
         return _elsewhere(document, against.crds, group)
@@ -125,12 +126,15 @@ def by_schema(document: Document, against: Against) -> Iterator[Flaw] | None:
 
 def _elsewhere(document: Document, crds: Catalogue, group: str) -> Iterator[Flaw]:
     """A kind that its group has in another version (whose schema then says what else has to change), or not at all."""
-    others = [crd for crd in crds.of_group(group) if crd.kind == document.kind]
-    if others:
-        wanted = " or ".join(sorted(crd.api_version for crd in others))
-        remedy = f"write apiVersion: {others[-1].api_version}; what else that version wants is told beside this"
-        yield document.flaw("kind", "apiVersion", got=document.api_version, wanted=wanted, remedy=remedy)
-        yield from schema.check(document, others[-1])
+    served = [crd for crd in crds.of_group(group) if crd.kind == document.kind]
+    lasting = [crd for crd in served if not crd.is_deprecated] or served
+    if served:
+        # A server still takes a deprecated version. KubeRay's operator reconciles v1, and 1.9 drops the others.
+        level: Level = "warning" if group != RAY and crds.find(document.api_version, document.kind) else "error"
+        wanted = " or ".join(sorted(crd.api_version for crd in lasting))
+        remedy = f"write apiVersion: {lasting[-1].api_version}; what else that version wants is told beside this"
+        yield document.flaw("kind", "apiVersion", got=document.api_version, wanted=wanted, remedy=remedy, level=level)
+        yield from schema.check(document, lasting[-1])
         return
     names = sorted({crd.kind for crd in crds.of_group(group)})
     near = get_close_matches(document.kind, names, n=1)

@@ -66,7 +66,7 @@ def _names(document: Document, metadata: Mapping[str, Any]) -> Iterator[Flaw]:
         if not isinstance(value, str):
             yield document.flaw("type", f"metadata.{key}", got=shown(value), wanted="a string", remedy="write it in quotes")
     texts = {key: value for key, value in given.items() if isinstance(value, str) and value}
-    if not {"name", "generateName"} & set(given):
+    if not any(given.get(key) not in (None, "") for key in ("name", "generateName")):
         yield document.flaw("name", "metadata.name", got="nothing", wanted="a name, or a generateName", remedy="add metadata.name")
     for key in ("name", "generateName"):
         if key in texts:

@@ -20,6 +20,8 @@ from cluster.kube.flaws import Flaw
 from cluster.kube.values import Wrong, described, shown, wrong_type, wrongs
 
 OPEN = "x-kubernetes-preserve-unknown-fields"
+EMBEDDED = "x-kubernetes-embedded-resource"
+HEAD = ("apiVersion", "kind", "metadata")
 # After one of these the API server asks no CEL rule: a rule may rely on what is missing or of another type.
 BLOCKING = {"type", "required", "length", "items", "yaml"}
 
@@ -111,7 +113,7 @@ class Walk:
             found = child(schema, key)
             if found is not None:
                 yield from self.unknown(inner, found, under(path, key), (*above, (path, schema)))
-            elif self._is_closed(schema):
+            elif self._is_closed(schema) and not (schema.get(EMBEDDED) and key in HEAD):
                 names = list(schema.get("properties") or {})
                 wanted = "one of its fields" if names else "no field at all"
                 remedy = self._cure(key, names, schema, path, above)

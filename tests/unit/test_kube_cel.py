@@ -104,6 +104,14 @@ def test_a_rule_beyond_the_standard_functions_is_told_as_not_checked(rule: str) 
     assert "--dry-run=server" in flaw.remedy
 
 
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [(2**70, {"type": "integer"}), (float("inf"), {}), ("soon", {"type": "string", "format": "date-time"})],
+)
+def test_a_value_that_no_cel_type_holds_is_told_as_not_checked(value: object, schema: dict[str, Any]) -> None:
+    assert [flaw.rule for flaw in judged("self.x == self.x", {"x": value}, {"properties": {"x": schema}})] == ["cel-not-checked"]
+
+
 def test_a_rule_that_fails_is_a_flaw_as_it_is_for_the_api_server() -> None:
     (flaw,) = judged("self.x == 1", {})
     assert (flaw.rule, flaw.level) == ("cel", "error") and "x" in flaw.got

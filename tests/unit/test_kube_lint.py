@@ -84,6 +84,18 @@ def test_another_version_of_a_kuberay_kind_is_refused_and_judged_by_the_version_
     assert code == 1 and "got ray.io/v1alpha1; wanted ray.io/v1" in said and "`backoffLimit`?" in said
 
 
+@pytest.mark.parametrize(("name", "code", "level"), [("v1beta1", 0, "warning"), ("v9", 1, "error")])
+def test_a_deprecated_version_is_a_warning_and_one_that_is_not_served_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int, level: str
+) -> None:
+    crd = yaml.safe_load((made(tmp_path / "crds", SCHEMA) / "thing.yaml").read_text())
+    crd["spec"]["versions"].append({**crd["spec"]["versions"][0], "name": "v1beta1", "deprecated": True})
+    (tmp_path / "crds" / "thing.yaml").write_text(yaml.safe_dump(crd))
+    (tmp_path / "a.yaml").write_text(THING.replace("a.b/v1", f"a.b/{name}").replace("large", "3"))
+    got, said = lint(capsys, tmp_path / "a.yaml", "--crds", tmp_path / "crds")
+    assert got == code and f"{level:<7} {tmp_path}/a.yaml:1" in said and f"got a.b/{name}; wanted a.b/v1\n" in said
+
+
 @pytest.mark.parametrize(
     ("old", "new", "wanted"),
     [
@@ -109,7 +121,7 @@ def test_a_folder_of_crds_checks_more_kinds(tmp_path: Path, capsys: pytest.Captu
     assert "not checked: a.b/v1 Thing" in lint(capsys, tmp_path / "a.yaml")[1]
     code, said = lint(capsys, tmp_path / "a.yaml", "--crds", tmp_path / "crds")
     assert code == 1 and "spec.size" in said and "wanted an integer" in said and "not checked" not in said
-    assert f"Kubernetes {versions()[-1]}, {tmp_path}/crds/thing.yaml:" in said
+    assert f"Kubernetes {versions()[-1]}, the CRDs of {tmp_path}/crds:" in said
 
 
 def test_the_clusters_crds_are_asked_of_kubectl(
@@ -120,7 +132,7 @@ def test_the_clusters_crds_are_asked_of_kubectl(
     folder = program(tmp_path / "bin", "kubectl", f'echo "$@" > {tmp_path}/asked', f"cat {tmp_path}/all.json")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     code, said = lint(capsys, write(tmp_path, a=THING) / "a.yaml", "--cluster")
-    assert code == 1 and "wanted an integer" in said and "the cluster: 1 errors" in said
+    assert code == 1 and "wanted an integer" in said and "the cluster's CRDs: 1 errors" in said
     assert (tmp_path / "asked").read_text().split() == ["get", "crd", "-o", "json"]
     program(folder, "kubectl", "echo cannot connect >&2", "exit 1")
     code, said = lint(capsys, tmp_path / "a.yaml", "--cluster")

@@ -13,6 +13,7 @@ FAULTS = {
     "a name too long": ("  name: train", f"  name: {'a' * 254}", "name", "metadata.name", "at most 253 characters, there are 254", ""),
     "a name that is a number": ("  name: train", "  name: 123", "type", "metadata.name", "a string", "in quotes"),
     "no name": ("  name: train\n", "", "name", "metadata.name", "a name, or a generateName", "add metadata.name"),
+    "an empty name": ("  name: train", '  name: ""', "name", "metadata.name", "a name, or a generateName", "add metadata.name"),
     "a generated name that ends in a dot": (
         "  name: train", "  generateName: train.", "name",
         "metadata.generateName", "small letters", "",
