@@ -102,17 +102,19 @@ def _renamed(name: str) -> str:
     return f"for example `{plain}`" if plain and plain != name else ""
 
 
-def labels(document: Document, metadata: Mapping[str, Any], path: str) -> Iterator[Flaw]:
-    """Labels and annotations: of an object, or of the pods that a template makes."""
+def labels(document: Document, metadata: Mapping[str, Any], path: str, *, has_schema: bool = False) -> Iterator[Flaw]:
+    """Labels and annotations: of an object, or of the pods that a template makes, whose types the schema has judged."""
     for key in ("labels", "annotations"):
         found = metadata.get(key)
         if found is None:
             continue
         if not isinstance(found, dict):
-            yield document.flaw("type", f"{path}.{key}", got=shown(found), wanted="an object of texts")
+            if not has_schema:
+                yield document.flaw("type", f"{path}.{key}", got=shown(found), wanted="an object of texts")
             continue
         for name, value in found.items():
-            yield from _label(document, str(name), value, f"{path}.{key}", is_label=key == "labels")
+            if isinstance(value, str) or not has_schema:
+                yield from _label(document, str(name), value, f"{path}.{key}", is_label=key == "labels")
     notes = metadata.get("annotations")
     if isinstance(notes, dict):
         size = sum(len(str(part).encode()) for pair in notes.items() for part in pair)
@@ -137,7 +139,7 @@ def _label(document: Document, name: str, value: object, path: str, *, is_label:
 
 
 def _in_templates(document: Document, value: Any, path: str) -> Iterator[Flaw]:
-    """Pod templates within: no schema holds their labels, and what is wrong there shows only when no pod comes up."""
+    """Pod templates within: no schema holds the form of their labels, and what is wrong there shows only when no pod comes up."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from _in_templates(document, item, f"{path}[{number}]")
@@ -145,7 +147,7 @@ def _in_templates(document: Document, value: Any, path: str) -> Iterator[Flaw]:
         for key, inner in value.items():
             place = f"{path}.{key}" if path else str(key)
             if isinstance(inner, dict) and path and key == "metadata" and "spec" in value:
-                yield from labels(document, inner, place)
+                yield from labels(document, inner, place, has_schema=True)
             elif not (key == "metadata" and not path):
                 yield from _in_templates(document, inner, place)
 

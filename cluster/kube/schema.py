@@ -158,7 +158,9 @@ class Walk:
                 yield from self._twice(value, schema, path)
 
     def _flaw(self, wrong: Wrong, value: object, path: str) -> Flaw:
-        return self.document.flaw(wrong.rule, path, got=shown(value), wanted=wrong.wanted, remedy=wrong.remedy)
+        is_secret = self.document.kind == "Secret" and path.startswith(("data.", "stringData."))
+        got = "a value that is not shown" if is_secret else shown(value)
+        return self.document.flaw(wrong.rule, path, got=got, wanted=wrong.wanted, remedy=wrong.remedy)
 
     def _object(self, value: Mapping[str, Any], schema: Schema, path: str) -> Iterator[Flaw]:
         for name in schema.get("required") or ():

@@ -191,3 +191,9 @@ def test_the_commands_help_loads_none_of_the_linter() -> None:
     code = "import sys; from ftcore.cli import main; main(['--help']); print([m for m in ('celpy', 're2', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_its_packages_the_remedy_names_the_extra() -> None:
+    code = "import sys; sys.modules['celpy'] = None; from ftcore.cli import main; sys.exit(main(['k8s', 'lint', 'a.yaml']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == ConfigError.exit_code and "no module celpy" in done.stderr and "ftcore[k8s]" in done.stderr

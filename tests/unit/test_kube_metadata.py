@@ -72,6 +72,11 @@ def test_each_kind_has_its_own_rule_for_names(name: str, kind: str, api_version:
     assert [flaw.path for flaw in check(document)] == ([] if good else ["metadata.name"])
 
 
+def test_a_label_of_a_template_that_is_no_text_is_told_once() -> None:
+    (flaw,) = flaws_of(changed(RAY_JOB, "            tier: head", "            tier: true")[0])
+    assert (flaw.rule, flaw.path) == ("type", "spec.rayClusterSpec.headGroupSpec.template.metadata.labels.tier")
+
+
 def test_a_generated_name_may_end_in_a_dash() -> None:
     assert flaws_of(changed(RAY_JOB, "  name: train", "  generateName: train-")[0]) == []
 
