@@ -51,6 +51,12 @@ def test_a_secret_that_is_not_base64_is_told_and_one_in_lines_is_not() -> None:
     assert flaws_of(head + "  token: |\n    aGVs\n    bG8=\n") == []
 
 
+def test_null_is_a_field_left_out() -> None:
+    assert flaws_of(changed(DEPLOYMENT, "  replicas: 1", "  replicas: null")[0]) == []
+    (flaw,) = flaws_of(changed(DEPLOYMENT, "            - containerPort: 8000", "            - containerPort: null")[0])
+    assert (flaw.rule, flaw.path) == ("required", f"{POD}.ports[0].containerPort")
+
+
 def test_an_amount_may_be_a_number() -> None:
     assert flaws_of(changed(DEPLOYMENT, "memory: 1Gi", "cpu: 0.5")[0]) == []
 

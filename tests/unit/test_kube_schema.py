@@ -191,3 +191,15 @@ def test_defaults_fill_what_is_missing_before_what_is_needed_is_asked() -> None:
 def test_a_key_that_yaml_reads_as_a_number_is_text() -> None:
     text, _ = changed(RAY_JOB, "    team: nlp", '    8080: "x"')
     assert flaws_of(text) == [] and documents(text)[0].metadata["labels"] == {8080: "x"}
+
+
+def test_rules_are_asked_only_once_types_and_needs_are_right() -> None:
+    """As the API server does: a rule about what is missing would only say it again."""
+    spec = {"type": "object", "required": ["x"], "properties": {"x": WHOLE}, "x-kubernetes-validations": [{"rule": "self.x > 3"}]}
+    assert [of(spec, value) for value in ({}, {"x": 1}, {"x": 4})] == [[("required", "spec.x")], [("cel", "spec")], []]
+
+
+def test_an_object_within_an_object_may_have_a_head() -> None:
+    inner = {"type": "object", "x-kubernetes-embedded-resource": True, "properties": {"data": TEXT}}
+    value = {"apiVersion": "v1", "kind": "A", "metadata": {"name": "a"}, "data": "x", "more": 1}
+    assert of(inner, value) == [("unknown-field", "spec.more")]
