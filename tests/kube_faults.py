@@ -327,3 +327,12 @@ plant(
 plant("secret-in-clear", "RayJob", "spec runtimeEnvYAML", "env_vars: {HF_TOKEN: hf_abc}", "no secret", "secretKeyRef")
 MONITOR = {"selector": {"matchLabels": {"ray.io/node-type": "worker"}}}
 plant("selects-nothing", "ServiceMonitor", "spec", MONITOR, "Service", "compare", at="spec selector")
+plant(
+    "overwritten-command",
+    "RayCluster",
+    "metadata annotations ray.io/overwrite-container-cmd",
+    "true",
+    "KUBERAY_GEN",
+    "annotation",
+    at=f"{WORKER} {CONTAINER} command",
+)

@@ -91,3 +91,5 @@ plant("gang-queue", "RayJob", "metadata labels ray.io/gang-scheduling-enabled", 
 plant("gang-members", "RayJob", "metadata labels kai.scheduler/queue", "q", "KAI", "SidecarMode", at="spec submissionMode")
 QUEUED = ("RayCluster", "metadata labels kueue.x-k8s.io/queue-name", "q")
 plant("kueue", "RayCluster", "spec enableInTreeAutoscaling", True, "Kueue", "elastic", QUEUED, SCALING[1])
+plant("kueue", "RayCluster", f"{WORKER} groupName", "head", "another name", "rename", QUEUED)
+plant("kueue", "RayJob", "metadata labels kueue.x-k8s.io/queue-name", "q", "when there is room", "webhook", at="spec suspend")

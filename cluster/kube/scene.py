@@ -115,6 +115,11 @@ class Cluster:
         return self.spec.down("authOptions", "mode").text == "token"
 
     @property
+    def overwrites_command(self) -> bool:
+        """The operator leaves the containers' commands as they are."""
+        return self.annotations["ray.io/overwrite-container-cmd"].text.lower() == "true"
+
+    @property
     def name_length(self) -> int:
         """Of the RayCluster's name: RayJob and RayService add `-` and five characters to theirs, a RayCronJob eleven more."""
         generated = 0 if self.spec.document.metadata.get("name") else GENERATED

@@ -15,6 +15,7 @@ from cluster.kube.trees import Place
 FT_ENABLED, FT_NAMESPACE = "ray.io/ft-enabled", "ray.io/external-storage-namespace"
 REDIS_FIELDS = ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace")
 FT_DELETION = "ray.io/gcs-ft-deletion-timeout"
+USER_SINCE = (2, 41, 0)
 STORE_ENV = ("RAY_gcs_storage", "RAY_gcs_storage_path")
 STORE_VOLUME, STORE_PATH = "gcs-storage", "/data/gcs"
 
@@ -60,7 +61,9 @@ def ft_redis_address(scene: Scene) -> Iterator[Flaw]:
 @rule("ft-redis-login", "Redis' user and password stand in gcsFaultToleranceOptions, from a Secret")
 def ft_redis_login(scene: Scene) -> Iterator[Flaw]:
     for cluster in scene.clusters:
-        env, params = cluster.head.container["env"], cluster.head.params
+        env, params, user = cluster.head.container["env"], cluster.head.params, _options(cluster)["redisUsername"]
+        if user.given and cluster.ray_version is not None and cluster.ray_version < USER_SINCE:
+            yield user.warning("Ray 2.41.0 or later for a user of Redis", "raise rayVersion and the images, or delete redisUsername")
         # The user is refused everywhere else; the password only beside the options.
         fields = {"redisUsername": ("redis-username", "REDIS_USERNAME")}
         if _options(cluster).given:

@@ -13,6 +13,8 @@ from cluster.kube.rulebook import rule
 from cluster.kube.scene import Scene
 from cluster.kube.trees import Place
 
+START = "KUBERAY_GEN_RAY_START_CMD"
+
 
 @rule("service-fields", "of a service that a manifest brings, the operator overwrites selector and namespace")
 def service_fields(scene: Scene) -> Iterator[Flaw]:
@@ -54,3 +56,15 @@ def unused_fields(scene: Scene) -> Iterator[Flaw]:
             where = job.spec["deletionStrategy"][name]
             if where.given:
                 yield where.warning("deletionRules: the field is deprecated", "write a rule with condition.jobStatus instead")
+
+
+@rule(
+    "overwritten-command", "with the annotation ray.io/overwrite-container-cmd the operator starts no Ray: the container's own command must"
+)
+def overwritten_command(scene: Scene) -> Iterator[Flaw]:
+    for cluster, group in scene.groups:
+        own = group.template["metadata"]["annotations"]["ray.io/overwrite-container-cmd"].text.lower() == "true"
+        where = group.container["command"]
+        written = " ".join(item.text for key in ("command", "args") for item in group.container[key])
+        if (own or cluster.overwrites_command) and START not in written and "ray start" not in written:
+            yield where.warning(f"a command that runs ${START}", "run it at the end of the command, or delete the annotation")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from cluster.kube.flaws import Flaw
 from cluster.kube.rulebook import rule
-from cluster.kube.scene import Scene
+from cluster.kube.scene import Job, Scene
 from cluster.kube.trees import Place, root
 
 GANG = "ray.io/gang-scheduling-enabled"
@@ -18,7 +18,7 @@ VOLCANO, VOLCANO_TIER = "volcano.sh/queue-name", "volcano.sh/network-topology-hi
 YUNIKORN, YUNIKORN_APP = "yunikorn.apache.org/queue", "yunikorn.apache.org/app-id"
 KAI = "kai.scheduler/queue"
 KUEUE_PODSETS = 8
-"""A Workload holds no more: the head, and seven worker groups."""
+"""Kinds of pods in a Workload: the head, and seven worker groups."""
 
 
 def _labels(place: Place) -> Place:
@@ -60,7 +60,7 @@ def gang_members(scene: Scene) -> Iterator[Flaw]:
             yield where.warning("both of YuniKorn's labels", f"write {YUNIKORN} and {YUNIKORN_APP}")
 
 
-@rule("kueue", "Kueue admits an object as a whole: it must be suspendable, of fixed size, and of at most eight kinds of pods")
+@rule("kueue", "what Kueue's webhook refuses or passes by: a size that changes, a cluster that is there, one that stays")
 def kueue(scene: Scene) -> Iterator[Flaw]:
     for cluster in scene.clusters:
         place = root(cluster.spec.document)
@@ -69,25 +69,30 @@ def kueue(scene: Scene) -> Iterator[Flaw]:
         elastic = place.down("metadata", "annotations", KUEUE_ELASTIC).text == "true"
         where = cluster.spec["enableInTreeAutoscaling"]
         if where.on and not elastic:
-            yield where.flaw(
-                "no autoscaling in a queue of Kueue",
-                f'delete it, or annotate {KUEUE_ELASTIC}: "true" with the gate ElasticJobsViaWorkloadSlices',
-            )
+            remedy = f'delete it, or annotate {KUEUE_ELASTIC}: "true" with the gate ElasticJobsViaWorkloadSlices'
+            yield where.flaw("no autoscaling in a queue of Kueue", remedy)
         where = cluster.spec["workerGroupSpecs"]
         if len(cluster.workers) + 1 > KUEUE_PODSETS:
-            yield where.flaw(f"at most {KUEUE_PODSETS - 1} worker groups", "merge groups: Kueue refuses the object")
+            yield where.warning(f"at most {KUEUE_PODSETS - 1} worker groups", "merge groups: most versions of Kueue refuse more")
+        for group in cluster.workers:
+            if group.name == "head":
+                yield group.place["groupName"].flaw("another name: Kueue calls the head so", "rename the group")
     for job in scene.jobs:
-        if not _labels(root(job.spec.document))[KUEUE].given or job.spec.document.kind != "RayJob":
-            continue
-        if job.selects:
-            yield job.spec["clusterSelector"].flaw(
-                "a rayClusterSpec in a queue of Kueue", "bring the cluster: Kueue refuses a selected one"
-            )
-        elif not job.spec["suspend"].on:
-            yield job.spec["suspend"].warning(
-                "true: Kueue starts the job when there is room", "set suspend: true, so that it waits even if Kueue's webhook is down"
-            )
-        if not job.spec["shutdownAfterJobFinishes"].on:
-            yield job.spec["shutdownAfterJobFinishes"].flaw(
-                "true in a queue of Kueue", "set it: Kueue refuses a job that keeps its cluster"
-            )
+        if _labels(root(job.spec.document))[KUEUE].given and job.spec.document.kind == "RayJob":
+            yield from _queued(job)
+
+
+def _queued(job: Job) -> Iterator[Flaw]:
+    if job.selects:
+        where, remedy = job.spec["clusterSelector"], "bring a rayClusterSpec alone"
+        if job.cluster:
+            yield where.flaw("no clusterSelector in a queue of Kueue", remedy)
+        else:
+            yield where.warning("a rayClusterSpec: Kueue passes a job on a selected cluster by", remedy)
+        return
+    if not job.spec["suspend"].on:
+        yield job.spec["suspend"].warning(
+            "true: Kueue starts the job when there is room", "set suspend: true, so that it waits even if Kueue's webhook is down"
+        )
+    if not job.spec["shutdownAfterJobFinishes"].on:
+        yield job.spec["shutdownAfterJobFinishes"].flaw("true in a queue of Kueue", "set it: Kueue refuses a job that keeps its cluster")

@@ -88,7 +88,8 @@ def _holders(scene: Scene) -> Iterator[Place]:
 @rule("auth-missing", "who reaches the dashboard of an open cluster runs code on it")
 def auth_missing(scene: Scene) -> Iterator[Flaw]:
     for cluster in scene.clusters:
-        if not cluster.token_auth and cluster.ray_version is not None and cluster.ray_version >= TOKEN_SINCE:
+        by_hand = cluster.head.container["env"].named("RAY_AUTH_MODE")["value"].text == "token"
+        if not cluster.token_auth and not by_hand and cluster.ray_version is not None and cluster.ray_version >= TOKEN_SINCE:
             yield cluster.spec["authOptions"].warning(
                 "authOptions: {mode: token}", "set mode: token; the operator makes the secret, or name yours with secretName"
             )

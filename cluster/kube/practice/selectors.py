@@ -57,7 +57,7 @@ def disruption_budget(scene: Scene) -> Iterator[Flaw]:
     found = list(pods(scene))
     for place in scene.of("PodDisruptionBudget"):
         where, low, high = place.down("spec", "selector"), place.down("spec", "minAvailable"), place.down("spec", "maxUnavailable")
-        chosen = [pod for pod in _here(place, found) if where.value and selects(where, pod)]
+        chosen = [pod for pod in _here(place, found) if where.given and selects(where, pod)]  # an empty one selects all
         if not chosen:
             yield where.warning("labels of a pod in the folder", REMEDY)
             continue
