@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.kube_faults import CONTAINER, HEAD, REDIS, SCALING, WORKER, Fault, env, planter
-from tests.kube_manifests import GONE
+from tests.kube_faults import CONTAINER, HEAD, JOB, REDIS, SCALING, SERVED, WORKER, Fault, env, planter
+from tests.kube_manifests import GONE, SERVE_CONFIG
 
 PRACTICE: list[Fault] = []
 plant = planter(PRACTICE)
@@ -93,3 +93,36 @@ QUEUED = ("RayCluster", "metadata labels kueue.x-k8s.io/queue-name", "q")
 plant("kueue", "RayCluster", "spec enableInTreeAutoscaling", True, "Kueue", "elastic", QUEUED, SCALING[1])
 plant("kueue", "RayCluster", f"{WORKER} groupName", "head", "another name", "rename", QUEUED)
 plant("kueue", "RayJob", "metadata labels kueue.x-k8s.io/queue-name", "q", "when there is room", "webhook", at="spec suspend")
+# Storage.
+SCRATCH = (
+    (
+        "RayService",
+        f"{SERVED} workerGroupSpecs 0 template spec volumes",
+        [{"name": "scratch", "emptyDir": {}}, {"name": "shared", "nfs": {}}],
+    ),
+    (
+        "RayService",
+        f"{SERVED} workerGroupSpecs 0 {CONTAINER} volumeMounts",
+        [{"name": "shared", "mountPath": "/a"}, {"name": "scratch", "mountPath": "/a/b"}],
+    ),
+)
+plant(
+    "volatile-storage",
+    "RayService",
+    "spec serveConfigV2",
+    SERVE_CONFIG.replace("s3://models/adapters", "/a/b/store"),
+    "/a/b/store",
+    "ReadWriteMany",
+    *SCRATCH,
+    NO_LEVEL,
+    at=f"{SERVED} workerGroupSpecs 0 template spec volumes 0 emptyDir",
+)
+plant(
+    "volatile-storage",
+    "RayJob",
+    "spec entrypoint",
+    "ftcore adapters list --store=/models",
+    "at /models",
+    "s3://",
+    at=f"{JOB} headGroupSpec {CONTAINER} volumeMounts",
+)

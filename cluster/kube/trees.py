@@ -78,7 +78,7 @@ class Place:
 
     def named(self, name: str, key: str = "name") -> Place:
         """The item of a list whose `name` is this; a place with nothing in it if there is none."""
-        return next((item for item in self if item[key].text == name), Place(self.document, self.path, None))
+        return next((item for item in self if name and item[key].text == name), Place(self.document, self.path, None))
 
     def flaw(self, wanted: str, remedy: str = "", *, got: object = None, level: Level = "error") -> Flaw:
         """A flaw here; its rule is set by the rulebook."""

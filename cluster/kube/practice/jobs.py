@@ -21,7 +21,8 @@ LIMITS = {
     "backoffLimit": "without it a lost head is the end of the run; 0 says that you want so",
 }
 DEFAULT_GRACE_S = 30
-_LASTING = re.compile(r"(?:^|[\s'\"])(?:output\.runs|output\.store|store|runs|--store|--runs|--working-dir)[=\s]+['\"]?(/[^\s'\"]+)")
+_LASTING = re.compile(r"(?:^|[\s'\"])(?:output\.runs|output\.store|store|runs|--store|--runs)[=\s]+['\"]?(/[^\s'\"]+)")
+_WORKING_DIR = re.compile(r"--working-dir[=\s]+['\"]?(/[^\s'\"]+)")
 _LASTING_ENV = re.compile(r"^FTCORE_(?:\w+_)?(?:STORE|HOME|RUNS|OUTPUT)$")
 _LASTING_KEYS = {"store", "runs"}
 
@@ -74,21 +75,29 @@ def volatile_storage(scene: Scene) -> Iterator[Flaw]:
         for path in sorted(_lasting(cluster)):
             for group in cluster.groups:
                 yield from _not_lasting(group, path)
+        for path in sorted(set(_WORKING_DIR.findall(" ".join(_texts(cluster))))):
+            empty = _mounted(cluster.head, path)["emptyDir"]
+            if empty.given:
+                yield empty.warning(
+                    f"a volume that lasts, or the image, for the code at {path}", "put the code into the image", got="an emptyDir"
+                )
 
 
 def _lasting(cluster: Cluster) -> set[str]:
     """Folders that must outlive a pod, as commands, variables and arguments name them."""
-    spec = root(cluster.spec.document)["spec"]
-    job = spec["jobTemplate"] if cluster.kind == "RayCronJob" else spec
-    texts, found = [job["entrypoint"].text], set()
+    found = {path for text in _texts(cluster) for path in _LASTING.findall(text)}
     for group in cluster.groups:
-        texts.append(_command(group.container))
         found |= {env["value"].text for env in group.container["env"] if _LASTING_ENV.match(env["name"].text)}
-    for text in texts:
-        found |= set(_LASTING.findall(text))
-    for app in applications(spec["serveConfigV2"]):
+    for app in applications(root(cluster.spec.document)["spec"]["serveConfigV2"]):
         found |= set(_arguments(app.get("args")))
     return {path.rstrip("/") for path in found if path.startswith("/")}
+
+
+def _texts(cluster: Cluster) -> Iterator[str]:
+    """The job's entrypoint, if there is one, and the containers' commands."""
+    spec = root(cluster.spec.document)["spec"]
+    yield (spec["jobTemplate"] if cluster.kind == "RayCronJob" else spec)["entrypoint"].text
+    yield from (_command(group.container) for group in cluster.groups)
 
 
 def _arguments(value: object) -> Iterator[str]:
@@ -100,13 +109,20 @@ def _arguments(value: object) -> Iterator[str]:
 
 
 def _not_lasting(group: Group, path: str) -> Iterator[Flaw]:
-    mounts = [mount for mount in group.container["volumeMounts"] if f"{path}/".startswith(f"{mount['mountPath'].text.rstrip('/')}/")]
     remedy = "put it on s3:// or on a claim that all nodes mount (ReadWriteMany)"
-    if not mounts:
-        if group.container.given:
-            yield group.container["volumeMounts"].flaw(f"a volume that lasts at {path}", remedy, got="nothing mounted there")
-        return
-    deepest = max(mounts, key=lambda mount: len(mount["mountPath"].text))
-    volume = group.pod["volumes"].named(deepest["name"].text)
+    volume = _mounted(group, path)
     if volume["emptyDir"].given:
         yield volume["emptyDir"].flaw(f"a volume that lasts, for {path}", remedy, got="an emptyDir")
+    elif not volume.given and group.container.given:
+        yield group.container["volumeMounts"].flaw(f"a volume that lasts at {path}", remedy, got="nothing mounted there")
+
+
+def _mounted(group: Group, path: str) -> Place:
+    """The volume that holds a path of Ray's container: of the mounts above it, the nearest one's."""
+    above = [
+        mount
+        for mount in group.container["volumeMounts"]
+        if mount["mountPath"].text and f"{path}/".startswith(f"{mount['mountPath'].text.rstrip('/')}/")
+    ]
+    nearest = max(above, key=lambda mount: len(mount["mountPath"].text), default=None)
+    return group.pod["volumes"].named(nearest["name"].text if nearest else "")
