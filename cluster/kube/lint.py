@@ -50,6 +50,10 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
+    if options.rules:
+        width = max(map(len, rules.RULES))
+        print("\n".join(f"{name:<{width}}  {reason}" for name, reason in sorted(rules.RULES.items())))
+        return 0
     version, shipped = kuberay()
     extra = [crd for folder in options.crds for crd in read_folder(Path(folder))]
     extra += from_cluster() if options.cluster else []
@@ -67,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="ftcore k8s lint",
         description="Checks manifests offline. Exit code 0 clean, 1 flaws, 2 not readable, 7 no kustomize, kubectl or cluster.",
     )
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="a file, a folder, or a folder with a kustomization (it is built)")
+    parser.add_argument("paths", metavar="PATH", nargs="*", help="a file, a folder, or a folder with a kustomization (it is built)")
     parser.add_argument("--crds", metavar="DIR", action="append", default=[], help="also the CRDs in this folder; before those that ship")
     parser.add_argument("--cluster", action="store_true", help="also the CRDs of your cluster (kubectl get crd)")
     parser.add_argument("--kubernetes", metavar="V", help=f"a version of Kubernetes, like 1.34 (the newest: {core.versions()[-1]})")
@@ -75,7 +79,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ignore", metavar="RULE,...", default="", help="rules that are not asked, by the name in brackets")
     parser.add_argument("--strict", action="store_true", help="a warning, too, makes the exit code 1")
     parser.add_argument("--json", action="store_true", help="for programs")
-    return parser.parse_args(argv)
+    parser.add_argument("--rules", action="store_true", help="list the rules that no schema holds, and why each is there")
+    options = parser.parse_args(argv)
+    if not options.paths and not options.rules:
+        parser.error("name a PATH")
+    return options
 
 
 def _words(listed: str) -> list[str]:
