@@ -104,7 +104,7 @@ def trees() -> dict[str, dict[str, Any]]:
             "policy/v1",
             "PodDisruptionBudget",
             "workers",
-            spec={"maxUnavailable": 1, "selector": {"matchLabels": {"ray.io/group": "small"}}},
+            spec={"minAvailable": 1, "selector": {"matchLabels": {"ray.io/group": "small"}}},
         ),
         "ServiceMonitor": _named("monitoring.coreos.com/v1", "ServiceMonitor", "heads", spec={"selector": head["podSelector"]}),
         "RayCluster": _named("ray.io/v1", "RayCluster", "lab", spec=cluster_spec()),

@@ -72,6 +72,24 @@ plant(
     "drained",
     at="spec minAvailable",
 )
+plant(
+    "budget-scale",
+    "PodDisruptionBudget",
+    "spec",
+    {"maxUnavailable": 1, "selector": {"matchLabels": {"ray.io/group": "small"}}},
+    "whole number",
+    "minAvailable: N",
+    at="spec maxUnavailable",
+)
+plant(
+    "budget-scale",
+    "PodDisruptionBudget",
+    "spec",
+    {"minAvailable": "50%", "selector": {"matchLabels": {"ray.io/group": "small"}}},
+    "whole number",
+    "evicted",
+    at="spec minAvailable",
+)
 # Pod security.
 plant("pod-security", "RayCluster", f"{WORKER} {CONTAINER} securityContext runAsNonRoot", False, "restricted", "runAsNonRoot")
 plant("pod-security", "RayJob", "spec submitterPodTemplate", GONE, "template", "default has none")

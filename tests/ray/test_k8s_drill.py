@@ -22,6 +22,7 @@ from ftcore.publish import import_adapter
 from ftcore.recipe import Model
 from tests.oracles import make_adapter
 from tests.pods import (
+    ENDED,
     REPO,
     Load,
     Nodes,
@@ -36,6 +37,7 @@ from tests.pods import (
     running,
     serve_state,
     soon,
+    status,
     submit,
 )  # fmt: skip
 from tests.ray.test_k8s_pods import claim_of, key_of, upgraded
@@ -56,8 +58,14 @@ def steps_of(claim: Path) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
-def came_to(claim: Path, step: int) -> bool:
-    return max(steps_of(claim), default=0) >= step
+def at_step(nodes: Nodes, claim: Path, step: int) -> None:
+    """Waits until training came so far."""
+
+    def came() -> bool:
+        assert status(nodes, "sft") not in ENDED, log_of(nodes, "sft")[-3000:]
+        return max(steps_of(claim), default=0) >= step
+
+    soon(f"step {step}", came, limit_s=300, every_s=1)
 
 
 def replaced(nodes: Nodes, home: Path, node: int) -> None:
@@ -75,7 +83,7 @@ def test_drill_of_training(tmp_path: Path) -> None:
 
     def disturbed(nodes: Nodes, what: str, name: str, after: int) -> None:
         """Waits for a step, lets something happen, waits until training goes on; what it cost."""
-        soon(f"step {after}", lambda: came_to(claim, after), limit_s=300)
+        at_step(nodes, claim, after)
         began, before = time.monotonic(), len(steps_of(claim))
         if what == "evicted":
             took, code = evicted(nodes, 1, group)
@@ -94,7 +102,7 @@ def test_drill_of_training(tmp_path: Path) -> None:
         disturbed(nodes, "evicted", "a worker's pod, with notice", 20)
         assert len(set(steps_of(claim))) == len(steps_of(claim)), "with notice no step is lost"
         disturbed(nodes, "gone", "a worker's node, without a word", 60)
-        soon("step 90", lambda: came_to(claim, 90), limit_s=300)
+        at_step(nodes, claim, 90)
     with running(job, tmp_path, workers=2) as nodes:  # the head is gone, and with it the cluster: backoffLimit makes another
         assert finished(nodes, submit(nodes, job, "sft-retry")) == "SUCCEEDED", log_of(nodes, "sft-retry")[-3000:]
     steps = steps_of(claim)

@@ -52,6 +52,19 @@ def _peers(place: Place) -> Iterator[Place]:
                     yield peer["podSelector"]
 
 
+@rule("budget-scale", "KubeRay's kinds have no scale subresource: a budget over their pods counts from minAvailable, as a number, alone")
+def budget_scale(scene: Scene) -> Iterator[Flaw]:
+    found = [pod for pod in pods(scene) if "ray.io/is-ray-node" in pod.labels]
+    for place in scene.of("PodDisruptionBudget"):
+        where, low, high = place.down("spec", "selector"), place.down("spec", "minAvailable"), place.down("spec", "maxUnavailable")
+        if where.given and any(selects(where, pod) for pod in _here(place, found)):
+            wrong = high if high.given else low if low.text.endswith("%") else None
+            if wrong is not None:
+                yield wrong.flaw(
+                    "minAvailable with a whole number", "write minAvailable: N; as it is, none of these pods can ever be evicted"
+                )
+
+
 @rule("disruption-budget", "a budget that finds nothing protects nothing; one that spares no pod stops every drain of a node")
 def disruption_budget(scene: Scene) -> Iterator[Flaw]:
     found = list(pods(scene))
@@ -63,8 +76,6 @@ def disruption_budget(scene: Scene) -> Iterator[Flaw]:
             continue
         count = sum(pod.replicas for pod in chosen)
         if low.text == "100%" or (low.number is not None and low.number >= count):
-            yield low.warning(
-                f"less than the {count} pods that are there", "lower it, or write maxUnavailable: 1; as it is, no node can be drained"
-            )
+            yield low.warning(f"less than the {count} pods that are there", "lower it; as it is, no node can be drained")
         if high.number == 0 or high.text == "0%":
             yield high.warning("1 or more", "write maxUnavailable: 1; as it is, no node can be drained")
