@@ -77,14 +77,18 @@ def running(resource: Tree, home: Path, *, workers: int, redis: Redis | None = N
     spec = cluster_of(resource)
     head, group = spec["headGroupSpec"], spec["workerGroupSpecs"][0]
     cpus = [float(head["rayStartParams"].get("num-cpus", 1)), *[float(container(group)["resources"]["limits"]["cpu"])] * workers]
-    own = {node: {**variables(group), **private(home, node)} for node in range(1, workers + 1)}
-    own[0] = {**variables(head), **private(home, 0), **(redis.variables if redis else {})}
+    tmp = home / "tmp"  # each pod has its own, at one path
+    said = {"FTCORE_PREEMPTION_FILE": str(tmp / "preempted")}
+    own = {node: {**variables(group), **said} for node in range(1, workers + 1)}
+    own[0] = {**variables(head), **said, **(redis.variables if redis else {})}
+    private = {node: [tmp] for node in range(workers + 1)}
     everywhere = {
         "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_SERVE_LOG_TO_STDERR": "0",
         **({"RAY_gcs_rpc_server_reconnect_timeout_s": "600"} if redis else {}),  # as the operator sets it
     }  # fmt: skip
     words = ["--redis-password=" + redis.password] if redis else []
-    with Nodes(workers + 1, cpus, environment=own, everywhere=everywhere, head_words=words, log=lambda line: None) as nodes:
+    how: Tree = {"environment": own, "everywhere": everywhere, "private": private, "head_words": words}
+    with Nodes(workers + 1, cpus, log=lambda line: None, **how) as nodes:
         yield nodes
 
 
@@ -92,12 +96,10 @@ class Nodes(NetnsCluster):
     def variables(self, node: int) -> dict[str, str]:
         return {name: value.replace(HOST, self.host_address) for name, value in super().variables(node).items()}
 
-
-def private(home: Path, node: int) -> dict[str, str]:
-    """What lies in a pod's own /tmp."""
-    folder = home / f"pod-{node}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return {"FTCORE_PREEMPTION_FILE": str(folder / "preempted"), "TMPDIR": "/tmp"}
+    def replace(self, node: int) -> None:
+        """A new pod in the place of one that is gone: its /tmp is empty."""
+        shutil.rmtree(self.folder / f"private-{node}-0")
+        self.start_node(node)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ftcore.search import check, is_range, load_search
 from serving.settings import load_settings
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "k8s/README.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OVERRIDE = re.compile(r"^[a-z_]+(\.\w+)*=")
 
@@ -68,7 +68,7 @@ def test_an_ftcore_command_parses(command: str) -> None:
     if name.startswith("-"):
         return
     assert name in COMMANDS
-    command_words = [name, rest.pop(0)] if name in ("adapters", "tenants") else [name]
+    command_words = [name, rest.pop(0)] if name in ("adapters", "tenants", "k8s") else [name]
     text = help_of(*command_words)
     for flag in (word for word in rest if word.startswith("--")):
         assert flag in text, f"`ftcore {' '.join(command_words)}` has no {flag}"

@@ -68,13 +68,6 @@ def at_step(nodes: Nodes, claim: Path, step: int) -> None:
     soon(f"step {step}", came, limit_s=300, every_s=1)
 
 
-def replaced(nodes: Nodes, home: Path, node: int) -> None:
-    """A new pod in the place of one that is gone: its /tmp is empty."""
-    shutil.rmtree(home / f"pod-{node}")
-    (home / f"pod-{node}").mkdir()
-    nodes.start_node(node)
-
-
 def test_drill_of_training(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, 300)
     job = built("base", claim)["RayJob", "sft"]
@@ -92,7 +85,7 @@ def test_drill_of_training(tmp_path: Path) -> None:
         else:
             nodes.kill_node(2)
         reached = max(steps_of(claim))
-        replaced(nodes, tmp_path, 1 if what == "evicted" else 2)
+        nodes.replace(1 if what == "evicted" else 2)
         soon("training goes on", lambda: max(steps_of(claim)[before:], default=0) > reached, limit_s=300)
         lost = sum(count - 1 for count in Counter(steps_of(claim)).values())
         told.append(f"{what}: {lost} steps made twice so far, {time.monotonic() - began:.0f} s until the next new one ({name})")
@@ -189,7 +182,7 @@ def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             load.endpoints[:] = endpoints[1:]
             took, code = evicted(nodes, 1, group)
             gone = f", gone after {took:.0f} s (hook {'in time' if code == 0 else 'out of time'})"
-            replaced(nodes, tmp_path / "blue", 1)
+            nodes.replace(1)
             leaving.clear()
             soon("the new pod is ready", lambda: endpoints[0] in load.endpoints, limit_s=240)
             tell("a worker's pod evicted and replaced", began, before, gone)
