@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,18 @@ def test_a_name_becomes_one_that_the_operator_takes() -> None:
     assert job_name("acme-monday") == "acme-monday"
     assert job_name("2026 Über/Run_7") == "run-2026-ber-run-7"
     assert len(job_name("x" * 80)) == 47
+
+
+def test_the_image_is_made_of_what_is_here_and_runs_as_the_pods_say() -> None:
+    text = (REPO / "k8s/Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE) for word in line.split()]
+    assert {"ftcore", "cluster", "pipelines", "serving", "k8s", "pyproject.toml", "constraints.txt"} <= set(copied)
+    kept = {line[1:] for line in (REPO / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(copied) == kept and all((REPO / name).exists() for name in copied)
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    asked = re.search(r"'\.\[([\w,]+)\]'", text)
+    assert asked and set(asked[1].split(",")) <= set(project["optional-dependencies"])
+    user = re.search(r"^USER (\d+):(\d+)$", text, re.MULTILINE)
+    assert user and f"runAsUser: {user[1]}" in (REPO / "k8s/base/sft.yaml").read_text()
+    for needed in ("bash", "wget"):  # what the operator's probes and start commands call
+        assert re.search(rf"install.*\b{needed}\b", text)

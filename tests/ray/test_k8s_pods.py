@@ -62,3 +62,12 @@ def upgraded(nodes: Nodes, service: dict) -> float:
     apply_serve(nodes, changed)
     soon("the change is seen", lambda: serve_state(nodes) != "RUNNING", limit_s=30, every_s=0.05)
     return soon("the new version runs", lambda: serve_state(nodes) == "RUNNING")
+
+
+@pytest.mark.proof
+def test_the_search_of_the_dev_overlay_ends_in_a_published_winner(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path, 60)
+    job = built("dev", claim)["RayJob", "tune"]
+    with running(job, tmp_path, workers=1) as nodes:
+        assert finished(nodes, submit(nodes, job, "tune"), 500) == "SUCCEEDED", log_of(nodes, "tune")[-3000:]
+    assert AdapterStore(claim / "adapters").resolve("acme/search")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.resources import Node, check_fits, needs_ray, scaling_numbers
+from cluster.resources import Node, alive_nodes, check_fits, needs_ray, scaling_numbers
 from cluster.runtime_env import compute_threads, worker_variables
 from ftcore.errors import ClusterError
+from ftcore.memory import GIB
 from ftcore.recipe import Resources
 
 TWO_CORES = [Node("10.0.0.1", 2, 0)]
@@ -72,3 +73,16 @@ def test_freed_memory_is_kept_in_the_thread_that_ray_train_steps_in_too() -> Non
     """glibc's thresholds help the main arena only, and Ray Train runs the loop in a second thread: without one arena it gains nothing."""
     variables = worker_variables(Resources())
     assert {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} < set(variables) and variables["MALLOC_ARENA_MAX"] == "1"
+
+
+@pytest.mark.parametrize(("in_pods", "gib"), [(False, 10.0), (True, 8.0)])
+def test_kuberay_counts_the_memory_for_objects_within_the_containers(monkeypatch: pytest.MonkeyPatch, in_pods: bool, gib: float) -> None:
+    """It starts Ray with --memory of the whole container; Ray adds what objects may take."""
+    told = {"CPU": 2.0, "memory": 8.0 * GIB, "object_store_memory": 2.0 * GIB}
+    node = {"Alive": True, "Resources": told, "NodeManagerAddress": "10.0.0.1", "NodeID": "a"}
+    monkeypatch.setattr("cluster.resources.ray.nodes", lambda: [node, {"Alive": False}])
+    monkeypatch.delenv("RAY_USAGE_STATS_KUBERAY_IN_USE", raising=False)
+    if in_pods:
+        monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")
+    [found] = alive_nodes()
+    assert found.memory_gib == gib
