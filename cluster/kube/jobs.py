@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from cluster.kube.trees import quantity
 from cluster.kube.waivers import WAIVE
 from ftcore.errors import ConfigError
 from ftcore.memory import GIB
@@ -29,7 +30,6 @@ MAX_NAME = 47
 """Of a RayJob: what the operator makes of it may have 63."""
 RAY_GIB = 2.0
 """For Ray's own processes and the objects that rows pass through, beside what the workers take."""
-BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,12 @@ def nodes_of(job: Mapping[str, Any], where: str) -> Nodes:
         raise ConfigError("this overlay does not say what its nodes have", where=where, got=got, wanted=wanted) from error
 
 
-def gib(quantity: str) -> float:
+def gib(text: str) -> float:
     """Of a quantity of memory, like 64Gi or 1500M. Raises ValueError."""
-    found = re.fullmatch(r"([0-9.]+)([KMGT]i|[kMGT]?)", quantity)
-    if not found:
-        raise ValueError(f"no quantity of memory: {quantity}")
-    unit = found[2]
-    return float(found[1]) * (BINARY.get(unit) or 1000 ** " kMGT".index(unit or " ")) / GIB
+    found = quantity(text)
+    if found is None:
+        raise ValueError(f"no quantity of memory: {text}")
+    return found / GIB
 
 
 def packed(asked: Resources, worker_gib: float, nodes: Nodes) -> Pods:
