@@ -42,14 +42,18 @@ class Node:
         return min(by_cpu, int(self.gpus / asked.gpus_per_worker + 1e-9))
 
 
+def in_pods() -> bool:
+    """Whether KubeRay keeps the nodes: another pod comes for one that goes, and Ray is told the container's whole memory."""
+    return "RAY_USAGE_STATS_KUBERAY_IN_USE" in os.environ
+
+
 def alive_nodes() -> list[Node]:
     """The nodes of the cluster this process is joined to."""
     nodes = []
-    in_pods = "RAY_USAGE_STATS_KUBERAY_IN_USE" in os.environ  # KubeRay tells Ray the container's whole memory, its objects' part included
     for node in ray.nodes():
         if node["Alive"]:
             resources = node["Resources"]
-            memory = (resources.get("memory", 0.0) + (0.0 if in_pods else resources.get("object_store_memory", 0.0))) / GIB
+            memory = (resources.get("memory", 0.0) + (0.0 if in_pods() else resources.get("object_store_memory", 0.0))) / GIB
             nodes.append(Node(node["NodeManagerAddress"], resources.get("CPU", 0.0), resources.get("GPU", 0.0), node["NodeID"], memory))
     return nodes
 

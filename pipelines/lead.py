@@ -28,7 +28,7 @@ from ray.util.placement_group import remove_placement_group
 from cluster.outbox import Message
 from cluster.placement import Place, draining_nodes, gone, look, place
 from cluster.relay import Orders, Relay
-from cluster.resources import alive_nodes, fits
+from cluster.resources import alive_nodes, fits, in_pods
 from cluster.worker_logs import WorkerPlace, laid_out, why_it_died
 from ftcore.errors import ClusterError, Interrupted
 from ftcore.nursery import Post
@@ -118,8 +118,8 @@ class Lead:
             self.why = ""
 
     def _place(self) -> Place:
-        """Room for the next group. Raises Interrupted when all there is will be taken away."""
-        if self.avoid:
+        """Room for the next group. Raises Interrupted when all there is will be taken away, and nobody puts other nodes in its place."""
+        if self.avoid and not in_pods():
             staying = [node for node in alive_nodes() if node.id not in self.avoid]
             if fits(self.resources, staying) < self.resources.min_workers:
                 raise self.stopped or Interrupted("the machines of this run are being taken away, and no others have room for it")

@@ -84,6 +84,7 @@ def running(resource: Tree, home: Path, *, workers: int, redis: Redis | None = N
     private = {node: [tmp] for node in range(workers + 1)}
     everywhere = {
         "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",  # as the operator sets it
         **({"RAY_gcs_rpc_server_reconnect_timeout_s": "600"} if redis else {}),  # as the operator sets it
     }  # fmt: skip
     words = ["--redis-password=" + redis.password] if redis else []
