@@ -99,7 +99,8 @@ class Nodes(NetnsCluster):
 
     def replace(self, node: int) -> None:
         """A new pod in the place of one that is gone: its /tmp is empty."""
-        shutil.rmtree(self.folder / f"private-{node}-0")
+        for own in (f"private-{node}-0", str(node)):
+            shutil.rmtree(self.folder / own)
         self.start_node(node)
 
 

@@ -155,15 +155,14 @@ def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     service, ref = built("prod", claim)["RayService", "serve"], published(claim, tmp_path)
     group = cluster_of(service)["workerGroupSpecs"][0]
     load = Load(key_of(claim, capsys), "desktop", [])
-    told: list[str] = []
 
     def tell(what: str, began: float, before: int, more: str = "") -> None:
-        told.append(f"{what}: {load.answered - before} answered, {len(load.failed)} failed, {time.monotonic() - began:.0f} s{more}")
+        print(f"{what}: {load.answered - before} answered, {len(load.failed)} failed, {time.monotonic() - began:.0f} s{more}")
         assert not load.failed, load.failed[:3]
         assert load.answered > before, "somebody asked all the while"
 
     with redis_server(tmp_path, free_port()) as redis, running(service, tmp_path / "blue", workers=2, redis=redis) as nodes:
-        told.append(f"from nothing to ready: {up(nodes, service, load):.0f} s")
+        print(f"from nothing to ready: {up(nodes, service, load):.0f} s")
         endpoints, leaving = [f"http://{address}:8000" for address in nodes.addresses[1:]], set[str]()
         load.endpoints[:] = endpoints
         with watched(load, endpoints, leaving), load.of(4):
@@ -177,7 +176,7 @@ def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             time.sleep(HEAD_AWAY_S)
             tell("head away", began, before)
             back = time.monotonic()
-            nodes.start_node(0)
+            nodes.replace(0)
             soon("Serve's controller is back", lambda: serve_state(nodes) == "RUNNING", limit_s=180)
             tell("head back", began, before, f", {time.monotonic() - back:.0f} s after its start Serve says RUNNING")
 
@@ -191,4 +190,3 @@ def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             soon("the new pod is ready", lambda: endpoints[0] in load.endpoints, limit_s=240)
             tell("a worker's pod evicted and replaced", began, before, gone)
     assert set(load.versions) == {ref.full}
-    print("\n".join(told))
