@@ -1,7 +1,7 @@
 """Leaving: what a pod does before it is ended: says so to the workers on it, and waits until they have sealed their work and gone.
 
     python -m cluster.leaving 100                 training: at most 100 s, for a checkpoint
-    python -m cluster.leaving 100 --port 8000     serving: also until nobody is connected there any more
+    python -m cluster.leaving 100 --port 8000     serving: its replicas end what they began, and nobody is connected there any more
 
 In: FTCORE_PREEMPTION_FILE, the processes of this machine. Out: the file; exit code 1 where the time did not do.
 Runs in: the preStop hook of a pod; no ray.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from pathlib import Path
 
 from cluster.notices import FILE_VARIABLE
 
-WORKER = "RayTrainWorker"
-"""What Ray calls a process that trains (its title begins with `ray::` and holds this)."""
+WORKER, REPLICA = "RayTrainWorker", "ServeReplica"
+"""What Ray calls a process that trains, and one that answers (its title begins with `ray::` and holds this)."""
 FIRST_S = 10.0
 """How long a service's address is still handed out after a pod is told to go: endpoints follow late."""
 LOOK_S = 0.5
@@ -36,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     if file:
         Path(file).touch()
     if options.port is not None:
+        drain(options.seconds)
         time.sleep(min(FIRST_S, options.seconds))
-    while any(training()) or (options.port is not None and num_connected(options.port)):
+    while any(titled(WORKER)) or (options.port is not None and (any(titled(REPLICA)) or num_connected(options.port))):
         if time.monotonic() >= until:
             print(f"still at work after {options.seconds:g} s", file=sys.stderr)
             return 1
@@ -45,8 +47,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def training(proc: Path = Path("/proc")) -> Iterator[int]:
-    """Processes that train, of this pod alone: those that share its network, where more can be seen."""
+def titled(what: str, proc: Path = Path("/proc")) -> Iterator[int]:
+    """Ray's processes of this kind."""
+    for pid, title in _processes(proc):
+        if title.startswith(b"ray::") and what.encode() in title:
+            yield pid
+
+
+def drain(seconds: float, proc: Path = Path("/proc")) -> None:
+    """Tells Ray that this node goes: other nodes' ingresses hand it nothing more, and its replicas end in time. No raylet here: nothing."""
+    for _, title in _processes(proc):
+        words = dict(word.lstrip("-").partition("=")[::2] for word in title.decode(errors="replace").split("\0"))
+        node, address = words.get("node_id"), words.get("gcs-address")
+        if b"raylet" in title.split(b"\0")[0] and node and address:
+            reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its pod goes"]
+            left = ["--deadline-remaining-seconds", f"{seconds:.0f}"]
+            done = subprocess.run(["ray", "drain-node", "--address", address, "--node-id", node, *reason, *left], check=False)
+            if done.returncode:
+                print("Ray was not told that this node goes", file=sys.stderr)
+            return
+
+
+def _processes(proc: Path) -> Iterator[tuple[int, bytes]]:
+    """(pid, command line) of this pod's alone: those that share its network, where more can be seen."""
     own = (proc / "self/ns/net").stat().st_ino
     for folder in proc.iterdir():
         if folder.name.isdigit():
@@ -55,8 +78,8 @@ def training(proc: Path = Path("/proc")) -> Iterator[int]:
                 is_ours = (folder / "ns/net").stat().st_ino == own
             except OSError:  # it ended as we looked, or is another user's
                 continue
-            if is_ours and title.startswith(b"ray::") and WORKER.encode() in title:
-                yield int(folder.name)
+            if is_ours:
+                yield int(folder.name), title
 
 
 def num_connected(port: int, proc: Path = Path("/proc")) -> int:

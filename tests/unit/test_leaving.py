@@ -36,7 +36,7 @@ def test_with_nobody_at_work_it_says_so_and_goes(notice: Path) -> None:
 
 def test_it_waits_until_who_trains_has_gone(notice: Path) -> None:
     with worker() as process:
-        while process.pid not in leaving.training():
+        while process.pid not in leaving.titled(leaving.WORKER):
             time.sleep(0.01)
         threading.Timer(1.0, process.kill).start()
         began = time.monotonic()
@@ -46,7 +46,7 @@ def test_it_waits_until_who_trains_has_gone(notice: Path) -> None:
 
 def test_it_does_not_wait_for_ever(notice: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with worker() as process:
-        while process.pid not in leaving.training():
+        while process.pid not in leaving.titled(leaving.WORKER):
             time.sleep(0.01)
         assert leaving.main(["1"]) == 1
         process.kill()
@@ -73,4 +73,18 @@ def test_what_another_pod_does_is_not_waited_for(tmp_path: Path) -> None:
         (tmp_path / network).touch()
         (tmp_path / name / "ns/net").symlink_to(tmp_path / network)
         (tmp_path / name / "cmdline").write_bytes(b"ray::RayTrainWorker.run\0")
-    assert list(leaving.training(tmp_path)) == [11]
+    assert list(leaving.titled(leaving.WORKER, tmp_path)) == [11]
+
+
+def test_ray_is_told_which_node_goes_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "proc/self/ns").mkdir(parents=True)
+    (tmp_path / "proc/7/ns").mkdir(parents=True)
+    for name in ("self", "7"):
+        (tmp_path / f"proc/{name}/ns/net").touch()
+    monkeypatch.setattr(Path, "stat", lambda self: type("Stat", (), {"st_ino": 1}))
+    (tmp_path / "proc/7/cmdline").write_bytes(b"/x/ray/core/src/ray/raylet/raylet\0--node_id=abc\0--gcs-address=10.0.0.1:6379\0")
+    said: list[list[str]] = []
+    monkeypatch.setattr(leaving.subprocess, "run", lambda words, check: (said.append(words), subprocess.CompletedProcess(words, 0))[1])
+    leaving.drain(100, tmp_path / "proc")
+    [words] = said
+    assert words[:6] == ["ray", "drain-node", "--address", "10.0.0.1:6379", "--node-id", "abc"] and words[-1] == "100"
