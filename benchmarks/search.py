@@ -51,6 +51,9 @@ def main() -> int:
     parser.add_argument("--trials", type=int, help="of a search (16 in `planted`, 24 in `seeds`; a grid has its own number)")
     parser.add_argument("--epochs", type=int, default=1, help="of each trial in `seeds` and `asha` (1); `planted` trains as the demo does")
     parser.add_argument("--grace", type=int, default=10, help="percent of a trial that `asha` runs in any case (10)")
+    parser.add_argument(
+        "--reduction", type=int, default=REDUCTION, help=f"of those that came as far as each other, one in so many goes on ({REDUCTION})"
+    )
     parser.add_argument("--seeds", default="0,1,2,3,4", help="which of `seeds` (0,1,2,3,4); the goal is all but one of five")
     options = parser.parse_args()
     os.environ["FTCORE_LOCAL_CPUS"] = "2"
@@ -66,7 +69,7 @@ def main() -> int:
             if options.part == "seeds":
                 met = seeds(home, rows, options.trials or 24, options.epochs, [int(seed) for seed in options.seeds.split(",")])
             else:
-                met = asha(home, rows, options.epochs, options.grace)
+                met = asha(home, rows, options.epochs, options.grace, options.reduction)
         finally:
             connection.close()
     return 0 if met else 1
@@ -142,9 +145,9 @@ def seeds(home: Path, rows: Path, trials: int, epochs: int, numbers: list[int]) 
     return wins >= len(numbers) - (len(numbers) >= 5)
 
 
-def asha(home: Path, rows: Path, epochs: int, grace: int) -> bool:
+def asha(home: Path, rows: Path, epochs: int, grace: int, reduction: int) -> bool:
     more, found = (f"optim.epochs={epochs}", *POOR), {}
-    early = {"scheduler.reduction": REDUCTION, "scheduler.grace": grace, "looks": 100 // grace}
+    early = {"scheduler.reduction": reduction, "scheduler.grace": grace, "looks": 100 // grace}
     for kind, how in {"none": {}, "asha": early}.items():
         how |= {"searcher": "grid", "scheduler.kind": kind}
         found[kind] = searched(recipe_of(home, rows, f"grid-{kind}", *more), GRID, **how)
