@@ -157,12 +157,15 @@ def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     load = Load(key_of(claim, capsys), "desktop", [])
 
     def tell(what: str, began: float, before: int, more: str = "") -> None:
-        print(f"{what}: {load.answered - before} answered, {len(load.failed)} failed, {time.monotonic() - began:.0f} s{more}")
+        with capsys.disabled():
+            print(f"{what}: {load.answered - before} answered, {len(load.failed)} failed, {time.monotonic() - began:.0f} s{more}")
         assert not load.failed, load.failed[:3]
         assert load.answered > before, "somebody asked all the while"
 
     with redis_server(tmp_path, free_port()) as redis, running(service, tmp_path / "blue", workers=2, redis=redis) as nodes:
-        print(f"from nothing to ready: {up(nodes, service, load):.0f} s")
+        seconds = up(nodes, service, load)
+        with capsys.disabled():
+            print(f"from nothing to ready: {seconds:.0f} s")
         endpoints, leaving = [f"http://{address}:8000" for address in nodes.addresses[1:]], set[str]()
         load.endpoints[:] = endpoints
         with watched(load, endpoints, leaving), load.of(4):
