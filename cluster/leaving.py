@@ -26,6 +26,7 @@ WORKER, REPLICA = "RayTrainWorker", "ServeReplica"
 FIRST_S = 10.0
 """How long a service's address is still handed out after a pod is told to go: endpoints follow late."""
 LOOK_S = 0.5
+DRAIN_S = 30.0
 ESTABLISHED = "01"
 """As the kernel writes it in /proc/net/tcp."""
 
@@ -62,8 +63,12 @@ def drain(seconds: float, proc: Path = Path("/proc")) -> None:
         if b"raylet" in title.split(b"\0")[0] and node and address:
             reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its pod goes"]
             left = ["--deadline-remaining-seconds", f"{seconds:.0f}"]
-            done = subprocess.run(["ray", "drain-node", "--address", address, "--node-id", node, *reason, *left], check=False)
-            if done.returncode:
+            command = ["ray", "drain-node", "--address", address, "--node-id", node, *reason, *left]
+            try:
+                told = subprocess.run(command, check=False, timeout=min(DRAIN_S, seconds)).returncode == 0
+            except subprocess.TimeoutExpired:  # the head is away, too
+                told = False
+            if not told:
                 print("Ray was not told that this node goes", file=sys.stderr)
             return
 

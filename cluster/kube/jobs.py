@@ -25,6 +25,7 @@ from ftcore.recipe import Resources
 
 NODES, NODE = "ftcore/nodes", "ftcore/node"
 GPU = "nvidia.com/gpu"
+QUEUE = "kueue.x-k8s.io/queue-name"
 RECIPE_AT = "/etc/ftcore"
 MAX_NAME = 47
 """Of a RayJob: what the operator makes of it may have 63."""
@@ -129,9 +130,12 @@ def rendered(job: Mapping[str, Any], run: Run) -> list[dict[str, Any]]:
     meta, spec = made["metadata"], made["spec"]
     meta["name"] = run.name
     notes = {name: value for name, value in meta.get("annotations", {}).items() if name not in (NODES, NODE)}
-    meta["annotations"] = notes | {WAIVE: "missing-secret: made by hand; missing-reference: the overlay's own"}
+    seen = [part.strip() for part in notes.get(WAIVE, "").split(";") if part.strip() and not part.strip().startswith("kueue:")]
+    meta["annotations"] = notes | {WAIVE: "; ".join([*seen, "missing-reference: the overlay's own"])}
     files = f"{run.name}-recipe"
     spec["entrypoint"] = run.entrypoint
+    if QUEUE in meta.get("labels", {}):
+        spec["suspend"] = True  # until there is room
     cluster = spec["rayClusterSpec"]
     _mount(cluster["headGroupSpec"]["template"]["spec"], files)
     [group] = cluster["workerGroupSpecs"]

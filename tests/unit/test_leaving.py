@@ -84,7 +84,9 @@ def test_ray_is_told_which_node_goes_and_when(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "stat", lambda self: type("Stat", (), {"st_ino": 1}))
     (tmp_path / "proc/7/cmdline").write_bytes(b"/x/ray/core/src/ray/raylet/raylet\0--node_id=abc\0--gcs-address=10.0.0.1:6379\0")
     said: list[list[str]] = []
-    monkeypatch.setattr(leaving.subprocess, "run", lambda words, check: (said.append(words), subprocess.CompletedProcess(words, 0))[1])
+    monkeypatch.setattr(
+        leaving.subprocess, "run", lambda words, check, timeout: (said.append(words), subprocess.CompletedProcess(words, 0))[1]
+    )
     leaving.drain(100, tmp_path / "proc")
     [words] = said
     assert words[:6] == ["ray", "drain-node", "--address", "10.0.0.1:6379", "--node-id", "abc"] and words[-1] == "100"
