@@ -30,6 +30,8 @@ from ftcore.errors import ClusterError, FtcoreError
 
 PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 240.0
+STARTS, TOO_LATE = 3, "timed out during startup"
+"""Ray gives a raylet 30 s to come up, which is not to be set; on a machine with much other work that is too little now and then."""
 QUICK_TO_NOTICE = {
     # a node that is gone is known within seconds; Ray's own defaults take half a minute
     "RAY_health_check_initial_delay_ms": "1000",
@@ -134,8 +136,21 @@ class NetnsCluster:
         if private is not None:
             self._private[node] = list(private)
         self.network.add(node)
+        for left in reversed(range(STARTS)):
+            code, said = self._start(node)
+            if not code:
+                return
+            if not left or TOO_LATE not in said:
+                break
+            self.network.kill(node)  # what has come up of it
+        raise ClusterError(
+            f"node {node} did not start", where=self.network.address(node), got=said[-1500:], wanted="`ray start` exits with 0"
+        )
+
+    def _start(self, node: int) -> tuple[int, str]:
+        """(Exit code, output) of `ray start`."""
         output = self.folder / f"node-{node}.log"
-        with output.open("a") as file:
+        with output.open("w") as file:
             process = subprocess.Popen(
                 self.inside(node, self._start_words(node)), env=self.variables(node), stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT, cwd=self.folder,
@@ -144,11 +159,7 @@ class NetnsCluster:
                 code = process.wait(START_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 code = -1
-        if code:
-            said = output.read_text(errors="replace").strip()
-            raise ClusterError(
-                f"node {node} did not start", where=self.network.address(node), got=said[-1500:], wanted="`ray start` exits with 0"
-            )
+        return code, output.read_text(errors="replace").strip()
 
     def kill_node(self, node: int) -> None:
         """SIGKILL to every process of a node, drivers in it included."""
