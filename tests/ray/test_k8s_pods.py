@@ -31,6 +31,7 @@ def key_of(claim: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return next(word for word in capsys.readouterr().out.split() if word.startswith("ft-") or len(word) > 40)
 
 
+@pytest.mark.proof
 def test_the_dev_overlay_trains_publishes_serves_and_is_upgraded_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claim = claim_of(tmp_path, 40)
     found = built("dev", claim)
@@ -60,7 +61,7 @@ def upgraded(nodes: Nodes, service: dict) -> float:
     config["applications"][0]["args"]["max_body_kib"] = 512
     changed["spec"]["serveConfigV2"] = yaml.safe_dump(config)
     apply_serve(nodes, changed)
-    soon("the change is seen", lambda: serve_state(nodes) != "RUNNING", limit_s=30, every_s=0.05)
+    soon("the change is seen", lambda: serve_state(nodes) != "RUNNING", limit_s=90, every_s=0.05)
     return soon("the new version runs", lambda: serve_state(nodes) == "RUNNING")
 
 
