@@ -66,7 +66,7 @@ def drain(seconds: float, proc: Path = Path("/proc")) -> None:
             command = ["ray", "drain-node", "--address", address, "--node-id", node, *reason, *left]
             try:
                 told = subprocess.run(command, check=False, timeout=min(DRAIN_S, seconds)).returncode == 0
-            except subprocess.TimeoutExpired:  # the head is away, too
+            except (subprocess.TimeoutExpired, OSError):  # the head is away, too; no `ray` on PATH
                 told = False
             if not told:
                 print("Ray was not told that this node goes", file=sys.stderr)
