@@ -367,8 +367,15 @@ def fetch(folder: Folder, into: Path) -> dict[str, Any]:
             if manifest == failed_with:
                 raise  # it was never sealed, or it is damaged: nobody seals it anew
             problem, failed_with = error, manifest or failed_with
+        _emptied(into)
         time.sleep(SEALING_S)
     raise problem or AssertionError("unreachable")
+
+
+def _emptied(into: Path) -> None:
+    """What was fetched of the older one goes: a file that the newer one lacks would stay beside it."""
+    for entry in into.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _fetch_one(folder: Folder, into: Path, files: dict[str, dict[str, Any]], key: str) -> None:

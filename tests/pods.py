@@ -136,7 +136,7 @@ def asked(nodes: NetnsCluster, path: str, body: Any = None, method: str = "") ->
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {nodes.token}", "X-Ray-Authorization": f"Bearer {nodes.token}"}
     request = Request(nodes.dashboard + path, data, headers, method=method or ("POST" if data else "GET"))
     try:
-        with urlopen(request, timeout=30) as reply:
+        with urlopen(request, timeout=120) as reply:
             text = reply.read()
     except HTTPError as error:
         raise AssertionError(f"{error.code}: {error.read().decode(errors='replace')[:2000]}") from error

@@ -263,7 +263,7 @@ def test_a_revoked_key_is_refused_within_seconds_and_no_log_of_the_cluster_holds
             while (
                 reply := await http.post("/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 1})
             ).status_code != wanted:
-                assert time.monotonic() - began < 5, reply.text
+                assert time.monotonic() - began < 30, reply.text
                 await asyncio.sleep(0.05)
             return time.monotonic() - began
 

@@ -30,8 +30,8 @@ def worker() -> subprocess.Popen[bytes]:
 
 def test_with_nobody_at_work_it_says_so_and_goes(notice: Path) -> None:
     began = time.monotonic()
-    assert leaving.main(["30"]) == 0 and notice.exists()
-    assert time.monotonic() - began < 5
+    assert leaving.main(["300"]) == 0 and notice.exists()
+    assert time.monotonic() - began < 60
 
 
 def test_it_waits_until_who_trains_has_gone(notice: Path) -> None:
@@ -40,8 +40,8 @@ def test_it_waits_until_who_trains_has_gone(notice: Path) -> None:
             time.sleep(0.01)
         threading.Timer(1.0, process.kill).start()
         began = time.monotonic()
-        assert leaving.main(["30"]) == 0
-        assert 0.9 < time.monotonic() - began < 10
+        assert leaving.main(["300"]) == 0
+        assert 0.9 < time.monotonic() - began < 60
 
 
 def test_it_does_not_wait_for_ever(notice: Path, capsys: pytest.CaptureFixture[str]) -> None:

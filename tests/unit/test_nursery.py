@@ -79,7 +79,7 @@ def test_a_killed_worker_is_known_at_once_and_the_next_one_is_born_at_once(nurse
     end, _ = ended(worker)
     assert isinstance(end.error, WorkerDied)
     assert ended(nursery.bear(Birth(says_hello, ALONE, "", {"GIVEN": "again"})))[0].value == "again"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("by", ["order", "SIGTERM"])

@@ -64,9 +64,9 @@ def test_an_example_longer_than_a_block_is_refused_with_its_length() -> None:
 
 def test_twenty_thousand_examples_are_planned_in_seconds() -> None:
     lengths = alpaca_lengths(20_000)
-    started = time.perf_counter()
+    started = time.process_time()
     plan_blocks(lengths, 131_072)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_stream_is_packed_in_windows_and_rows_count_through() -> None:

@@ -98,6 +98,23 @@ def test_a_reader_of_a_checkpoint_that_is_sealed_anew_sees_one_of_them(s3: str) 
     assert {error.what for error in wrong} <= between, wrong
 
 
+def test_nothing_of_the_older_one_stays_beside_what_was_fetched_anew(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older one has a file that the newer one lacks, and it was fetched already."""
+    run, sealed_anew, get = RunDir(s3, "run"), threading.Event(), Folder.get
+    save(run, 1, NEW)
+
+    def late(self: Folder, key: str, local: Path) -> None:
+        if key == "a":
+            assert sealed_anew.wait(60)
+        get(self, key, local)
+        if key == "d":
+            save(run, 1, OLD)
+            sealed_anew.set()
+
+    monkeypatch.setattr(Folder, "get", late)
+    assert load(run, 1) == OLD
+
+
 def test_a_flipped_bit_in_a_remote_checkpoint_is_found_and_the_older_one_taken(s3: str) -> None:
     run, said = RunDir(s3, "run"), []
     save(run, 1, OLD)

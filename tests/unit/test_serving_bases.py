@@ -336,7 +336,7 @@ def test_while_the_store_is_away_each_adapter_is_answered_where_it_was(store: St
                 assert reply.status_code == 200, reply.text
             began = time.monotonic()
             reply = await server.complete("acme", model=f"support@{old.digest}", prompt="a", max_tokens=1)
-            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "store_unavailable") and time.monotonic() - began < 5
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "store_unavailable") and time.monotonic() - began < 30
             rows = (await _get(server, "/v1/models"))["data"]
             assert [(row["id"], row["parent"]) for row in rows[2:]] == [("sales", "large"), ("support", "base")]
 
