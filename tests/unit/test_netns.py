@@ -70,7 +70,7 @@ def test_nodes_reach_each_other_by_their_own_addresses(pair: Bridge) -> None:
 @needs_namespaces
 def test_a_cut_link_reaches_nobody_until_it_is_restored(pair: Bridge) -> None:
     pair.cut(1)
-    with pytest.raises(ConnectionError, match="timed out|unreachable"):
+    with pytest.raises(ConnectionError, match=r"timed out|unreachable"):
         call(pair, within_s=2)
     pair.restore(1)
     call(pair)
