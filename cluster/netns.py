@@ -47,7 +47,7 @@ class NetnsCluster:
     """Opened by `with`. Node 0 is the head.
 
     cpus: logical ones of every node, or a number for each.
-    head_words: more for the `ray start` of the head.
+    words: more for the `ray start` of some nodes.
     environment: variables of one node's processes, by node. everywhere: of all nodes' and of what `run` starts.
     private: folders that a node has for itself (empty, not shared with the others), by node; only with namespaces.
     """
@@ -55,12 +55,12 @@ class NetnsCluster:
     def __init__(
         self, nodes: int = 3, cpus: float | Sequence[float] = 1, *, environment: Mapping[int, Mapping[str, str]] | None = None,
         everywhere: Mapping[str, str] | None = None, private: Mapping[int, Iterable[Path]] | None = None,
-        head_words: Sequence[str] = (), object_store_mib: int = 100, token: bool = True,
+        words: Mapping[int, Sequence[str]] | None = None, object_store_mib: int = 100, token: bool = True,
         isolate: bool = True, log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.nodes, self.isolate, self.log = nodes, isolate, log
         self.cpus = [float(cpus)] * nodes if isinstance(cpus, int | float) else list(cpus)
-        self._head_words = list(head_words)
+        self._words = {node: list(more) for node, more in (words or {}).items()}
         self._environment, self._everywhere = dict(environment or {}), everywhere or {}
         self._private = {node: [Path(path) for path in paths] for node, paths in (private or {}).items()}
         self._object_store_bytes = object_store_mib << 20
@@ -223,6 +223,7 @@ class NetnsCluster:
         words = [
             ray, "start", f"--node-ip-address={own}", f"--num-cpus={self.cpus[node]:g}", f"--temp-dir={self.folder}/{node}",
             f"--object-store-memory={self._object_store_bytes}", "--disable-usage-stats",
+            *self._words.get(node, []),
         ]  # fmt: skip
         if not self.isolated:
             words.append(f"--dashboard-agent-listen-port={self._port(20000 + node)}")
@@ -230,7 +231,7 @@ class NetnsCluster:
             return [*words, f"--address={self.address}"]
         ports = [f"--port={self._port(PORT)}", f"--dashboard-port={self._port(DASHBOARD_PORT)}"]
         client = [] if self.isolated else [f"--ray-client-server-port={self._port(30000)}"]
-        return [*words, "--head", f"--dashboard-host={own}", *ports, *client, *self._head_words]
+        return [*words, "--head", f"--dashboard-host={own}", *ports, *client]
 
     def _port(self, port: int) -> int:
         """The same in every namespace; on a shared loopback another for each cluster."""

@@ -87,8 +87,10 @@ def running(resource: Tree, home: Path, *, workers: int, redis: Redis | None = N
         "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",  # as the operator sets it
         **({"RAY_gcs_rpc_server_reconnect_timeout_s": "600"} if redis else {}),  # as the operator sets it
     }  # fmt: skip
-    words = ["--redis-password=" + redis.password] if redis else []
-    how: Tree = {"environment": own, "everywhere": everywhere, "private": private, "head_words": words}
+    gpus = container(group)["resources"]["limits"].get("nvidia.com/gpu", "0")
+    words = {node: [f"--num-gpus={gpus}"] for node in range(1, workers + 1)} if gpus != "0" else {}
+    words[0] = ["--redis-password=" + redis.password] if redis else []
+    how: Tree = {"environment": own, "everywhere": everywhere, "private": private, "words": words}
     with Nodes(workers + 1, cpus, log=lambda line: None, **how) as nodes:
         yield nodes
 
@@ -110,11 +112,12 @@ class Redis:
 
     address: str
     password: str
+    cluster: str = "blue"
 
     @property
     def variables(self) -> dict[str, str]:
         """As the operator puts them into the head."""
-        return {"RAY_REDIS_ADDRESS": self.address, "REDIS_PASSWORD": self.password, "RAY_external_storage_namespace": "drill"}
+        return {"RAY_REDIS_ADDRESS": self.address, "REDIS_PASSWORD": self.password, "RAY_external_storage_namespace": self.cluster}
 
 
 @contextmanager
@@ -223,18 +226,23 @@ class Load:
     longest_s: float = 0.0
     versions: Counter[str] = field(default_factory=Counter)
     _over: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
 
     @contextmanager
     def of(self, clients: int) -> Iterator[Load]:
-        threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
-        for thread in threads:
+        self._over.clear()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
+        for thread in self._threads:
             thread.start()
         try:
             yield self
         finally:
-            self._over.set()
-            for thread in threads:
-                thread.join(60)
+            self.stop()
+
+    def stop(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(60)
 
     def _ask(self, number: int) -> None:
         rng = random.Random(number)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 import yaml
 
@@ -21,7 +25,9 @@ from ftcore.forecast import forecast
 from ftcore.memory import GIB
 from ftcore.recipe import load_recipe
 from serving.settings import ServeSettings
+from serving.tenants import key_hash, new_clear_key
 from tests.pods import here
+from tests.serve_command import free_port
 from tests.unit.test_shapes import QWEN2_72B
 
 REPO = Path(__file__).resolve().parents[1]
@@ -88,6 +94,32 @@ def test_a_serve_config_names_what_the_application_has(overlay: str, tmp_path: P
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert int(limits["cpu"]) >= settings.num_cpus + settings.ingress.num_cpus and int(limits.get(GPU, 0)) >= settings.num_gpus
     assert group["maxReplicas"] >= settings.replicas.max
+
+
+def test_the_admin_deployment_starts_and_knows_its_key(tmp_path: Path) -> None:
+    [deployment] = [each for each in of_kind("dev", "Deployment") if each["metadata"]["name"] == "admin"]
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    for folder in ("adapters", "tenants"):
+        (tmp_path / folder).mkdir()
+    key, port = new_clear_key(), free_port()
+    given = {"$(FTCORE_ADMIN_KEY_SHA256)": key_hash(key), "admin.host=0.0.0.0": "admin.host=127.0.0.1", "8001": str(port)}
+    words = [sys.executable, *here([*container["command"][1:], *container["args"]], tmp_path)]
+    for name, value in given.items():
+        words = [word.replace(name, value) for word in words]
+    with subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = next((line for line in process.stdout if str(port) in line), "")
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{port}/admin", headers={"Authorization": f"Bearer {key}"}, trust_env=False
+            ) as http:
+                made = http.post("/tenants", json={"name": "acme"})
+                assert made.status_code == 201, said + made.text
+                assert http.get("/tenants").json() == ["acme"]
+                assert http.get("/tenants", headers={"Authorization": f"Bearer {new_clear_key()}"}).status_code == 401
+        finally:
+            process.terminate()
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -12,22 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.bridge import why_not
-from ftcore.adapters import AdapterRef, AdapterStore
-from ftcore.publish import import_adapter
-from ftcore.recipe import Model
-from tests.oracles import make_adapter
+from ftcore.adapters import AdapterStore
 from tests.pods import (
     ENDED,
-    REPO,
     Load,
     Nodes,
-    Tree,
-    apply_serve,
     built,
     cluster_of,
     evicted,
@@ -40,7 +35,7 @@ from tests.pods import (
     status,
     submit,
 )  # fmt: skip
-from tests.ray.test_k8s_pods import claim_of, key_of, upgraded
+from tests.ray.test_k8s_pods import claim_of, key_of, published, up, upgraded
 from tests.serve_command import free_port
 
 pytestmark = [
@@ -129,25 +124,6 @@ def watched(load: Load, endpoints: list[str], leaving: set[str]) -> Iterator[Non
         thread.join()
 
 
-def published(claim: Path, home: Path) -> AdapterRef:
-    base = REPO / "ftcore/demo/base"
-    store = AdapterStore(claim / "adapters")
-    made = make_adapter(base, home / "made-adapter", 1)
-    ref = import_adapter(made, "acme/desktop", Model(path=str(base)), store, log=lambda _: None)
-    store.promote(ref)
-    return ref
-
-
-def up(nodes: Nodes, service: Tree, load: Load) -> float:
-    """Puts the application there and waits until each worker's pod is ready; seconds."""
-    began = time.monotonic()
-    apply_serve(nodes, service)
-    soon("the service runs", lambda: serve_state(nodes) == "RUNNING", limit_s=300)
-    for address in nodes.addresses[1:]:
-        soon("a worker is ready", lambda address=address: load.ready(f"http://{address}:8000"))
-    return time.monotonic() - began
-
-
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed (Debian: apt install redis-server)")
 def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claim = tmp_path / "claim"
@@ -192,4 +168,18 @@ def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             leaving.clear()
             soon("the new pod is ready", lambda: endpoints[0] in load.endpoints, limit_s=240)
             tell("a worker's pod evicted and replaced", began, before, gone)
+
+        with load.of(4):  # as upgradeStrategy NewCluster: another cluster beside this one; traffic moves when it answers
+            began, before = time.monotonic(), load.answered
+            with running(service, tmp_path / "green", workers=1, redis=replace(redis, cluster="green")) as green:
+                seconds = up(green, service, Load(load.key, load.model, []))
+                load.endpoints[:] = [f"http://{green.addresses[1]}:8000"]
+                moved = load.answered
+                soon("the new cluster answers", lambda: load.answered > moved + 20 or load.failed)
+                for node in range(3):
+                    nodes.kill_node(node)
+                left = load.answered
+                soon("answers without the old one", lambda: load.answered > left + 20 or load.failed)
+                tell("a new cluster beside the old one, which goes", began, before, f", the new one ready after {seconds:.0f} s")
+                load.stop()
     assert set(load.versions) == {ref.full}

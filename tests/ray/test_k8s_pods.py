@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.bridge import why_not
-from ftcore.adapters import AdapterStore
+from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.cli import main
 from ftcore.demo.tenants import demo_teams, write_day
-from tests.pods import Load, Nodes, apply_serve, built, finished, log_of, running, serve_state, soon, submit
+from ftcore.publish import import_adapter
+from ftcore.recipe import Model
+from tests.oracles import make_adapter
+from tests.pods import REPO, Load, Nodes, Tree, apply_serve, built, finished, log_of, running, serve_state, soon, submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(bool(why_not()), reason=f"no network namespaces here: {why_not()}")]
 
@@ -31,7 +35,25 @@ def key_of(claim: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return next(word for word in capsys.readouterr().out.split() if word.startswith("ft-") or len(word) > 40)
 
 
-@pytest.mark.proof
+def published(claim: Path, home: Path) -> AdapterRef:
+    base = REPO / "ftcore/demo/base"
+    store = AdapterStore(claim / "adapters")
+    made = make_adapter(base, home / "made-adapter", 1)
+    ref = import_adapter(made, "acme/desktop", Model(path=str(base)), store, log=lambda _: None)
+    store.promote(ref)
+    return ref
+
+
+def up(nodes: Nodes, service: Tree, load: Load) -> float:
+    """Puts the application there and waits until each worker's pod is ready; seconds."""
+    began = time.monotonic()
+    apply_serve(nodes, service)
+    soon("the service runs", lambda: serve_state(nodes) == "RUNNING", limit_s=300)
+    for address in nodes.addresses[1:]:
+        soon("a worker is ready", lambda address=address: load.ready(f"http://{address}:8000"))
+    return time.monotonic() - began
+
+
 def test_the_dev_overlay_trains_publishes_serves_and_is_upgraded_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claim = claim_of(tmp_path, 40)
     found = built("dev", claim)
@@ -72,3 +94,25 @@ def test_the_search_of_the_dev_overlay_ends_in_a_published_winner(tmp_path: Path
     with running(job, tmp_path, workers=1) as nodes:
         assert finished(nodes, submit(nodes, job, "tune"), 500) == "SUCCEEDED", log_of(nodes, "tune")[-3000:]
     assert AdapterStore(claim / "adapters").resolve("acme/search")
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("overlay", ["base", "gpu"])
+def test_the_service_of_an_overlay_starts_and_answers(overlay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own configuration on its own pods. gpu: Ray counts GPUs that are not there, and the image's base stands for one of the hub."""
+    claim = tmp_path / "claim"
+    claim.mkdir()
+    service = built(overlay, claim)["RayService", "serve"]
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    arguments = config["applications"][0]["args"]
+    arguments["base"] = str(REPO / "ftcore/demo/base")
+    service["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+    ref = published(claim, tmp_path)
+    load = Load(key_of(claim, capsys), "desktop", [])
+    with running(service, tmp_path, workers=arguments["replicas"]) as nodes:
+        up(nodes, service, load)
+        load.endpoints[:] = [f"http://{address}:8000" for address in nodes.addresses[1:]]
+        with load.of(2):
+            soon("answers", lambda: load.answered > 20 or load.failed)
+    assert not load.failed, load.failed[:3]
+    assert set(load.versions) == {ref.full}
