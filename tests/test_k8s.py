@@ -110,13 +110,12 @@ def test_the_admin_deployment_starts_and_knows_its_key(tmp_path: Path) -> None:
         try:
             assert process.stdout is not None
             said = next((line for line in process.stdout if str(port) in line), "")
-            with httpx.Client(
-                base_url=f"http://127.0.0.1:{port}/admin", headers={"Authorization": f"Bearer {key}"}, trust_env=False
-            ) as http:
+            mine, other = ({"Authorization": f"Bearer {each}"} for each in (key, new_clear_key()))
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}/admin", headers=mine, trust_env=False) as http:
                 made = http.post("/tenants", json={"name": "acme"})
                 assert made.status_code == 201, said + made.text
                 assert http.get("/tenants").json() == ["acme"]
-                assert http.get("/tenants", headers={"Authorization": f"Bearer {new_clear_key()}"}).status_code == 401
+                assert http.get("/tenants", headers=other).status_code == 401
         finally:
             process.terminate()
     assert process.returncode == 0
