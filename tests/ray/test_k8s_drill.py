@@ -171,9 +171,9 @@ def test_drill_of_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
         with load.of(4):  # as upgradeStrategy NewCluster: another cluster beside this one; traffic moves when it answers
             began, before = time.monotonic(), load.answered
-            with running(service, tmp_path / "green", workers=1, redis=replace(redis, cluster="green")) as green:
+            with running(service, tmp_path / "green", workers=2, redis=replace(redis, cluster="green")) as green:
                 seconds = up(green, service, Load(load.key, load.model, []))
-                load.endpoints[:] = [f"http://{green.addresses[1]}:8000"]
+                load.endpoints[:] = [f"http://{address}:8000" for address in green.addresses[1:]]
                 moved = load.answered
                 soon("the new cluster answers", lambda: load.answered > moved + 20 or load.failed)
                 for node in range(3):
