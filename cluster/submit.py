@@ -1,6 +1,7 @@
 """Submit: a recipe as a job of a Ray cluster: checked here, uploaded, followed to its end, with the job's own exit code.
 
     ftcore submit sft pipelines/recipes/sft-lora.yaml resources.workers=3 --address http://head:8265
+    ftcore submit tune pipelines/recipes/demo-lora.yaml -- --search pipelines/searches/lora.yaml      what follows -- is the pipeline's
     ftcore submit --follow raysubmit_...          goes on following one
 
 In: the name of a pipeline, its recipe and overrides. Out: the job's log, its exit code (75 when it was stopped and can go on).
@@ -54,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     script = script_of(options.pipeline)
     load_recipe(options.recipe, options.overrides)  # a wrong recipe is refused before anything is uploaded
     environment = variables(os.environ)
-    refuse_secrets([*options.overrides, *environment.values()], os.environ)
+    refuse_secrets([*options.overrides, *options.more, *environment.values()], os.environ)
     client = client_for(options.address)
     with ExitStack() as stack:
         working_dir, named = packed(Path(options.recipe), stack)
-        entrypoint = shlex.join(["python", *script, named, *options.overrides])
+        entrypoint = shlex.join(["python", *script, named, *options.overrides, *options.more])
         job = submitted(client, entrypoint, {"working_dir": working_dir, "env_vars": environment})
     print(f"job {job} submitted to {client.get_address()}: {entrypoint}", flush=True)
     if options.no_wait:
@@ -80,7 +81,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--address", help="of the cluster's dashboard (else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265)")
     parser.add_argument("--no-wait", action="store_true", help="return once it is submitted")
     parser.add_argument("--follow", metavar="JOB", help="follow a job that was submitted before")
-    options = parser.parse_intermixed_args(argv)
+    parser.add_argument("more", metavar="-- OPTION", nargs="*", help="options of the pipeline itself, like -- --search FILE")
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    options = parser.parse_intermixed_args(argv[:end])
+    options.more = list(argv[end + 1 :])
     if not options.follow and not options.recipe:
         parser.error("name a pipeline and a RECIPE, or --follow JOB")
     return options

@@ -76,6 +76,15 @@ def test_a_wrong_recipe_is_refused_before_any_cluster_is_asked(tmp_path: Path) -
         submit.main(["sft", str(recipe), "--address", "http://127.0.0.1:9"])
 
 
+def test_what_follows_two_dashes_is_the_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
+    options = submit.parse(["tune", "r.yaml", "optim.lr=1e-4", "--no-wait", "--", "--search", "s.yaml", "--trials", "4"])
+    assert (options.overrides, options.no_wait, options.more) == (["optim.lr=1e-4"], True, ["--search", "s.yaml", "--trials", "4"])
+    assert submit.parse(["sft", "r.yaml"]).more == []
+    with pytest.raises(SystemExit):
+        submit.parse(["sft", "r.yaml", "--search", "s.yaml"])
+    assert "-- OPTION" in capsys.readouterr().err
+
+
 def test_the_dashboard_is_on_the_host_that_ray_address_names() -> None:
     assert [dashboard_of(text) for text in ("10.0.0.2:6379", "http://h:1", "auto", "")] == ["http://10.0.0.2:8265", "http://h:1", "", ""]
 
