@@ -28,7 +28,7 @@ from ftcore.section import Section
 from serving.audit import AuditLog, Change
 from serving.gate import Refusal
 from serving.settings import Limits, ServeSettings
-from serving.tenants import Key, Tenant, TenantStore
+from serving.tenants import Key, KeyId, Tenant, TenantStore
 
 log = logging.getLogger(__name__)
 Days = Annotated[float, Field(gt=0, le=36_500)]
@@ -64,10 +64,17 @@ class FreshKey(KeyFacts):
     """Shown this once."""
 
 
+class NewPublisher(Section):
+    pem: Text
+    """The public half of a key of `ftcore adapters keygen`."""
+
+
 class TenantFacts(Section):
     name: Name
     keys: tuple[KeyFacts, ...]
     limits: Limits | None
+    publishers: tuple[str, ...] | None
+    """Ids of the keys of which one has to have signed what is served; None: no signature is asked for; empty: nobody's will do."""
 
 
 class Promotion(Section):
@@ -141,6 +148,7 @@ def build_routes(desk: Desk) -> FastAPI:
     api = FastAPI(title="ftcore admin", version=ftcore.__version__, docs_url=None, redoc_url=None)
     _add_tenants(api, desk)
     _add_keys(api, desk)
+    _add_publishers(api, desk)
     _add_adapters(api, desk)
     _add_errors(api)
     return api
@@ -197,6 +205,29 @@ def _add_keys(api: FastAPI, desk: Desk) -> None:
         return _shown(desk.tenants.read(tenant))
 
 
+def _add_publishers(api: FastAPI, desk: Desk) -> None:
+    @api.post("/admin/tenants/{tenant}/publishers", status_code=201)
+    def trust(tenant: Name, new: NewPublisher, request: Request) -> TenantFacts:
+        """From now on what is served needs a signature by this key, or by another that is listed."""
+        with desk.change(request, "publisher.new", tenant, new):
+            desk.tenants.add_publisher(tenant, new.pem)
+        return _shown(desk.tenants.read(tenant))
+
+    @api.delete("/admin/tenants/{tenant}/publishers/{publisher}")
+    def distrust(tenant: Name, publisher: KeyId, request: Request) -> TenantFacts:
+        """Without the last one nothing of the tenant's is served."""
+        with desk.change(request, "publisher.remove", tenant, publisher=publisher):
+            desk.tenants.remove_publisher(tenant, publisher)
+        return _shown(desk.tenants.read(tenant))
+
+    @api.delete("/admin/tenants/{tenant}/publishers")
+    def ask_nobody(tenant: Name, request: Request) -> TenantFacts:
+        """No signature is asked for any more."""
+        with desk.change(request, "publisher.any", tenant):
+            desk.tenants.ask_no_signature(tenant)
+        return _shown(desk.tenants.read(tenant))
+
+
 def _add_adapters(api: FastAPI, desk: Desk) -> None:
     @api.get("/admin/adapters")
     def versions(tenant: Name | None = None) -> list[VersionFacts]:
@@ -236,7 +267,10 @@ def _fresh(clear: str, key: Key) -> FreshKey:
 
 
 def _shown(tenant: Tenant) -> TenantFacts:
-    return TenantFacts(name=tenant.name, keys=tuple(KeyFacts(**_facts(key)) for key in tenant.keys), limits=tenant.limits)
+    listed = None if tenant.publishers is None else tuple(tenant.publishers)
+    return TenantFacts(
+        name=tenant.name, keys=tuple(KeyFacts(**_facts(key)) for key in tenant.keys), limits=tenant.limits, publishers=listed
+    )
 
 
 def _add_errors(api: FastAPI) -> None:

@@ -20,6 +20,7 @@ from fastapi.routing import APIRoute
 
 from ftcore.cli import main
 from ftcore.errors import ConfigError
+from ftcore.signing import keygen
 from serving.admin import admin_running
 from serving.admin_routes import Desk, build_routes
 from serving.settings import ServeSettings
@@ -66,7 +67,7 @@ def world(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wo
 
 
 def soon(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -130,6 +131,24 @@ def test_a_canary_a_promotion_a_rollback_and_a_revocation_reach_who_asks(world: 
     assert listed == {ref.full for ref in store.refs.values() if ref.tenant == "bolt"}
 
 
+def test_what_a_listed_publisher_did_not_sign_is_not_served(world: World, tmp_path: Path) -> None:
+    """The adapters here are unsigned."""
+    publisher = keygen(tmp_path / "theirs.pem")
+    pem = (tmp_path / "theirs.pub.pem").read_text()
+    asked, headers = {"model": "support", "prompt": [5], "max_tokens": 1}, {"authorization": f"Bearer {world.server.keys['bolt']}"}
+
+    def status() -> int:
+        return world.public.post("/v1/completions", headers=headers, json=asked).status_code
+
+    soon(lambda: status() == 200)
+    added = world.admin.post("/admin/tenants/bolt/publishers", json={"pem": pem})
+    assert (added.status_code, added.json()["publishers"]) == (201, [publisher])
+    soon(lambda: status() == 409)
+    assert world.admin.delete(f"/admin/tenants/bolt/publishers/{publisher}").json()["publishers"] == []
+    assert world.admin.delete("/admin/tenants/bolt/publishers").json()["publishers"] is None
+    soon(lambda: status() == 200)
+
+
 BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/admin/tenants"): {"name": "acme"},
     ("PATCH", "/admin/tenants/{tenant}/limits"): {"max_choices": 1},
@@ -137,6 +156,9 @@ BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/admin/tenants/{tenant}/keys"): {},
     ("POST", "/admin/tenants/{tenant}/keys/{key}/rotate"): {},
     ("DELETE", "/admin/tenants/{tenant}/keys/{key}"): None,
+    ("POST", "/admin/tenants/{tenant}/publishers"): {"pem": "no key"},
+    ("DELETE", "/admin/tenants/{tenant}/publishers/{publisher}"): None,
+    ("DELETE", "/admin/tenants/{tenant}/publishers"): None,
     ("POST", "/admin/adapters/{tenant}/{name}/promote"): {"version": "abcdef"},
     ("POST", "/admin/adapters/{tenant}/{name}/rollback"): None,
     ("POST", "/admin/adapters/{tenant}/{name}/revoke"): {"version": "abcdef", "reason": "-"},
@@ -153,7 +175,7 @@ def test_every_change_is_written_down_with_who_made_it_and_no_key_is(world: Worl
     made = world.admin.post("/admin/tenants/acme/keys", json={"days": 3.5}).json()
     assert {pair for pair in routes(world.settings) if pair[0] != "GET"} == set(BODIES), "each route that changes something is asked"
     for (method, path), body in BODIES.items():
-        reply = world.admin.request(method, path.format(tenant="nobody", name="nothing", key="0" * 8), json=body)
+        reply = world.admin.request(method, path.format(tenant="nobody", name="nothing", key="0" * 8, publisher="0" * 16), json=body)
         assert reply.status_code == 400 and reply.json()["error"]["what"], (path, reply.text)
     wanted = {"admin": "ada", "change": "key.new", "of": "acme", "detail": '{"days": 3.5}', "result": "done"}
 
