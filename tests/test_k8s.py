@@ -121,6 +121,10 @@ def test_the_admin_deployment_starts_and_knows_its_key(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def cpu(text: str) -> float:
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_one_image_one_ray(overlay: str) -> None:
     pinned = re.search(r"^ray==(\S+)$", (REPO / "constraints.txt").read_text(), re.MULTILINE)
@@ -128,7 +132,28 @@ def test_one_image_one_ray(overlay: str) -> None:
     text = yaml.safe_dump_all(objects(overlay))
     assert set(re.findall(r"rayVersion: '?([\d.]+)", text)) == {pinned[1]}
     images = set(re.findall(r"image: (ftcore:\S+)", text))
-    assert images == {f"ftcore:{pinned[1]}" + "-cuda" * (overlay == "gpu")}
+    version = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
+    assert images == {f"ftcore:{version}-ray{pinned[1]}" + "-cuda" * (overlay == "gpu")}
+
+
+@pytest.mark.parametrize(("overlay", "kind"), [("kueue", "ClusterQueue"), ("volcano", "Queue")])
+def test_what_fits_the_nodes_fits_the_queue(overlay: str, kind: str) -> None:
+    [queue] = of_kind(overlay, kind)
+    spec = queue["spec"]
+    amounts = spec.get("capability") or {
+        each["name"]: each["nominalQuota"]
+        for group in spec["resourceGroups"]
+        for flavor in group["flavors"]
+        for each in flavor["resources"]
+    }
+    for job in of_kind(overlay, "RayJob"):
+        notes = job["metadata"]["annotations"]
+        number, node = int(notes["ftcore/nodes"]), yaml.safe_load(notes["ftcore/node"])
+        head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["requests"]
+        submitter = job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["resources"]["requests"]
+        cpus = number * node["cpu"] + cpu(head["cpu"]) + cpu(submitter["cpu"])
+        assert cpus <= cpu(str(amounts["cpu"]))
+        assert number * gib(node["memory"]) + gib(head["memory"]) + gib(submitter["memory"]) <= gib(amounts["memory"])
 
 
 def rendered(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:

@@ -1,15 +1,19 @@
 """Tenants: the demo's two teams, their logs and rows on disk, and the ceiling that the simulator knows.
 
+    python -m ftcore.demo.tenants rows.jsonl          a day of the first team's, to try a cluster on (pipelines/recipes/demo-lora.yaml)
+
 In: a seed. Out: event logs and `messages` rows, training and held-out; the Ceiling predictor. Runs in: the driver.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +22,9 @@ from ftcore.data.types import Conversation, Origin, Row
 from ftcore.demo.personas import Team, draw_team, drifted
 from ftcore.demo.rows import conversation, read_log, write_log, write_rows
 from ftcore.demo.simulator import Session, sessions
-from ftcore.evals.ngram import answers
-from ftcore.evals.predictors import Forecast
+
+if TYPE_CHECKING:
+    from ftcore.evals.predictors import Forecast
 
 CEILING = "ceiling (knows the habits)"
 
@@ -82,6 +87,9 @@ class Ceiling:
         self.name, self.held_out = name, held_out
 
     def forecast(self, conversations: Sequence[Conversation]) -> list[Forecast]:
+        from ftcore.evals.ngram import answers  # these import torch, which who writes rows need not wait for
+        from ftcore.evals.predictors import Forecast
+
         made = []
         for session, seen in zip(self.held_out, conversations, strict=True):
             assert [odds.operation for odds in session.odds] == [answer for _, answer in answers(seen)]
@@ -89,3 +97,19 @@ class Ceiling:
             nlls = np.array([-math.log(odds.probability) for odds in session.odds])
             made.append(Forecast(hits, nlls, np.zeros(len(hits), np.int64)))
         return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ftcore.demo.tenants", description="Writes rows to train on: how one team works.")
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("--sessions", type=int, default=150, help="a row each (default: 150)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    team, _ = demo_teams(options.seed)
+    made = sessions(team, options.sessions, seed_of(options.seed, team.name, "monday", "train"), day="monday")
+    write_rows((conversation(event.to_json() for event in session.events) for session in made), options.file)
+    print(f"{options.sessions} rows of {team.name}: {options.file}")
+
+
+if __name__ == "__main__":
+    main()

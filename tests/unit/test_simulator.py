@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,9 @@ def test_a_session_becomes_one_conversation_with_an_answer_for_every_operation()
 
 def test_held_out_sessions_are_not_among_the_training_rows(tmp_path: Path) -> None:
     day = write_day(demo_teams(0)[0], tmp_path, day="monday", num_train=20, num_test=10, seed=0)
+    words = [sys.executable, "-m", "ftcore.demo.tenants", str(tmp_path / "rows.jsonl"), "--sessions", "20"]
+    subprocess.run(words, check=True, capture_output=True)
+    assert (tmp_path / "rows.jsonl").read_bytes() == day.rows.read_bytes()
     assert len(day.train()) == 20
     rows = {tuple(m.content for m in c.messages) for c in day.train()}
     assert not rows & {tuple(m.content for m in c.messages) for c in day.test()}
