@@ -25,6 +25,8 @@ from ftcore.errors import ClusterError
 INSIDE = "eth0"
 """The interface's name inside every node."""
 KILL_TIMEOUT_S = 20.0
+FORWARDS_S, FORWARDING = 20.0, "3"
+"""How long a link may take to pass frames again, and what the kernel calls a port of a bridge that does."""
 TBF_BURST_KB, TBF_LATENCY = 32, "400ms"
 
 
@@ -104,11 +106,17 @@ class Bridge:
         _ip("link", "set", self._link(node), "down")
 
     def restore(self, node: int) -> None:
-        """Takes back cut, limit and delay."""
+        """Takes back cut, limit and delay. Returns once frames pass."""
         self._end_relay(node)
-        _ip("link", "set", self._link(node), "up")
+        link = self._link(node)
+        _ip("link", "set", link, "up")
+        until = time.monotonic() + FORWARDS_S  # the kernel takes up to a second to see that a link is up again
+        while Path(f"/sys/class/net/{link}/brport/state").read_text().strip() != FORWARDING and time.monotonic() < until:
+            time.sleep(0.01)
         for prefix, device in (([], self._link(node)), (["-n", self.namespace(node)], INSIDE)):
             subprocess.run(["tc", *prefix, "qdisc", "del", "dev", device, "root"], capture_output=True, check=False)
+        for name in Path("/run/netns").glob(f"{self.owner}-*"):  # who asked for an address meanwhile would soon give up: it asks anew
+            _ip("-n", name.name, "neigh", "flush", "dev", INSIDE)
 
     def limit(self, node: int, mbit: float) -> None:
         """At most `mbit` megabits a second, each way."""

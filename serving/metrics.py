@@ -9,9 +9,12 @@ full is counted as `_other`, a name that neither a tenant nor an adapter can hav
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from serving.jobs import Closing, Event, Job, Opening, Piece
 
@@ -54,6 +57,21 @@ class Row:
     completion_tokens: Counter
     cold: Counter
     ended: dict[str, Counter]
+
+
+@dataclass(eq=False)
+class Stamped(Collector):
+    """Figures with the name of the ingress that gives them. One address stands for several, and a counter of one must not look like
+    another's that fell."""
+
+    collectors: Sequence[Collector | CollectorRegistry]
+    ingress: str
+
+    def collect(self) -> Iterator[Metric]:
+        for collector in self.collectors:
+            for metric in collector.collect():
+                metric.samples = [sample._replace(labels={**sample.labels, "ingress": self.ingress}) for sample in metric.samples]
+                yield metric
 
 
 class Metrics:

@@ -1,6 +1,7 @@
 """Replica metrics: the figures that replicas keep themselves, as Prometheus families.
 
-In: the states of all replicas at one moment. Out: families labelled by the replica's number and its base. Runs in: the ingress.
+In: the states of all replicas at one moment. Out: families labelled by the replica's id and its base, the same whichever ingress is asked.
+Runs in: the ingress.
 """
 
 from __future__ import annotations
@@ -86,4 +87,4 @@ class Replicas(Collector):
 
 
 def _labels(state: State) -> list[str]:
-    return [str(state["number"]), state["base"]]
+    return [state["replica"], state["base"]]

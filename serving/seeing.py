@@ -7,6 +7,7 @@ Runs in: the ingress.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -18,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from serving.gate import Gate
 from serving.homes import Homes
 from serving.jobs import Event, Job
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Stamped
 from serving.replica_metrics import Replicas
 from serving.states import States, reasons
 from serving.traces import Asker, Traces
@@ -33,6 +34,7 @@ class Seeing:
     def __init__(self, gate: Gate, states: States, homes: Homes) -> None:
         settings = gate.settings
         self._gate, self._homes = gate, homes
+        self.name = uuid.uuid4().hex[:8]
         self.metrics = Metrics(settings.metrics.labels)
         self.states = states
         self.traces = Traces(settings.otel_endpoint) if settings.otel_endpoint else None
@@ -59,9 +61,10 @@ class Seeing:
         """Everything, in Prometheus' text."""
         directory = self._gate.directory
         states = await self.states.now()
-        replicas = CollectorRegistry()
-        replicas.register(Replicas(states, self.metrics.labels, directory.num_followed, bool(directory.problem)))
-        return await asyncio.to_thread(lambda: generate_latest(self.metrics.registry) + generate_latest(replicas))
+        replicas = Replicas(states, self.metrics.labels, directory.num_followed, bool(directory.problem))
+        told = CollectorRegistry()
+        told.register(Stamped([self.metrics.registry, replicas], self.name))
+        return await asyncio.to_thread(generate_latest, told)
 
     async def readiness(self) -> dict[str, Any]:
         """Whether requests should come; names nobody."""

@@ -28,6 +28,11 @@ class Sample:
             for sample in family.samples
         }
 
+    @property
+    def ingress(self) -> str:
+        """Which of several behind one address gave it."""
+        return next((dict(pairs).get("ingress", "") for _, pairs in self.values), "")
+
     def sum(self, name: str, **labels: str) -> float:
         """Of all series of a name that have these labels."""
         wanted = set(labels.items())

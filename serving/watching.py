@@ -25,6 +25,7 @@ from serving.top import Sample, frame
 
 KEY = "FTCORE_METRICS_KEY"
 CLEAR = "\x1b[H\x1b[2J"
+TRIES = 20
 
 
 def status_main(arguments: Sequence[str]) -> int:
@@ -44,15 +45,21 @@ def print_status(url: str) -> int:
 def watch(url: str, every_s: float) -> int:
     """Shows the last `every_s` seconds again and again; once where nobody looks."""
     before = _sample(url)
+    earlier = {before.ingress: before}
     while True:
         time.sleep(every_s)
         after = _sample(url)
+        for _ in range(TRIES):  # one address may stand for several: what one counted is held against what the same one had counted before
+            if after.ingress in earlier:
+                break
+            after = _sample(url)
+        before = earlier.get(after.ingress, after)
         lines = "\n".join(frame(before, after))
         if not sys.stdout.isatty():
             print(lines)
             return 0
         print(f"{CLEAR}{lines}\n\nevery {every_s:g} s; Ctrl-C ends", flush=True)
-        before = after
+        earlier[after.ingress] = after
 
 
 def status_lines(status: dict[str, Any]) -> Iterator[str]:

@@ -21,7 +21,7 @@ def chaos(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.ray
+@pytest.mark.proof
 def test_a_kill_in_mid_checkpoint_is_survived_bit_for_bit() -> None:
     said = chaos("--kills", "1", "--steps-between", "12", "--where", "checkpoint")
     assert "1 finished / 1 identical" in said and "final weights the same bytes" in said

@@ -54,6 +54,17 @@ def up(nodes: Nodes, service: Tree, load: Load) -> float:
     return time.monotonic() - began
 
 
+def test_the_job_of_the_base_trains_and_publishes_on_its_pods(tmp_path: Path) -> None:
+    """A head that computes nothing and two workers' pods, each a host of its own."""
+    claim = claim_of(tmp_path, 24)
+    job = built("base", claim)["RayJob", "sft"]
+    with running(job, tmp_path, workers=2) as nodes:
+        assert finished(nodes, submit(nodes, job, "sft")) == "SUCCEEDED", log_of(nodes, "sft")[-3000:]
+    store = AdapterStore(claim / "adapters")
+    assert store.verify(store.resolve("acme/desktop")).world_size == 2
+
+
+@pytest.mark.proof
 def test_the_dev_overlay_trains_publishes_serves_and_is_upgraded_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claim = claim_of(tmp_path, 40)
     found = built("dev", claim)

@@ -68,10 +68,12 @@ def doctor(nodes: NetnsCluster, root: Path, *options: str) -> tuple[int, dict[tu
     return done.returncode, {(each["check"], each["node"]): each["text"] for each in told if each["level"] == "problem"}
 
 
+@pytest.mark.proof
 def test_doctor_finds_three_good_nodes_runnable(nodes: NetnsCluster, root: Path) -> None:
     assert doctor(nodes, root) == (0, {})
 
 
+@pytest.mark.proof
 def test_three_nodes_one_worker_each_end_in_a_published_adapter(nodes: NetnsCluster, root: Path) -> None:
     words = ["pipelines/sft.py", str(root / "recipe.yaml"), "name=three", "optim.max_steps=40"]
     done = nodes.run([sys.executable, *words, "resources.workers=3", "resources.placement=STRICT_SPREAD"], cwd=REPO)

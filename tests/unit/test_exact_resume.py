@@ -138,7 +138,6 @@ def test_killed_in_a_step_and_in_a_checkpoint_a_run_is_bit_identical(tiny_model_
 @pytest.mark.parametrize(
     ("before", "after", "method", "dtype"),
     [
-        (2, 3, "full", "fp32"),
         *(
             pytest.param(before, after, method, dtype, marks=proof)
             for before, after in ((2, 1), (2, 3), (3, 2), (4, 1))

@@ -32,6 +32,8 @@ from tests.worlds import in_world
 BLOCKS = packed_blocks(40, per_block=2, seed=3)
 MANIFEST = {"digest": "1" * 64, "counts": {}, "digests": {"template": "2" * 64}}
 BITS = pytest.mark.parametrize("bits", [4, 8])
+SLOW_IN_4 = pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.proof), 8])
+SLOW_IN_8 = pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.proof)])
 STEPS = 6
 
 
@@ -93,7 +95,7 @@ def test_the_quantised_base_is_bit_identical_after_training_and_evaluating(base:
     training.close()
 
 
-@BITS
+@SLOW_IN_4
 def test_accumulation_and_checkpointing_do_not_change_the_losses(base: Path, tmp_path: Path, bits: int) -> None:
     whole = losses_of(recipe_for(base, tmp_path, "whole", bits=bits, backend={"micro_batch": 8}))
     parts = losses_of(recipe_for(base, tmp_path, "parts", bits=bits, backend={"micro_batch": 2, "gradient_checkpointing": True}))
@@ -101,7 +103,7 @@ def test_accumulation_and_checkpointing_do_not_change_the_losses(base: Path, tmp
     assert spread(whole, parts) <= 1e-5
 
 
-@BITS
+@SLOW_IN_8
 def test_packed_and_padded_rows_give_the_same_losses(base: Path, tmp_path: Path, bits: int) -> None:
     packed = losses_of(recipe_for(base, tmp_path, "packed", bits=bits))
     padded = losses_of(recipe_for(base, tmp_path, "padded", bits=bits, model={"attention": "sdpa"}, data={"pack": False}))
@@ -120,7 +122,7 @@ def digest_on_rank(rank: int, size: int, tree: dict[str, Any]) -> float:
     return total
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "adamw"), (8, "adamw_8bit")])
+@pytest.mark.parametrize(("bits", "kind"), [pytest.param(4, "adamw", marks=pytest.mark.proof), (8, "adamw_8bit")])
 def test_two_workers_stay_in_step_and_give_one_worker_s_losses(base: Path, tmp_path: Path, bits: int, kind: str) -> None:
     alone = losses_of(recipe_for(base, tmp_path, "alone", bits=bits, optim={"kind": kind}))
     together = recipe_for(base, tmp_path, "together", bits=bits, optim={"kind": kind})
@@ -130,7 +132,7 @@ def test_two_workers_stay_in_step_and_give_one_worker_s_losses(base: Path, tmp_p
     assert spread(alone, lines) <= (1e-5 if kind == "adamw" else 1e-3)  # 8-bit moments round a last digit up to a code
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "adamw_8bit"), (8, "adamw")])
+@pytest.mark.parametrize(("bits", "kind"), [(4, "adamw_8bit"), pytest.param(8, "adamw", marks=pytest.mark.proof)])
 def test_a_resumed_run_is_bit_identical_and_its_checkpoint_holds_adapter_and_optimizer_only(
     base: Path, tmp_path: Path, bits: int, kind: str
 ) -> None:

@@ -19,13 +19,13 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ftcore.adapters import AdapterRef
 from ftcore.engines.base import Sampling
 from serving.jobs import Answerer, Closing, Job, Opening, Piece
-from serving.metrics import OTHER, Labels, Metrics
+from serving.metrics import OTHER, Labels, Metrics, Stamped
 from serving.replica_metrics import Replicas
 from serving.states import States
 from serving.tenants import key_hash, new_clear_key
@@ -74,7 +74,7 @@ def test_every_figure_moves_when_what_it_counts_happens(own_store: Store, tmp_pa
         async with served(own_store, tmp_path, **METRICS) as server:
             prompt = list(range(5, 45))
             first = await sampled(server)
-            assert first.sum("ftcore_replicas") == first.sum("ftcore_replica_ready", replica="0") == 1
+            assert first.sum("ftcore_replicas") == first.sum("ftcore_replica_ready") == 1
             for _ in range(3):
                 reply = await server.complete(
                     "acme", model="support", prompt=prompt, max_tokens=8, logit_bias={"0": -100, "1": -100, "2": -100}
@@ -86,8 +86,8 @@ def test_every_figure_moves_when_what_it_counts_happens(own_store: Store, tmp_pa
                 assert warm.sum(f"ftcore_{name}", **pair) == 3, name
             assert (warm.sum("ftcore_prompt_tokens_total", **pair), warm.sum("ftcore_completion_tokens_total", **pair)) == (120, 24)
             assert (warm.sum("ftcore_requests_total", outcome="ok", **pair), warm.sum("ftcore_cold_starts_total", **pair)) == (3, 1)
-            assert warm.sum("ftcore_resident_versions", replica="0", **pair) == warm.sum("ftcore_resident_adapters", replica="0") == 1
-            assert warm.sum("ftcore_adapter_load_seconds_count", replica="0") == 1
+            assert warm.sum("ftcore_resident_versions", **pair) == warm.sum("ftcore_resident_adapters") == 1
+            assert warm.sum("ftcore_adapter_load_seconds_count") == 1
             assert warm.sum("ftcore_engine_reused_prompt_tokens_total") >= 39
             assert warm.sum("ftcore_queue_wait_seconds_count") == 3 and warm.sum("ftcore_adapter_bytes") > 0
             body = {"model": "support", "prompt": "a", "max_tokens": 200, "logit_bias": {"0": -100, "1": -100, "2": -100}}
@@ -201,6 +201,7 @@ def test_five_hundred_tenants_make_no_more_series_than_were_allowed() -> None:
     )  # fmt: skip
     state = {
         "number": 0,
+        "replica": "r0",
         "base": "base",
         "engine": engine,
         "resident": resident,
@@ -376,3 +377,15 @@ def test_the_text_is_what_prometheus_reads() -> None:
     families = {family.name: family for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())}
     assert families["ftcore_refusals"].type == "counter" and families["ftcore_request_seconds"].type == "histogram"
     assert not any(name.endswith("_created") for name in families)
+
+
+def test_counters_of_two_ingresses_are_told_apart_and_replicas_are_not() -> None:
+    samples = []
+    for name, number in (("first", 7), ("second", 3)):
+        metrics, told = Metrics(8), CollectorRegistry()
+        counter = Counter("ftcore_asked", "Asked.", ["tenant"], registry=metrics.registry)
+        counter.labels("acme").inc(number)
+        told.register(Stamped([metrics.registry], name))
+        samples.append(Sample(0, generate_latest(told).decode()))
+    assert [sample.sum("ftcore_asked_total", tenant="acme", ingress=sample.ingress) for sample in samples] == [7, 3]
+    assert [sample.ingress for sample in samples] == ["first", "second"]
