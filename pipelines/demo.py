@@ -22,9 +22,10 @@ from pathlib import Path
 from cluster.connect import connect
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.cli import guarded
+from ftcore.demo.ceiling import CEILING, Ceiling
 from ftcore.demo.history import write_history
 from ftcore.demo.judging import goals, lineup
-from ftcore.demo.tenants import CEILING, Ceiling, TenantDay, demo_teams, new_habits, write_day
+from ftcore.demo.tenants import TenantDay, demo_teams, new_habits, write_day
 from ftcore.evals.bench import Bench
 from ftcore.evals.predictors import Predictor
 from ftcore.evals.tasks.next_operation import Table, judge

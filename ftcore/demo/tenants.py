@@ -1,19 +1,16 @@
-"""Tenants: the demo's two teams, their logs and rows on disk, and the ceiling that the simulator knows.
+"""Tenants: the demo's two teams, their logs and rows on disk.
 
     python -m ftcore.demo.tenants rows.jsonl          a day of the first team's, to try a cluster on (pipelines/recipes/demo-lora.yaml)
 
-In: a seed. Out: event logs and `messages` rows, training and held-out; the Ceiling predictor. Runs in: the driver.
+In: a seed. Out: event logs and `messages` rows, training and held-out. Runs in: the driver.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,11 +19,6 @@ from ftcore.data.types import Conversation, Origin, Row
 from ftcore.demo.personas import Team, draw_team, drifted
 from ftcore.demo.rows import conversation, read_log, write_log, write_rows
 from ftcore.demo.simulator import Session, sessions
-
-if TYPE_CHECKING:
-    from ftcore.evals.predictors import Forecast
-
-CEILING = "ceiling (knows the habits)"
 
 
 @dataclass(frozen=True)
@@ -78,25 +70,6 @@ def to_conversation(row: dict[str, object], file: Path, number: int) -> Conversa
     item = messages(Row(row, Origin(str(file), number)))
     assert isinstance(item, Conversation)
     return item
-
-
-class Ceiling:
-    """The best predictor there can be: it knows the simulator's probabilities. Its hits are expected ones, so they carry no luck."""
-
-    def __init__(self, held_out: Sequence[Session], name: str = CEILING) -> None:
-        self.name, self.held_out = name, held_out
-
-    def forecast(self, conversations: Sequence[Conversation]) -> list[Forecast]:
-        from ftcore.evals.ngram import answers  # these import torch, which who writes rows need not wait for
-        from ftcore.evals.predictors import Forecast
-
-        made = []
-        for session, seen in zip(self.held_out, conversations, strict=True):
-            assert [odds.operation for odds in session.odds] == [answer for _, answer in answers(seen)]
-            hits = np.array([odds.best_probability for odds in session.odds])
-            nlls = np.array([-math.log(odds.probability) for odds in session.odds])
-            made.append(Forecast(hits, nlls, np.zeros(len(hits), np.int64)))
-        return made
 
 
 def main() -> None:

@@ -13,13 +13,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftcore.adapters import AdapterStore
+from ftcore.demo.ceiling import CEILING, Ceiling
 from ftcore.demo.history import write_history
 from ftcore.demo.judging import BASE, NGRAM, OTHER, OWN, first_of_each, goals
 from ftcore.demo.make_base import desktop_documents, document, make_model, make_tokenizer
 from ftcore.demo.rows import conversation
 from ftcore.demo.shell import shell_session
 from ftcore.demo.simulator import sessions
-from ftcore.demo.tenants import CEILING, Ceiling, conversation_of, demo_teams
+from ftcore.demo.tenants import conversation_of, demo_teams
 from ftcore.errors import DataError
 from ftcore.evals.bench import Bench
 from ftcore.evals.intervals import Interval

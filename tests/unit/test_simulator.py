@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ftcore.demo.ceiling import Ceiling
 from ftcore.demo.personas import SITUATIONS, draw_habit, draw_team, drifted
 from ftcore.demo.rows import conversation, read_log, write_log
 from ftcore.demo.shell import history_commands, shell_session
 from ftcore.demo.simulator import ceiling, next_operations, sessions, simulate
-from ftcore.demo.tenants import Ceiling, conversation_of, demo_teams, new_habits, write_day
+from ftcore.demo.tenants import conversation_of, demo_teams, new_habits, write_day
 from ftcore.evals.ngram import BackoffNgram
 
 
