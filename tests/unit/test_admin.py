@@ -21,6 +21,7 @@ from fastapi.routing import APIRoute
 from ftcore.cli import main
 from ftcore.errors import ConfigError
 from ftcore.signing import keygen
+from serving import slots
 from serving.admin import admin_running
 from serving.admin_routes import Desk, build_routes
 from serving.settings import ServeSettings
@@ -131,8 +132,9 @@ def test_a_canary_a_promotion_a_rollback_and_a_revocation_reach_who_asks(world: 
     assert listed == {ref.full for ref in store.refs.values() if ref.tenant == "bolt"}
 
 
-def test_what_a_listed_publisher_did_not_sign_is_not_served(world: World, tmp_path: Path) -> None:
+def test_what_a_listed_publisher_did_not_sign_is_not_served(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapters here are unsigned."""
+    monkeypatch.setattr(slots, "REFUSED_FOR_S", 0.2)
     publisher = keygen(tmp_path / "theirs.pem")
     pem = (tmp_path / "theirs.pub.pem").read_text()
     asked, headers = {"model": "support", "prompt": [5], "max_tokens": 1}, {"authorization": f"Bearer {world.server.keys['bolt']}"}
