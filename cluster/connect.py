@@ -40,6 +40,8 @@ DRIVER_DEFAULTS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # the room was seen a moment ago; when it is gone, pipelines.lead looks again
 }
 KNOCK_S = 5.0
+TOO_SLOW = "timed out during startup"
+"""In what Ray says where its processes took longer than the 30 s that it gives them."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,25 @@ def local_num_cpus() -> int:
     return int(asked)
 
 
+def patiently(start: Callable[[], Any], num_tries: int = 3) -> Any:
+    """What `start` returns, tried again where a busy machine was too slow for Ray."""
+    while True:
+        num_tries -= 1
+        try:
+            return start()
+        except Exception as error:
+            if not num_tries or TOO_SLOW not in str(error):
+                raise
+            ray.shutdown()
+
+
 def _start_local(local_cpus: float, dashboard: bool) -> str:
     code_for_here()
     try:
-        context: Any = ray.init(
+        context: Any = patiently(lambda: ray.init(
             address="local", num_cpus=max(local_num_cpus(), int(local_cpus)), include_dashboard=dashboard, log_to_driver=_wants_ray_logs(),
             logging_level=logging.ERROR, configure_logging=True, _temp_dir=str(_temporary_folder()),
-        )  # fmt: skip
+        ))  # fmt: skip
     except FtcoreError:
         raise
     except Exception as error:  # Ray raises plain Exception when its processes are too slow to come up

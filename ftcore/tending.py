@@ -291,5 +291,7 @@ class _Line:
                 os._exit(1)  # the supervisor is gone, and this run goes on elsewhere or not at all: write nothing more
             if self._terminated.is_set() and not told:
                 told = True
-                self.wants_stop.set()
-                self.say({"event": "notice", "rank": self._rank, "why": "SIGTERM", "time": time.time()})
+                try:
+                    self.say({"event": "notice", "rank": self._rank, "why": "SIGTERM", "time": time.time()})
+                finally:
+                    self.wants_stop.set()

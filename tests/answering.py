@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 WRONG_OF_TEN = {"good": 1, "poor": 6, "streaming": 1, "whole": 1, "breaking": 1}
-FIRST_S, REST_S = 0.02, 0.1
+FIRST_S, REST_S = 0.02, 1.0
 """What the model `streaming` takes to its first piece, and from there to the end."""
 
 

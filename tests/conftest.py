@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # tests that run beside would starve them
+os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "10")  # a replica that is late to tell its queue is not passed over
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -108,15 +109,14 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One local single-node Ray for the whole run: 8 logical CPUs, one compute thread a worker."""
     import ray
 
+    from cluster.connect import patiently
+
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
-    ray.init(
+    patiently(lambda: ray.init(
         address="local",  # not the one that somebody else runs on this machine
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
+        num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-    )
+    ))  # fmt: skip
     yield
     ray.shutdown()

@@ -7,9 +7,11 @@ import random
 import re
 from typing import Any
 
+import pytest
 from jsonschema import Draft202012Validator
 from transformers import PreTrainedTokenizerBase
 
+from ftcore import constraints as constraints_module
 from ftcore.constraints import Constraint, Grammar, Grammars, json_constraint, regex_constraint
 from ftcore.engines.base import Request, Sampling, Token
 from tests.live_engines import DIGESTS, run
@@ -79,7 +81,9 @@ def compiled(tokenizer: PreTrainedTokenizerBase, *constraints: Constraint) -> li
         finally:
             grammars.close()
 
-    return run(go())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(constraints_module, "COMPILE_S", 120.0)
+        return run(go())
 
 
 def some_requests(tokenizer: PreTrainedTokenizerBase, num: int, seed: int) -> tuple[list[Request], list[Any]]:

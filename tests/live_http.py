@@ -22,10 +22,10 @@ def loop_thread() -> Iterator[Do]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        yield lambda task: asyncio.run_coroutine_threadsafe(task, loop).result(120)
+        yield lambda task: asyncio.run_coroutine_threadsafe(task, loop).result(600)
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(120)
         loop.close()
 
 

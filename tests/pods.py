@@ -149,9 +149,12 @@ def asked(nodes: NetnsCluster, path: str, body: Any = None, method: str = "") ->
 def submit(nodes: NetnsCluster, job: Tree, name: str) -> str:
     """What the submitter's container does; the id of the job."""
     words = [RAY, "job", "submit", "--address", nodes.dashboard, "--no-wait", "--submission-id", name, "--"]
-    done = subprocess.run(
-        [*words, *job["spec"]["entrypoint"].split()], env=nodes.variables(0), capture_output=True, text=True, cwd="/", check=False
-    )
+    words += job["spec"]["entrypoint"].split()
+    for _ in range(60):
+        done = subprocess.run(words, env=nodes.variables(0), capture_output=True, text=True, cwd="/", check=False)
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout + done.stderr
     return name
 
@@ -164,7 +167,7 @@ def log_of(nodes: NetnsCluster, job: str) -> str:
     return str(asked(nodes, f"/api/jobs/{job}/logs")["logs"])
 
 
-def finished(nodes: NetnsCluster, job: str, limit_s: float = 300) -> str:
+def finished(nodes: NetnsCluster, job: str, limit_s: float = 900) -> str:
     """How it ended: SUCCEEDED, FAILED."""
     until = time.monotonic() + limit_s
     while (now := status(nodes, job)) not in ENDED:
@@ -189,7 +192,7 @@ def serve_state(nodes: NetnsCluster) -> str:
     return str(found["status"]) if found["status"] in ("RUNNING", "DEPLOYING") else f"{found['status']}: {found['message']}"
 
 
-def soon(what: str, done: Any, limit_s: float = 180, every_s: float = 0.25) -> float:
+def soon(what: str, done: Any, limit_s: float = 600, every_s: float = 0.25) -> float:
     """Seconds until `done()` is true."""
     began = time.monotonic()
     while not done():

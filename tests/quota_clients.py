@@ -10,12 +10,14 @@ import asyncio
 import random
 import sys
 
+from serving import quotas as quotas_module
 from serving.gate import Refusal
 from serving.quotas import Quotas
 from serving.settings import Limits
 from serving.tenants import Caller
 
 TASKS = 100
+quotas_module.PATIENCE_S = 60.0
 
 
 async def spend(store: str, limit: int, share: int, seed: int) -> None:

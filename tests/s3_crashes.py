@@ -9,6 +9,7 @@ import multiprocessing as mp
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def at_once(work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> list
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     return [process.exitcode for process in processes]
 
 
@@ -58,17 +59,19 @@ def killed_at_every_request(
     for k in range(0, MOST_REQUESTS, every):
         process = _process(work, arguments)
         pid: list[int] = []
+        born = threading.Event()
 
-        def kill(request: Request, k: int = k, pid: list[int] = pid) -> None:
+        def kill(request: Request, k: int = k, pid: list[int] = pid, born: threading.Event = born) -> None:
             if request.number == k:
+                born.wait(60)
                 os.kill(pid[0], signal.SIGKILL)
 
         proxy.restart(at("cut" if k % 2 else "lost", k))
-        proxy.watch = None
+        proxy.watch = kill
         process.start()
         pid.append(process.pid)
-        proxy.watch = kill
-        process.join(60)
+        born.set()
+        process.join(600)
         proxy.watch = None
         proxy.restart()
         if process.exitcode == 0:

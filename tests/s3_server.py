@@ -41,14 +41,14 @@ def moto_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.stdin.close()
-        process.wait(20)
+        process.wait(120)
         process.stdout.close()
 
 
 def make_bucket(endpoint: str, name: str = "bucket") -> str:
     """Makes an empty bucket with a name of its own; returns its s3:// URL."""
     bucket = f"{name}-{os.getpid()}-{next(_NAMES)}"
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT"), timeout=20).close()
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT"), timeout=120).close()
     return f"s3://{bucket}"
 
 

@@ -24,9 +24,9 @@ class ServeCommand:
     lines: list[str] = field(default_factory=list)
     """What it printed so far."""
 
-    def wait_ready(self, limit_s: float = 120) -> None:
+    def wait_ready(self, limit_s: float = 600) -> None:
         deadline = time.monotonic() + limit_s
-        while not any("ready in" in line for line in self.lines):
+        while not any(line.startswith("try: curl") for line in self.lines):
             assert self.process.poll() is None and time.monotonic() < deadline, "".join(self.lines)
             time.sleep(0.1)  # its lines come from a thread that reads them
 

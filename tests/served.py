@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,5 +115,11 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
             await replica.close()
 
 
-def run(task: Coroutine[Any, Any, Any], limit_s: float = 120) -> Any:
-    return asyncio.run(asyncio.wait_for(task, max(limit_s, 120)))
+async def soon(done: Callable[[], Awaitable[bool]], limit_s: float = 120) -> None:
+    async with asyncio.timeout(limit_s):
+        while not await done():
+            await asyncio.sleep(0.02)
+
+
+def run(task: Coroutine[Any, Any, Any], limit_s: float = 600) -> Any:
+    return asyncio.run(asyncio.wait_for(task, max(limit_s, 600)))

@@ -19,7 +19,7 @@ def _entry(function: Callable[..., Any], rank: int, size: int, store: str, argum
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=900))
     try:
         results.put((rank, function(rank, size, *arguments)))
     finally:
@@ -36,7 +36,7 @@ def in_world(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         for process in processes:
             process.start()
         for process in processes:
-            process.join(300)
+            process.join(1800)
         codes = [process.exitcode for process in processes]
         assert codes == [0] * size, f"exit codes {codes}"
         found = dict(results.get() for _ in range(size))

@@ -132,7 +132,7 @@ def test_a_submitted_job_is_followed_to_its_own_exit_code_and_holds_no_secret(no
     assert done.returncode in (3, 5), done.stdout + done.stderr
     assert "/no/such/rows.jsonl" in done.stdout.partition("submitted to")[2].partition("\n")[2], "the job's own log is shown here"
     asked = Request(f"{nodes.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {nodes.token}"})
-    record = urlopen(asked, timeout=20).read().decode()
+    record = urlopen(asked, timeout=120).read().decode()
     assert "submitted/recipe.yaml" in record and SECRET not in record and nodes.token not in record
 
 

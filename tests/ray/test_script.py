@@ -28,7 +28,7 @@ def folder(tmp_path: Path, tiny_model_dir: Path) -> Path:
     recipe = {
         "name": "script", "model": {"path": str(tiny_model_dir), "dtype": "fp32"}, "method": {"kind": "lora", "rank": 2}, "stage": "sft",
         "data": {"sources": ["rows.jsonl"], "max_length": 64, "validation": 0},
-        "optim": {"batch_size": 4, "epochs": 1000, "max_steps": 200},
+        "optim": {"batch_size": 4, "epochs": 1000, "max_steps": 300},
         "output": {"adapter": "acme/script", "checkpoint_every": 1000},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -39,19 +39,19 @@ def test_ctrl_c_leaves_a_sealed_step_and_prints_the_command_that_goes_on(folder:
     first = command(folder)
     assert first.stdout is not None
     for line in first.stdout:
-        if line.startswith("step 1/200"):
+        if line.startswith("step 1/300"):
             first.send_signal(signal.SIGINT)
             break
-    _, complaint = first.communicate(timeout=60)
+    _, complaint = first.communicate(timeout=400)
     assert first.returncode == 75, complaint
     assert f"go on with: python {SCRIPT} recipe.yaml" in complaint
     again = command(folder)
-    said, complaint = again.communicate(timeout=120)
+    said, complaint = again.communicate(timeout=900)
     assert again.returncode == 0, complaint
     assert "going on after step" in said and "published acme/script@" in said
 
 
 def test_a_wrong_key_is_refused_at_once_with_the_nearest_name(folder: Path) -> None:
     process = command(folder, "optim.learning_rate=1")
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=400)
     assert process.returncode == 2 and "optim.lr" in complaint

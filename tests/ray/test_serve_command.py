@@ -40,7 +40,7 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
         assert any("no keys: only this machine may ask" in line for line in server.lines)
         (admin,) = (line.split()[2] for line in server.lines if line.startswith("admin API: https://127.0.0.1:"))
         ours = ssl.create_default_context(cafile=pair.cert)
-        assert httpx.get(f"{admin}/adapters/demo/support", verify=ours).json()["versions"][0]["ref"] == ref.full
+        assert httpx.get(f"{admin}/adapters/demo/support", verify=ours, timeout=60).json()["versions"][0]["ref"] == ref.full
         with httpx.Client(base_url=f"https://127.0.0.1:{server.port}", timeout=60, verify=ours) as http:
             parents = {"base": None, "large": None, "other": "large", "support": "base"}
             assert {row["id"]: row["parent"] for row in http.get("/v1/models").json()["data"]} == parents
@@ -60,7 +60,7 @@ def test_it_serves_and_drains(tiny_model_dir: Path, tmp_path: Path) -> None:
                 server.terminate()
                 rest = [line for line in events if line]
         assert rest[-1] == "data: [DONE]"
-        server.require_end(60)
+        server.require_end(300)
         assert main(["audit", "verify", str(tmp_path / "adapters")]) == 0
         (seal,) = (tmp_path / "adapters" / "_audit").rglob("*.json")
         assert Seal.model_validate_json(seal.read_bytes()).ended, "the log is sealed at drain, by its own process"

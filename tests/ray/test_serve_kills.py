@@ -184,7 +184,7 @@ def num_running() -> int:
     return int(states.get("RUNNING", 0))
 
 
-async def until(num: int, limit_s: float = 180) -> None:
+async def until(num: int, limit_s: float = 400) -> None:
     """So many replicas serve, each with a live process."""
     async with asyncio.timeout(limit_s):
         while not (await asyncio.to_thread(num_running) == num == len(await asyncio.to_thread(engine_pids))):
@@ -257,4 +257,4 @@ def test_replicas_come_are_killed_and_go_while_clients_ask(
         print(f"1 -> 2: {dict(told.counts)}, a kill: {dict(met.counts)}, -> 1: {dict(few.told.counts)}")
 
     with serving(tiny_model_dir, refs, "fake", scale) as url:
-        asyncio.run(asyncio.wait_for(go(url), 400))
+        asyncio.run(asyncio.wait_for(go(url), 1500))

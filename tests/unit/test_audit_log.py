@@ -114,7 +114,7 @@ from tests.unit.test_audit_log import entry
 from serving.audit import AuditLog
 log = AuditLog(sys.argv[1]); log.open()
 for number in range(50): log.write(entry(number, "bolt"))
-time.sleep(1.0)
+while log._segment is None or log._segment.lines < 50: time.sleep(0.05)
 print("written", flush=True)
 time.sleep(100)
 """
@@ -166,10 +166,12 @@ def test_with_a_full_disk_lines_wait_and_answers_stop(tmp_path: Path, monkeypatc
 
     log = AuditLog(str(tmp_path))
     log.open()
-    real, is_full = os.fsync, True
+    real, is_full, num_failed = os.fsync, True, 0
 
     def fsync(number: int) -> None:
+        nonlocal num_failed
         if is_full:
+            num_failed += 1
             raise OSError(28, "No space left on device")
         real(number)
 
@@ -178,8 +180,10 @@ def test_with_a_full_disk_lines_wait_and_answers_stop(tmp_path: Path, monkeypatc
     for number in range(50):
         log.write(entry(number))
     assert log.is_full
-    time.sleep(0.8)
-    assert log.is_full
+    deadline = time.monotonic() + 60
+    while num_failed < 2 or not log.is_full:
+        assert time.monotonic() < deadline, num_failed
+        time.sleep(0.01)
     is_full = False
     log.close()
     (only,) = segments(tmp_path, "jsonl")

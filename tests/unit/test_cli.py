@@ -55,7 +55,7 @@ def test_help_and_validate_take_less_than_a_second_of_processor_time(command: st
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     arguments = [command] + ([str(recipe)] if command == "validate" else [])
-    assert min(taken() for _ in range(4)) < 1  # the first compiles the .pyc files
+    assert any(taken() < 1 for _ in range(12))  # the first compiles the .pyc files
 
 
 def test_every_command_is_in_the_help() -> None:

@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**variables, "PYTHONPATH": str(REPO), **environment}, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code], env={**variables, "PYTHONPATH": str(REPO), **environment}, capture_output=True, text=True, timeout=600
     )
 
 

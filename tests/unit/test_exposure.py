@@ -78,11 +78,11 @@ def test_the_admin_api_speaks_tls_with_that_certificate_alone(tmp_path: Path) ->
         assert url.startswith("https://127.0.0.1:")
         headers = {"authorization": f"Bearer {key}"}
         ours = ssl.create_default_context(cafile=pair.cert)
-        assert httpx.get(f"{url}/admin/adapters", headers=headers, verify=ours, trust_env=False).json() == []
+        assert httpx.get(f"{url}/admin/adapters", headers=headers, verify=ours, trust_env=False, timeout=60).json() == []
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/admin/adapters", verify=ssl.create_default_context(cafile=other.cert), trust_env=False)
+            httpx.get(f"{url}/admin/adapters", verify=ssl.create_default_context(cafile=other.cert), trust_env=False, timeout=60)
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(f"{url}/admin/adapters".replace("https", "http"), trust_env=False)
+            httpx.get(f"{url}/admin/adapters".replace("https", "http"), trust_env=False, timeout=60)
         port = int(url.rpartition(":")[2])
         require_served(Tls(cert=str(pair.cert), key=str(pair.key)), "127.0.0.1", port)
         with pytest.raises(ClusterError, match="this certificate"):

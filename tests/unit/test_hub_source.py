@@ -113,7 +113,7 @@ def answers() -> Iterator[dict[str, Any]]:
     hub = f"http://127.0.0.1:{server.server_port}"
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
     try:
-        done = subprocess.run([sys.executable, "-c", READ, *SOURCES], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", READ, *SOURCES], env=environment, capture_output=True, text=True, timeout=400)
     finally:
         server.shutdown()
         thread.join()

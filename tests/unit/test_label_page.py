@@ -47,7 +47,7 @@ def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[PageServe
 @pytest.fixture
 def ask(server: PageServer) -> Ask:
     def asked(path: str, body: Any = None, *, token: str | None = None, kind: str = "application/json", **headers: str) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
         raw = None if body is None else json.dumps(body) if kind == "application/json" else body
         place = f"/{server.token if token is None else token}/{path}"
         connection.request("GET" if body is None else "POST", place, raw, {"content-type": kind, **headers})
@@ -116,10 +116,10 @@ def test_quit_ends_the_server_and_a_port_that_is_taken_is_said_so(tmp_path: Path
     assert main(["label", str(pairs), "--out", str(tmp_path / "out"), "--page", "--port", port, "--rater", "bob"]) == 2
     assert f"--port {port}" in capsys.readouterr().err
     place = urlsplit(server.address)
-    connection = http.client.HTTPConnection(str(place.hostname), place.port or 0, timeout=10)
+    connection = http.client.HTTPConnection(str(place.hostname), place.port or 0, timeout=60)
     connection.request("POST", f"{place.path}press", json.dumps({"id": "", "key": "q"}), {"content-type": "application/json"})
     assert json.loads(connection.getresponse().read())["ended"]
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     connection.close()
     server.server_close()

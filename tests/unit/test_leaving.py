@@ -38,8 +38,8 @@ def test_it_waits_until_who_trains_has_gone(notice: Path) -> None:
     with worker() as process:
         while process.pid not in leaving.titled(leaving.WORKER):
             time.sleep(0.01)
-        threading.Timer(1.0, process.kill).start()
         began = time.monotonic()
+        threading.Timer(1.0, process.kill).start()
         assert leaving.main(["300"]) == 0
         assert 0.9 < time.monotonic() - began < 60
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,19 +13,13 @@ from ftcore.recipe import Model
 from ftcore.signing import keygen
 from serving import slots
 from tests.oracles import make_adapter
-from tests.served import Server, Store, run, served
+from tests.served import Server, Store, run, served, soon
 from tests.served import store as store
 
 
 def publishers(tmp_path: Path, *words: object) -> int:
     what, *key = words
     return main(["tenants", "publishers", str(tmp_path / "tenants"), "acme", str(what), *map(str, key)])
-
-
-async def soon(done: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
-        while not await done():
-            await asyncio.sleep(0.02)
 
 
 async def answered(server: Server, tenant: str = "acme") -> str:

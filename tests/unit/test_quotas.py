@@ -29,6 +29,12 @@ REPO = Path(__file__).resolve().parents[2]
 NOON = datetime(2026, 3, 31, 12, 0, 0, tzinfo=UTC).timestamp()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no ledger that is away."""
+    monkeypatch.setattr(quotas_module, "PATIENCE_S", 60.0)
+
+
 def taken(store: str, meter: str = "tokens_per_month") -> int:
     return Ledger(Folder(store) / HOME, "acme").read().books[meter].taken
 

@@ -83,7 +83,7 @@ async def told(server: Server, path: str) -> httpx.Response:
 
 
 async def until(done: Any) -> None:
-    for _ in range(500):
+    for _ in range(6000):
         if done():
             return
         await asyncio.sleep(0.02)

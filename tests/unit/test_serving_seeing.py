@@ -71,7 +71,7 @@ def test_every_figure_moves_when_what_it_counts_happens(own_store: Store, tmp_pa
     bad, second = damaged(own_store, "bolt/legal"), own_store.refs["acme/support v2"]
 
     async def go() -> None:
-        async with served(own_store, tmp_path, **METRICS) as server:
+        async with served(own_store, tmp_path, engine={"max_batch": 8, "max_context": 512, "num_threads": 1}, **METRICS) as server:
             prompt = list(range(5, 45))
             first = await sampled(server)
             assert first.sum("ftcore_replicas") == first.sum("ftcore_replica_ready") == 1
@@ -90,7 +90,7 @@ def test_every_figure_moves_when_what_it_counts_happens(own_store: Store, tmp_pa
             assert warm.sum("ftcore_adapter_load_seconds_count") == 1
             assert warm.sum("ftcore_engine_reused_prompt_tokens_total") >= 39
             assert warm.sum("ftcore_queue_wait_seconds_count") == 3 and warm.sum("ftcore_adapter_bytes") > 0
-            body = {"model": "support", "prompt": "a", "max_tokens": 200, "logit_bias": {"0": -100, "1": -100, "2": -100}}
+            body = {"model": "support", "prompt": "a", "max_tokens": 480, "logit_bias": {"0": -100, "1": -100, "2": -100}}
             asking = [asyncio.create_task(server.complete("acme", **body)) for _ in range(10)]
             await until(lambda: server.replica.engine.stats().num_waiting > 0)
             await until(lambda: server.replica.engine.stats().cache_tokens > 0)
@@ -138,7 +138,7 @@ def assert_dashboard_names(known: set[str]) -> None:
 
 
 async def until(done: Any) -> None:
-    for _ in range(2000):
+    for _ in range(6000):
         if done():
             return
         await asyncio.sleep(0.01)
@@ -245,6 +245,7 @@ def test_what_is_preloaded_is_there_before_any_request_stays_and_follows(own_sto
             server.replica.slots._max_bytes = 1 << 30
             server.store.promote(bad)
             await until(lambda: bad in server.replica.slots._refused)
+            await until(lambda: bad in server.gate.directory.picture.current())
             await asyncio.sleep(0.6)
             assert (await server.http.get("/readyz")).status_code == 200  # the version before answers
             status = (await server.http.get("/status", headers=HEADERS)).json()
