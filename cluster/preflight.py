@@ -26,7 +26,7 @@ from ftcore.recipe import Resources
 
 T = TypeVar("T")
 HERE = "this machine"
-ANSWER_TIMEOUT_S = 300.0
+ANSWER_TIMEOUT_S = 180.0
 KNOCK_S = 5.0
 
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 
-TIMEOUT_S = 120
+TIMEOUT_S = 90
 SMALL_ROUNDS, LARGE_ROUNDS = 20, 3
 LARGE_FLOATS = 2 << 20
 

@@ -16,7 +16,7 @@ from tests.ray.small_runs import at_step, journal, write_rows
 from tests.zero_runs import ALL_SHARDED, apart
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
-STEPS = 24
+STEPS = 16
 
 
 def recipe_for(base: Path, root: Path, name: str, **changes: Any) -> Recipe:
