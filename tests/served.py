@@ -115,9 +115,9 @@ async def served(store: Store, tmp_path: Path, **keys: Any) -> AsyncIterator[Ser
             await replica.close()
 
 
-async def soon(done: Callable[[], Awaitable[bool]], limit_s: float = 120) -> None:
+async def soon(done: Callable[[], Awaitable[bool] | bool], limit_s: float = 120) -> None:
     async with asyncio.timeout(limit_s):
-        while not await done():
+        while not (await found if isinstance(found := done(), Awaitable) else found):
             await asyncio.sleep(0.02)
 
 

@@ -185,12 +185,8 @@ def test_a_revoked_version_answers_nobody_within_seconds(store: Store, tmp_path:
             damaged.write_text("[]")  # says nothing of what is served, and must not keep anybody from looking
             (tmp_path / "tenants" / "Notes.json").write_text("{}")
             server.store.revoke(ref, "trained on the wrong data")
-
-            async def is_gone() -> bool:
-                return ref not in server.replica.slots.resident and ref.digest not in server.replica.engine.stats().adapters
-
             await soon(lambda: is_unknown(server, "acme", "doomed"))
-            await soon(is_gone)
+            await soon(lambda: ref not in server.replica.slots.resident and ref.digest not in server.replica.engine.stats().adapters)
 
     run(go())
 
@@ -221,11 +217,7 @@ def test_a_revocation_that_cannot_be_read_still_revokes(store: Store, tmp_path: 
             mark.parent.mkdir()
             mark.write_text("[]")
             try:
-
-                async def is_gone() -> bool:
-                    return ref not in server.replica.slots.resident
-
-                await soon(is_gone)
+                await soon(lambda: ref not in server.replica.slots.resident)
                 await soon(lambda: is_unknown(server, "bolt", "legal"))
             finally:
                 mark.unlink()
@@ -366,11 +358,7 @@ def test_a_canary_takes_its_share_of_the_sessions_and_each_sticks(store: Store, 
         async with served(store, tmp_path) as server:
             server.store.promote(second, 0.1)
             try:
-
-                async def is_seen() -> bool:
-                    return second in server.gate.directory.picture.current()
-
-                await soon(is_seen)
+                await soon(lambda: second in server.gate.directory.picture.current())
                 picture = server.gate.directory.picture
                 sessions = [f"session {number}" for number in range(5000)]
                 met = [picture.find("acme", "support", f"acme:{session}") for session in sessions]
