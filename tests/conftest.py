@@ -66,7 +66,7 @@ def make_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, layers: in
     return folder
 
 
-LONG_FILES = ("test_zero.py", "test_exact_resume.py", "test_demo.py", "test_invariants.py", "test_serving_api.py", "test_torch_engine.py")
+LONG_FILES = ("test_zero.py", "test_exact_resume.py", "test_invariants.py", "test_serving_api.py", "test_torch_engine.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

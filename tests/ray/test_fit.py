@@ -89,7 +89,7 @@ def test_a_worker_that_dies_too_often_ends_the_run_and_names_worker_and_logs(
         at_step(7, lambda pids: os.kill(pids[1], signal.SIGKILL), monkeypatch),
         pytest.raises(TrainingError, match=r"(?s)worker 1, pid \d+ on .*its process died.*logs") as failed,
     ):
-        fit(recipe_of(place, "lost", resources={"max_failures": 0}, optim={"max_steps": 3000}), log=lambda line: None)
+        fit(recipe_of(place, "lost", resources={"max_failures": 0}, optim={"max_steps": 400}), log=lambda line: None)
     assert "ActorDiedError" not in str(failed.value)
 
 
