@@ -14,6 +14,7 @@ import logging
 import math
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
         _run(search, recipe, folder, prepared if shares else None, log)
     found = Found.read(folder)
     assert found is not None
+    for trial in [trial for trial in found.trials.values() if trial.state == "running"]:  # the minutes ended it: Ray Tune tells nobody
+        found.trials[trial.id] = replace(trial, state="stopped")
+    found.write(folder)
     write_search_page(folder, search, found)
     if not found.ranked():
         why = next((trial.error for trial in found.trials.values() if trial.error), "none came to its first validation")

@@ -107,7 +107,8 @@ def test_time_that_earlier_sessions_took_counts(tmp_path: Path) -> None:
 
 @pytest.mark.proof
 def test_a_search_whose_minutes_are_spent_keeps_what_it_found(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, tiny_model_dir, "timed", optim={"lr": 1e-3, "batch_size": 2, "max_steps": 60})
+    few = {"cpus_per_worker": 4}  # as many processes as this machine can start within the minute
+    recipe = recipe_in(tmp_path, tiny_model_dir, "timed", optim={"lr": 1e-3, "batch_size": 2, "max_steps": 60}, resources=few)
     _, found, _ = searched(recipe, trials=400, minutes=1.0, looks=20, **{"scheduler.kind": "none"})
     assert len(found.trials) < 400 and {trial.state for trial in found.trials.values()} <= {"done", "stopped"}
     assert 60 <= found.seconds < 150 and found.ranked()
