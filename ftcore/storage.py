@@ -382,9 +382,7 @@ def _fetch_one(folder: Folder, into: Path, files: dict[str, dict[str, Any]], key
     try:
         folder.get(key, into / key)
     except StorageError as error:
-        if error.errno == errno.ENOENT:
-            raise _gone(folder, key) from error
-        raise
+        raise _gone(folder, key) if error.errno == errno.ENOENT else error from error
     if (digest := file_digest(into / key)) != (wanted := files[key]["sha256"]):
         raise _altered(folder, key, f"sha256 {digest[:16]}", f"sha256 {wanted[:16]}")
 

@@ -150,7 +150,7 @@ def submit(nodes: NetnsCluster, job: Tree, name: str) -> str:
     """What the submitter's container does; the id of the job."""
     words = [RAY, "job", "submit", "--address", nodes.dashboard, "--no-wait", "--submission-id", name, "--"]
     words += job["spec"]["entrypoint"].split()
-    for _ in range(60):
+    for _ in range(60):  # Ray's dashboard answers before its job agent on a busy node does
         done = subprocess.run(words, env=nodes.variables(0), capture_output=True, text=True, cwd="/", check=False)
         if "No available agent" not in done.stdout + done.stderr:
             break

@@ -38,7 +38,7 @@ class Head:
     home: Path
 
     def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
-        for _ in range(60):
+        for _ in range(60):  # Ray's dashboard answers before its job agent on a busy node does
             done = subprocess.run(
                 [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", "python", *words],
                 cwd=REPO, env=environment(), capture_output=True, text=True, timeout=900,

@@ -50,7 +50,7 @@ class Task(ABC):
 
     @classmethod
     def read(cls, row: Row) -> Asked:
-        """A row of its own shape. Raises DataError: `what` is the reason it is left out for."""
+        """A row of its own shape: of every task that has `rows`, of no other. Raises DataError: `what` is the reason it is left out for."""
         raise NotImplementedError(cls.name)
 
     @abstractmethod
