@@ -73,7 +73,7 @@ $(RUN):
 	@"$(PYTHON)" -m venv "$(VENV)"
 
 $(DEMO_STAMP): | $(RUN)
-	@$(call install,train$(comma)serve)
+	@$(call install,train$(comma)serve$(comma)k8s)
 	@rm -f $(VENV)/.installed-demo-*; touch $@
 
 $(DEV_STAMP): $(DEMO_STAMP)
