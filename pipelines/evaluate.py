@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
         "--general", nargs="+", default=[], metavar="FILE", help="rows of other things: is anything forgotten since the base?"
     )
     made.add_argument("--general-metrics", nargs="+", default=[], help="by which (default: perplexity per token and per byte)")
+    made.add_argument("--by", default="", metavar="COLUMN", help="a column that says what kind a row is: results by kind too")
+    made.add_argument("--group", default="", metavar="COLUMN", help="rows alike in it (a session's, a document's) are resampled together")
     made.add_argument("--limit", type=int, default=0, help="judge on a stable sample of so many rows")
     made.add_argument("--leaks", choices=("drop", "keep"), default="drop", help="rows that were trained on too (default: drop)")
     made.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: 256)")
@@ -64,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(argv)
+    from ftcore.evals.columns import Columns
     from pipelines.evaluating import Means
     from pipelines.judging import Wanted, evaluate
 
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         metrics=tuple(options.metrics), limit=options.limit, keep_leaks=options.leaks == "keep", max_tokens=options.max_tokens,
         seed=options.seed, key_variable=options.key_variable, at_once=options.at_once, entailment=options.entailment,
         judge=JudgeOptions.of(options) if options.judge else None, classifier=options.classifier,
-        general=tuple(options.general), general_metrics=tuple(options.general_metrics),
+        columns=Columns(options.by, options.group), general=tuple(options.general), general_metrics=tuple(options.general_metrics),
         engine=Torch(max_batch=options.batch, max_context=options.context, dtype=options.dtype, quantise=options.quantise),
     )  # fmt: skip
     results = evaluate(wanted, Means(options.here, options.workers, options.gpus), partial(print, flush=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from ftcore.data.types import Conversation
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.classifier import Classifier
+from ftcore.evals.columns import Columns
 from ftcore.evals.entailment import Entailment
 from ftcore.evals.forgetting import judged_before_and_after, told
 from ftcore.evals.heldout import TestSet, held_out, items_of, whole_files
@@ -68,6 +69,7 @@ class Wanted:
     general: tuple[str, ...] = ()
     """Files of rows that have nothing to do with the task: is what the base knew still there?"""
     general_metrics: tuple[str, ...] = ()
+    columns: Columns = field(default_factory=Columns)
 
 
 def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
@@ -110,7 +112,7 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
         key = by_judge(asking, records, systems, log)
     about = About(
         tests.origin, task.name, why, task.labels, tuple(metrics), len(tests.rows), tests.left_out, tuple(leaks), wanted.keep_leaks,
-        support=key, targets=targets,
+        support=key, targets=targets, by=wanted.columns.kind,
     )  # fmt: skip
     given = {system.name: records.answers(system.key) for system in systems}
     support = {system.name: records.support(key, system.key) for system in systems} if key else {}
@@ -133,7 +135,7 @@ def _forgetting(wanted: Wanted, systems: Sequence[System], means: Means, log: Lo
     log(f"forgetting: {', '.join(names)} on {', '.join(wanted.general)}")
     general = replace(
         wanted, rows=wanted.general, general=(), general_metrics=(), systems=names, out=f"{wanted.out}/general", task=task, labels=(),
-        metrics=wanted.general_metrics, classifier="", recipe=_without_targets(recipe) if recipe else None,
+        metrics=wanted.general_metrics, classifier="", columns=Columns(), recipe=_without_targets(recipe) if recipe else None,
     )  # fmt: skip
     return tuple(told(evaluate(general, means, log).verdicts))
 
@@ -193,10 +195,13 @@ def _rows(wanted: Wanted, recipe: Recipe | None, prepared: Prepared | None, log:
     """The rows to judge on, without those that were trained on."""
     if wanted.rows:
         task = TASKS[wanted.task] if wanted.task != "auto" else None
-        tests = whole_files(wanted.rows, task.read, task.rows) if task and task.rows else whole_files(wanted.rows)
+        if task and task.rows:
+            tests = whole_files(wanted.rows, task.read, task.rows, columns=wanted.columns)
+        else:
+            tests = whole_files(wanted.rows, columns=wanted.columns)
     else:
         assert recipe is not None and prepared is not None
-        tests = held_out(recipe, prepared)
+        tests = held_out(recipe, prepared, wanted.columns)
     leaks = _leaks(tests, recipe, prepared, log) if recipe and prepared else []
     if leaks and not wanted.keep_leaks:
         tests = tests.without({leak.id for leak in leaks}, "trained on too")

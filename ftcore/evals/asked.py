@@ -18,7 +18,7 @@ from ftcore.data.types import Conversation, Item, Message, Preference, Row
 from ftcore.errors import DataError
 from ftcore.storage import digest_of
 
-SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "content", "turns", "tools", "reference", "words")])
+SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "content", "turns", "tools", "reference", "words", "kind", "group")])
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Asked:
     tools: tuple[dict[str, Any], ...] = ()
     words: str = ""
     """All text of the row, by which near copies are found."""
+    kind: str = ""
+    """What the row is one of, where results are told by kind (--by)."""
+    group: str = ""
+    """Rows of one group are alike (--group): see Answered."""
 
 
 def asked_of(item: Item) -> Asked:

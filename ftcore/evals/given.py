@@ -74,7 +74,7 @@ def answers_of(
 def answered(question: Asked, given: Given, *, labelled: bool) -> Answered:
     """A row without an answer is answered wrongly: with nothing."""
     return Answered(
-        question.id, given.text, (question.reference,), gold=question.reference.strip() if labelled else None,
+        question.id, given.text, (question.reference,), question.group, gold=question.reference.strip() if labelled else None,
         chosen=given.chosen if given.chosen is not None else "" if labelled else None, scores=given.scores, nll=given.nll,
         num_tokens=given.num_tokens, num_bytes=given.num_bytes, harmful=given.harmful, refused=given.refused,
         stereotyping=given.stereotyping, toxicity=given.toxicity,

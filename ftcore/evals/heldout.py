@@ -6,7 +6,7 @@ In: a recipe and its prepared folder, or paths. Out: a TestSet; items of any spl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -21,10 +21,12 @@ from ftcore.data.redact import redact_item
 from ftcore.data.types import Conversation, Item, Rejected, Row
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.asked import Asked, asked_of
+from ftcore.evals.columns import Columns
 from ftcore.recipe import Recipe, Source
 from ftcore.storage import digest_of
 
 CONVERSATIONS = "conversations whose last answer is the right one"
+PLAIN = Columns()
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TestSet:
         return replace(self, rows=kept, left_out={**self.left_out, reason: len(self.rows) - len(kept)} if ids else self.left_out)
 
 
-def held_out(recipe: Recipe, prepared: Prepared) -> TestSet:
+def held_out(recipe: Recipe, prepared: Prepared, columns: Columns = PLAIN) -> TestSet:
     """The recipe's test split. Raises ConfigError where the recipe holds none out, DataError where none of it can be asked."""
     kept = prepared.rows("test")
     if not len(kept):
@@ -63,37 +65,47 @@ def held_out(recipe: Recipe, prepared: Prepared) -> TestSet:
             wanted="a share, like data.test=0.1, or a source of its own",
             remedy="set it before training (what was trained on is no test), or name other rows with --rows FILE",
         )  # fmt: skip
-    return _test_set(f"the test split of {recipe.name}", _asked(items_of(recipe, kept, prepared.origins)))
+    return _test_set(f"the test split of {recipe.name}", _asked(_kept(recipe, kept, prepared.origins), columns), columns)
 
 
-def whole_files(paths: Sequence[str], read_row: Callable[[Row], Asked] | None = None, wanted: str = CONVERSATIONS) -> TestSet:
+def whole_files(
+    paths: Sequence[str],
+    read_row: Callable[[Row], Asked] | None = None,
+    wanted: str = CONVERSATIONS,
+    columns: Columns = PLAIN,
+) -> TestSet:
     """Every row of the files. `read_row`: of rows that are no conversations; `wanted`: what they are instead, for people."""
     sources = [Source(path=path) for path in paths]
-    rows = _asked(_items(sources, Conversation)) if read_row is None else _own_rows(sources, read_row)
-    return _test_set(", ".join(paths), rows, wanted)
+    rows = _asked(_items(sources, Conversation), columns) if read_row is None else _own_rows(sources, read_row, columns)
+    return _test_set(", ".join(paths), rows, columns, wanted)
 
 
 def items_of(recipe: Recipe, kept: np.ndarray, origins: Sequence[str]) -> Iterator[Item]:
     """The items of KEPT records, read again as they were prepared."""
+    return (item for _, item in _kept(recipe, kept, origins))
+
+
+def _kept(recipe: Recipe, kept: np.ndarray, origins: Sequence[str]) -> Iterator[tuple[Row, Item]]:
     wanted = {(origins[record["file"]], int(record["row"])): int(record["hash"]) for record in kept}
     files = {file for file, _ in wanted}
     data = recipe.data
-    for item in _items(data.sources, recipe.stage.item, files):
-        if isinstance(item, Rejected) or (item.origin.file, item.origin.row) not in wanted:
+    for row, item in _items(data.sources, recipe.stage.item, files):
+        if isinstance(row, Rejected) or isinstance(item, Rejected) or (item.origin.file, item.origin.row) not in wanted:
             continue
         if data.redact == "mask":
             item, _ = redact_item(item, masked=True)
         if content_hash(item)[0] == wanted[item.origin.file, item.origin.row]:
             del wanted[item.origin.file, item.origin.row]
-            yield item
+            yield row, item
     if wanted:
-        (file, row), *_ = wanted
+        (file, number), *_ = wanted
         raise DataError(
-            "a row that was prepared is not there any more", where=f"{file}, row {row}", remedy="give the rows of the recipe back"
+            "a row that was prepared is not there any more", where=f"{file}, row {number}", remedy="give the rows of the recipe back"
         )
 
 
-def _items(sources: Sequence[Source], item: type, files: set[str] | None = None) -> Iterator[Item | Rejected]:
+def _items(sources: Sequence[Source], item: type, files: set[str] | None = None) -> Iterator[tuple[Row | Rejected, Item | Rejected]]:
+    """Rows, each with what it is."""
     for piece in plan(sources):
         if files is not None and piece.label not in files:
             continue
@@ -101,14 +113,14 @@ def _items(sources: Sequence[Source], item: type, files: set[str] | None = None)
         head = head_of(rows)
         name, _ = format_of(source, head, item)
         for row in chain(head, rows):
-            yield _item(row, name)
+            yield row, _item(row, name)
 
 
-def _own_rows(sources: Sequence[Source], read_row: Callable[[Row], Asked]) -> Iterator[Asked | Rejected]:
+def _own_rows(sources: Sequence[Source], read_row: Callable[[Row], Asked], columns: Columns) -> Iterator[Asked | Rejected]:
     for piece in plan(sources):
         for row in read(piece):
             try:
-                yield row if isinstance(row, Rejected) else read_row(row)
+                yield row if isinstance(row, Rejected) else columns.put(read_row(row), row)
             except DataError as error:
                 yield Rejected(row.origin, error.what, error.got)
 
@@ -122,18 +134,19 @@ def _item(row: Row | Rejected, name: str) -> Item | Rejected:
         return Rejected(row.origin, error.what, error.got)
 
 
-def _asked(items: Iterator[Item | Rejected] | Iterator[Item]) -> Iterator[Asked | Rejected]:
-    for item in items:
+def _asked(items: Iterable[tuple[Row | Rejected, Item | Rejected]], columns: Columns) -> Iterator[Asked | Rejected]:
+    for row, item in items:
         if isinstance(item, Rejected):
             yield item
             continue
+        assert isinstance(row, Row)
         try:
-            yield asked_of(item)
+            yield columns.put(asked_of(item), row)
         except DataError as error:
             yield Rejected(item.origin, error.what, error.remedy)
 
 
-def _test_set(origin: str, rows: Iterator[Asked | Rejected], wanted: str = CONVERSATIONS) -> TestSet:
+def _test_set(origin: str, rows: Iterator[Asked | Rejected], columns: Columns, wanted: str = CONVERSATIONS) -> TestSet:
     found = list(rows)
     rejected = [row for row in found if isinstance(row, Rejected)]
     asked = tuple(row for row in found if isinstance(row, Asked))
@@ -143,4 +156,5 @@ def _test_set(origin: str, rows: Iterator[Asked | Rejected], wanted: str = CONVE
             "there is nothing to judge by: no row has a question and an answer", where=origin, got=first,
             wanted=wanted, remedy="check the rows",
         )  # fmt: skip
+    columns.check(asked)
     return TestSet(origin, asked, dict(Counter(row.reason for row in rejected)))

@@ -20,11 +20,10 @@ from ftcore.evals.replies import Replies
 from ftcore.evals.rubric import of_pairs
 from ftcore.evals.spending import Limit, Prices, Purse
 from ftcore.evals.systems import System, resolve
-from ftcore.report.judgement import write_judgement
+from ftcore.report.judgement import FOLDER, list_judgements, write_judgement
 from ftcore.storage import Folder, digest_of
 
 Log = Callable[[str], None]
-FOLDER = "judgements"
 
 
 def judge_of(options: JudgeOptions) -> System:
@@ -59,6 +58,7 @@ def judge_pair(options: JudgeOptions, pairing: Pairing, folder: Folder, log: Log
     )
     found = weigh(pairing, pairing.bouts(replies.read()), about, labels)
     write_judgement(place, found)
+    list_judgements(folder)
     return found
 
 

@@ -18,6 +18,7 @@ from ftcore.evals.answered import PRESENT, Answers
 from ftcore.evals.asked import Asked
 from ftcore.evals.gaps import gap
 from ftcore.evals.given import Given, answers_of
+from ftcore.evals.kinds import Kind, by_kind, kind_cells
 from ftcore.evals.leakage import Leak
 from ftcore.evals.metrics.base import METRICS, Measured
 from ftcore.evals.tables import as_markdown, as_text
@@ -52,6 +53,8 @@ class About:
     """Who looked at the answers' consistency: the key of its findings in the folder."""
     targets: Mapping[str, float] = field(default_factory=dict)
     """Of the recipe: metric -> the value it aims at."""
+    by: str = ""
+    """The column that says what kind a row is, where results are told by kind."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Results:
     examples: tuple[Example, ...]
     forgetting: tuple[str, ...] = ()
     """Sentences about a general set, where one was judged too."""
+    kinds: tuple[Kind, ...] = ()
 
     def cells(self) -> list[list[str]]:
         """Headings, and a row a system."""
@@ -106,6 +110,12 @@ class Results:
             speed = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.{0 if line.tokens_per_s >= 10 else 1}f}"
             rows.append([line.name, *(cell for pair in values for cell in pair), str(line.num_failed), first, speed, *sizes])
         return rows
+
+    def by_kind(self) -> list[tuple[str, list[list[str]]]]:
+        """(title, cells) of a metric each, where results are told by kind."""
+        systems = [line.name for line in self.lines]
+        titled = [(f"{METRICS[name].title}, by {self.about.by}", name) for name in self.about.metrics if self.kinds]
+        return [(printable_lines(title), kind_cells(name, self.kinds, systems)) for title, name in titled]
 
     def notes(self) -> list[str]:
         """Everything a reader must know about the numbers, one sentence each."""
@@ -143,18 +153,20 @@ class Results:
         return [gap(line.name, line.measured[name], value) for line in self.lines for name, value in targets.items()]
 
     def text(self) -> str:
-        return "\n".join([*self.notes(), "", as_text(self.cells()), "", *self.sentences()])
+        tables = [line for title, cells in self.by_kind() for line in (title, as_text(cells), "")]
+        return "\n".join([*self.notes(), "", as_text(self.cells()), "", *tables, *self.sentences()])
 
     def markdown(self) -> str:
         notes, sentences = ("\n".join(f"* {marked(line)}" for line in lines) for lines in (self.notes(), self.sentences()))
-        return "\n".join(["# Evaluation", "", notes, "", as_markdown(self.cells()), "", sentences, ""])
+        tables = [line for title, cells in self.by_kind() for line in (f"## {marked(title)}", "", as_markdown(cells), "")]
+        return "\n".join(["# Evaluation", "", notes, "", as_markdown(self.cells()), "", *tables, sentences, ""])
 
     def to_json(self) -> dict[str, Any]:
         """Values that are not numbers are null."""
         return finite(
             {
                 "about": asdict(self.about), "reading": asdict(self.reading), "lines": [asdict(line) for line in self.lines],
-                "gaps": self.gaps(), "forgetting": list(self.forgetting),
+                "gaps": self.gaps(), "forgetting": list(self.forgetting), "kinds": [asdict(kind) for kind in self.kinds],
                 "verdicts": [{**asdict(one), "better": one.better, "sentence": one.sentence()} for one in self.verdicts],
             }
         )  # fmt: skip
@@ -174,13 +186,15 @@ def weigh_up(
     reading = read_as(answers[0].rows)
     measured: dict[str, dict[str, Measured]] = {system.name: {} for system in systems}
     verdicts = []
-    for name in about.metrics:
-        shared = in_common(name, answers)
-        for each in shared:
+    shared = {name: in_common(name, answers) for name in about.metrics}
+    for name, rows in shared.items():
+        for each in rows:
             measured[each.system][name] = METRICS[name].measure(each.rows, reading.language)
-        verdicts += [compare(name, other, shared[0], reading.language) for other in shared[1:]]
+        verdicts += [compare(name, other, rows[0], reading.language) for other in rows[1:]]
     lines = [_line(system, given[system.name], measured[system.name]) for system in systems]
-    return Results(about, reading, tuple(lines), tuple(verdicts), tuple(_examples(about.metrics[0], asked, answers, reading)))
+    kinds = by_kind(about.metrics, shared, {row.id: row.kind for row in asked}, reading) if about.by else ()
+    examples = _examples(about.metrics[0], asked, answers, reading)
+    return Results(about, reading, tuple(lines), tuple(verdicts), tuple(examples), kinds=kinds)
 
 
 def in_common(metric: str, answers: Sequence[Answers]) -> list[Answers]:

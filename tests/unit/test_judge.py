@@ -81,6 +81,8 @@ def test_the_better_system_wins_and_nothing_is_asked_twice(run: Run) -> None:
     assert "because of" in (run.places()[0] / "result.md").read_text()
     assert run("fair") == 0
     assert len(run.judges.of("fair")) == 60
+    linked = (run.folder / "results.html").read_text()
+    assert f'href="judgements/{run.places()[0].name}/result.html"' in linked and linked.count("by 50.0 points (win rate)") == 1
     run.good, run.poor = run.poor, run.good
     assert run("fair") == 0
     assert len(run.judges.of("fair")) == 60 and f"{run.good} is worse than {run.poor} by 50.0 points" in run.out
