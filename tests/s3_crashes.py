@@ -1,11 +1,10 @@
 """Processes that write to S3 and are killed at every single request: what is left must be the old state or the new one.
 
-Workers are forked from a server that has s3fs imported already; nothing here imports torch.
+Workers are forked from a server that has the heavy imports already.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import tempfile
@@ -23,9 +22,8 @@ from ftcore.data.types import Block
 from ftcore.rundir import RunDir, checkpoint_key
 from ftcore.storage import Folder
 from tests.s3_faults import FaultyProxy, Request, at
+from tests.worlds import FORKSERVER
 
-_FORKSERVER = mp.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["tests.s3_crashes", "ftcore.s3"])
 DIGEST, FACTS = "d" * 64, {"counts": {"rows": {"train": 3}}}
 MOST_REQUESTS = 100
 
@@ -38,7 +36,7 @@ def _work(environment: dict[str, str], work: Callable[..., None], arguments: tup
 
 def _process(work: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "FTCORE_"))}
-    return _FORKSERVER.Process(target=_work, args=(environment, work, arguments))
+    return FORKSERVER.Process(target=_work, args=(environment, work, arguments))
 
 
 def at_once(work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> list[int | None]:

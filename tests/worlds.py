@@ -10,8 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_FORKSERVER = mp.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["ftcore.lean_imports", "ftcore.loop", "transformers.models.qwen2.modeling_qwen2"])
+FORKSERVER = mp.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["ftcore.lean_imports", "ftcore.loop", "ftcore.zero_runtime", "ftcore.s3", "transformers.models.qwen2.modeling_qwen2"]
+)
+"""A process has one such server, and who sets this last sets it for all: nobody else does."""
 
 
 def _entry(function: Callable[..., Any], rank: int, size: int, store: str, arguments: tuple[Any, ...], results: Any) -> None:
@@ -30,9 +33,9 @@ def in_world(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     """[function(rank, size, *arguments) for each rank], in processes of one gloo group. `function` is a module-level function."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        results = _FORKSERVER.SimpleQueue()
+        results = FORKSERVER.SimpleQueue()
         common = (str(Path(folder) / "store"), arguments, results)
-        processes = [_FORKSERVER.Process(target=_entry, args=(function, rank, size, *common)) for rank in range(size)]
+        processes = [FORKSERVER.Process(target=_entry, args=(function, rank, size, *common)) for rank in range(size)]
         for process in processes:
             process.start()
         for process in processes:

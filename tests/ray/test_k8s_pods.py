@@ -54,14 +54,15 @@ def up(nodes: Nodes, service: Tree, load: Load) -> float:
     return time.monotonic() - began
 
 
-def test_the_job_of_the_base_trains_and_publishes_on_its_pods(tmp_path: Path) -> None:
-    """A head that computes nothing and two workers' pods, each a host of its own."""
+@pytest.mark.parametrize(("overlay", "workers"), [("dev", 1), pytest.param("base", 2, marks=pytest.mark.proof)])
+def test_a_job_trains_and_publishes_on_its_pods(overlay: str, workers: int, tmp_path: Path) -> None:
+    """A head that computes nothing and the workers' pods, each a host of its own."""
     claim = claim_of(tmp_path, 24)
-    job = built("base", claim)["RayJob", "sft"]
-    with running(job, tmp_path, workers=2) as nodes:
+    job = built(overlay, claim)["RayJob", "sft"]
+    with running(job, tmp_path, workers=workers) as nodes:
         assert finished(nodes, submit(nodes, job, "sft")) == "SUCCEEDED", log_of(nodes, "sft")[-3000:]
     store = AdapterStore(claim / "adapters")
-    assert store.verify(store.resolve("acme/desktop")).world_size == 2
+    assert store.verify(store.resolve("acme/desktop")).world_size == workers
 
 
 @pytest.mark.proof

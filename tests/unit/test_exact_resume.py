@@ -95,9 +95,9 @@ def _follow(file: Path) -> None:
 def killed_world(size: int, *arguments: Any) -> None:
     """`live` on `size` ranks, of which one dies by SIGKILL; then, as a supervisor would, all others are killed."""
     with tempfile.TemporaryDirectory() as folder:
-        results = worlds._FORKSERVER.SimpleQueue()
+        results = worlds.FORKSERVER.SimpleQueue()
         common = (str(Path(folder) / "store"), arguments, results)
-        processes = [worlds._FORKSERVER.Process(target=worlds._entry, args=(live, rank, size, *common)) for rank in range(size)]
+        processes = [worlds.FORKSERVER.Process(target=worlds._entry, args=(live, rank, size, *common)) for rank in range(size)]
         for process in processes:
             process.start()
         until = time.monotonic() + 900

@@ -14,6 +14,7 @@ import pytest
 
 from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.engines.base import Request, Token
+from ftcore.layers import multi_lora
 from ftcore.publish import import_adapter
 from ftcore.recipe import Model
 from tests.live_engines import NUM_ADAPTERS, require_own
@@ -64,6 +65,14 @@ def truth(store: Store) -> Truth:
     return Truth(store.base, {ref.digest: store.folders[key] for key, ref in store.refs.items()})
 
 
+def ids_of(tokenizer: Any) -> dict[str, list[int]]:
+    """The tokens of each text."""
+    ids = defaultdict(list)
+    for id_ in range(len(tokenizer)):
+        ids[tokenizer.decode([id_])].append(id_)
+    return ids
+
+
 @pytest.mark.parametrize("num_requests", [96, pytest.param(10_000, marks=pytest.mark.proof)])
 def test_no_answer_over_http_is_another_adapters(store: Store, truth: Truth, tmp_path: Path, num_requests: int) -> None:
     """Four clients ask by name, by name and digest, and for the bare base, while versions are dropped and names are promoted at random."""
@@ -74,9 +83,7 @@ def test_no_answer_over_http_is_another_adapters(store: Store, truth: Truth, tmp
             said, num_changes = asyncio.run(_under_churn(server, do, port, list(store.refs.values()), num_requests))
         tokenizer = server.replica.base.tokenizer
         do(opened.__aexit__(None, None, None))
-    ids = defaultdict(list)
-    for id_ in range(len(tokenizer)):
-        ids[tokenizer.decode([id_])].append(id_)
+    ids = ids_of(tokenizer)
     for number, answer in enumerate(said):
         require_own(truth, Request(f"r{number}", answer.prompt, answer.digest), answer.tokens(truth, ids))
     met = Counter(answer.digest for answer in said)
@@ -126,3 +133,47 @@ async def _under_churn(server: Server, do: Any, port: int, refs: list[AdapterRef
 
 async def _dropped(server: Server, ref: AdapterRef) -> None:
     server.replica.slots.drop(ref)
+
+
+def test_eight_adapters_and_the_base_in_one_step_over_http_are_each_their_own(
+    store: Store, truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eighteen clients at once, two for each version and two for the base."""
+    steps: list[set[int | None]] = []
+    real = multi_lora.batches_of
+
+    def watched(slots: Any, device: Any) -> Any:
+        steps.append({None if slot is None else id(slot) for slot in slots})
+        return real(slots, device)
+
+    monkeypatch.setattr(multi_lora, "batches_of", watched)
+    engine = {"max_batch": 20, "max_context": 256, "num_threads": 1, "max_lanes": 512}
+    models = ["base", *(f"{ref.name}@{ref.digest}" for ref in store.refs.values())] * 2
+
+    async def ask(http: httpx.AsyncClient, server: Server, number: int) -> Said:
+        prompt = tuple(5 + (7 * number + at) % 240 for at in range(5 + number))
+        body = {"model": models[number], "prompt": prompt, "max_tokens": 24, "logprobs": 0, "temperature": 0,
+                "logit_bias": {str(special): -100 for special in range(3)}}  # fmt: skip
+        reply = await http.post("/v1/completions", headers=server.headers("acme"), json=body)
+        assert reply.status_code == 200, reply.text
+        logprobs = reply.json()["choices"][0]["logprobs"]
+        assert len(logprobs["tokens"]) == 24
+        return Said(reply.headers["x-ftcore-adapter"].rpartition("@")[2], prompt, logprobs["tokens"], logprobs["token_logprobs"])
+
+    async def at_once(server: Server, port: int) -> list[Said]:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
+            await asyncio.gather(*(ask(http, server, number) for number in range(len(models))))  # loads them all
+            return await asyncio.gather(*(ask(http, server, number) for number in range(len(models))))
+
+    opened = served(store, tmp_path, engine=engine, limits={"max_concurrent": 20})
+    with loop_thread() as do:
+        server: Server = do(opened.__aenter__())
+        with on_a_port(server, do) as port:
+            said = asyncio.run(at_once(server, port))
+        tokenizer = server.replica.base.tokenizer
+        do(opened.__aexit__(None, None, None))
+    assert max(map(len, steps)) == NUM_ADAPTERS + 1 and any(None in step and len(step) > NUM_ADAPTERS for step in steps)
+    ids = ids_of(tokenizer)
+    assert [answer.digest for answer in said] == [model.partition("@")[2] for model in models]
+    for number, answer in enumerate(said):
+        require_own(truth, Request(f"r{number}", answer.prompt, answer.digest), answer.tokens(truth, ids))
