@@ -61,7 +61,7 @@ bench: $(BENCH_STAMP) $(S3_STAMP)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) "$$file" $(ARGS); done
 
 clean:
-	rm -rf runs adapters prepared .demo build *.egg-info .mypy_cache .ruff_cache
+	rm -rf runs adapters prepared .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(RUN):
