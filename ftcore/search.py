@@ -27,7 +27,7 @@ from ftcore.recipe import Recipe, parse_recipe
 from ftcore.recipe_errors import explain
 from ftcore.recipe_file import by_line, override, parse_tree, read_tree
 from ftcore.section import Section
-from ftcore.sharing import base_key, refusal
+from ftcore.sharing import base_key, refusal, refusal_of_base
 from ftcore.stages.base import STAGES
 
 Value = int | float | str | bool | None | list[Any] | dict[str, Any]
@@ -251,14 +251,17 @@ def check(search: Search, recipe: Recipe) -> bool:
 
 
 def _shares(search: Search, recipes: Sequence[Recipe]) -> bool:
+    if search.shared == "off":
+        return False
     reason = next(filter(None, map(refusal, recipes)), "")
     if not reason and len(set(map(base_key, recipes))) > 1:
         reason = "the space holds other bases, data or stages"
     if not reason and search.scheduler.kind == "pbt":
         reason = "scheduler pbt goes on from checkpoints, which shared trials have none of"
+    reason = reason or refusal_of_base(recipes[0].model)
     if reason and search.shared == "on":
         raise ConfigError("these trials cannot share a base", where="shared", got=reason, remedy="shared: auto, or off")
-    return search.shared != "off" and not reason
+    return not reason
 
 
 def grid(search: Search) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ the trials' own actors, which hold neither.
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray.exceptions import RayActorError
 
 from cluster.runtime_env import worker_variables
 from ftcore.data.prepared import Prepared
-from ftcore.errors import Interrupted
+from ftcore.errors import FtcoreError, Interrupted, TrainingError
 from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
 
 Result = dict[str, Any]
@@ -33,6 +34,8 @@ class Host:
         self.wanted: dict[str, Recipe] = {}
         """Who is to be trained; the thread follows."""
         self.results: dict[str, asyncio.Queue[Result | BaseException]] = {}
+        self.ended: BaseException | None = None
+        """Why nobody is trained any more."""
         self.changed = threading.Event()
         threading.Thread(target=self._train, name="host", daemon=True).start()
 
@@ -42,10 +45,13 @@ class Host:
     async def begin(self, name: str, recipe: str) -> None:
         self.results[name] = asyncio.Queue()
         self.wanted[name] = parse_recipe(recipe, plugins=self.plugins)
+        self._require_going(name)  # after it is wanted: who ends meanwhile either tells it or is seen here
         self.changed.set()
 
     async def look(self, name: str) -> Result:
         """Waits for the next validation of `name`. Raises what ended it."""
+        if self.results[name].empty():
+            self._require_going(name)
         found = await self.results[name].get()
         if isinstance(found, BaseException):
             raise found
@@ -56,22 +62,42 @@ class Host:
         if name in self.results:
             self.results[name].put_nowait(Interrupted("this trial was ended"))
 
+    def _require_going(self, name: str) -> None:
+        if self.ended is not None:
+            self.wanted.pop(name, None)
+            raise self.ended
+
     def _train(self) -> None:
         try:
             from ftcore.shared import Shared  # late: loads torch, beside the trials' own start
 
             base = parse_recipe(self.recipe, plugins=self.plugins)
-            shared = Shared(base, Prepared.open(self.prepared), self.device)
             while True:
-                self.changed.wait()
-                self.changed.clear()
-                while self._follow(shared):
-                    for name, told in shared.step().items():
-                        self._take(name, told, over=name not in shared.candidates)
-        except BaseException as error:  # every guest hears of it
-            for name in list(self.wanted):
-                self._put(name, error)
+                self._host(Shared(base, Prepared.open(self.prepared), self.device))
+                gc.collect()  # the base of a step that failed; it is loaded anew for those that come later
+        except BaseException as error:
+            self.ended = _told("this base cannot be shared", error)
+            self._tell_all(self.ended)
             raise
+
+    def _host(self, shared: Any) -> None:
+        """Trains who comes, until a step fails: all that take part in it hear of it."""
+        while True:
+            self.changed.wait()
+            self.changed.clear()
+            while self._follow(shared):
+                try:
+                    stepped = shared.step()
+                except Exception as error:
+                    self._tell_all(_told("a step of trials that share a base failed", error), shared.candidates)
+                    self.changed.set()  # who came meanwhile
+                    return
+                for name, told in stepped.items():
+                    self._take(name, told, over=name not in shared.candidates)
+
+    def _tell_all(self, error: BaseException, names: Iterable[str] | None = None) -> None:
+        for name in list(self.wanted if names is None else names):
+            self._put(name, error)
 
     def _follow(self, shared: Any) -> bool:
         """Lets in and out who came and went since the last step. Whether anybody is there."""
@@ -81,8 +107,8 @@ class Host:
         for name in wanted.keys() - shared.candidates.keys():
             try:
                 shared.add(name, wanted[name])
-            except BaseException as error:
-                self._put(name, error)
+            except Exception as error:
+                self._put(name, _told("this trial could not begin", error))
         return bool(shared.candidates)
 
     def _take(self, name: str, told: list[Result] | BaseException, *, over: bool) -> None:
@@ -102,6 +128,18 @@ class Host:
         queue = self.results.get(name)
         if queue is not None:
             self.loop.call_soon_threadsafe(queue.put_nowait, found)
+
+
+def _told(what: str, error: BaseException) -> FtcoreError:
+    """As a trial's own process can read it, which has no torch."""
+    if isinstance(error, FtcoreError):
+        return error
+    first = next(iter(str(error).splitlines()), "")
+    return TrainingError(
+        what,
+        got=f"{type(error).__name__}: {first}",
+        remedy="where memory ran out: fewer at once (together in the search file), or --shared off",
+    )
 
 
 @contextmanager

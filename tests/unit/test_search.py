@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ LR = "optim.lr={log: [1e-4, 1e-2]}"
 
 def recipe(**changes: Any) -> Recipe:
     values = {
-        "name": "base", "model": {"path": "some/base"}, "data": {"sources": "rows.jsonl"},
+        "name": "base", "model": {"path": str(Path(__file__).parent)}, "data": {"sources": "rows.jsonl"},
         "method": {"kind": "lora", "rank": 8, "alpha": 16}, "stage": "sft", "optim": {"max_steps": 10}, **changes,
     }  # fmt: skip
     return Recipe.model_validate(values)
@@ -93,6 +94,16 @@ def test_trials_share_a_base_where_all_of_the_space_allows_it() -> None:
     assert not check(search(LR, "method.dropout={range: [0.0, 0.1]}"), recipe())
     assert not check(search("method.kind={choice: [lora, full]}"), recipe())
     assert not check(search(LR, shared="off"), recipe())
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "granite", "logits_scaling": 8.0}, {"text_config": {"logit_scale": 0.06}}, {"model_type": "gemma2"}]
+)
+def test_a_base_whose_head_is_more_than_a_linear_layer_is_not_shared(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not check(search(LR), recipe(model={"path": str(tmp_path)}))
+    with pytest.raises(ConfigError, match="head is more than a linear layer"):
+        check(search(LR, shared="on"), recipe(model={"path": str(tmp_path)}))
 
 
 def test_a_search_file_is_checked_like_a_recipe(tmp_path: Path) -> None:
