@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +18,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
+from cluster.placement import patience_s
 from cluster.runtime_env import worker_variables
 from ftcore.data.prepared import Prepared
-from ftcore.errors import FtcoreError, Interrupted, TrainingError
+from ftcore.errors import ClusterError, FtcoreError, Interrupted, TrainingError
 from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
 
 Result = dict[str, Any]
+ANSWER_S, ASK_AGAIN_S = 10.0, 1.0
+"""How long hosts have to answer when one is chosen, and the pause before they are asked again."""
 
 
 class Host:
@@ -168,12 +172,12 @@ class Together:
         self.share = 0.0
 
     def next(self) -> Mapping[str, Any]:
-        """The next validation. A host that died begins it again from its first step: what was told before is not told twice."""
+        """The next validation. Where a host died, another or the same one begins it again from its first step: what was told before is
+        not told twice."""
         while True:
             try:
                 if self.host is None:
-                    guests = ray.get([host.num_guests.remote() for host in self.hosts])
-                    self.host = self.hosts[guests.index(min(guests))]
+                    self.host = self._freest()
                     ray.get(self.host.begin.remote(self.name, dump_recipe(self.recipe)))
                 found: Mapping[str, Any] = ray.get(self.host.look.remote(self.name))
             except RayActorError:
@@ -185,6 +189,31 @@ class Together:
                 self.share = found["share"]
                 return found
 
+    def _freest(self) -> Any:
+        """The host with the fewest guests, of those that answer. One that died does again when Ray has started it anew: it is waited for,
+        as long as a run waits for room. Raises ClusterError when none comes."""
+        until = time.monotonic() + patience_s()
+        while True:
+            asked = {host.num_guests.remote(): host for host in self.hosts}
+            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+            guests = [(number, asked[answer]) for answer in answered if (number := _number(answer)) is not None]
+            if guests:
+                return min(guests, key=lambda each: each[0])[1]
+            if time.monotonic() > until:
+                raise ClusterError(
+                    "no host of this search answers", where=self.name, got=f"none of {len(asked)} in {patience_s():g} s",
+                    wanted="a worker's CPUs and GPUs for one", remedy="wait longer: FTCORE_PLACEMENT_WAIT_S",
+                )  # fmt: skip
+            time.sleep(ASK_AGAIN_S)
+
     def end(self) -> None:
         if self.host is not None:
             self.host.end.remote(self.name)
+
+
+def _number(answer: Any) -> int | None:
+    """None of a host that is not there."""
+    try:
+        return int(ray.get(answer))
+    except RayActorError:
+        return None
