@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -191,6 +191,8 @@ class Search(Section):
 KINDS: dict[str, Any] = {"method.kind": METHODS, "stage.kind": STAGES, "backend.kind": BACKENDS}
 FIXED = ("name", "output.", "plugins", "eval.", "data.validation", "data.test", "data.cache", "data.engine", "resources.")
 """What trials must have in common: where things land, and which rows judge them."""
+PREPARES = ("model", "data", "stage")
+"""Sections that decide what rows become: tokenizer, data, stage."""
 WHILE_RUNNING = ("optim.lr", "optim.weight_decay", "optim.betas", "optim.clip_norm", "optim.min_lr_ratio", "method.dropout")
 """What a run can go on with another value of, its weights and optimizer state as they are."""
 
@@ -267,6 +269,17 @@ def _shares(search: Search, recipes: Sequence[Recipe]) -> bool:
 def grid(search: Search) -> list[dict[str, Any]]:
     """Every combination, the first key's values changing slowest."""
     return [dict(zip(search.free, values, strict=True)) for values in product(*(span.samples() for span in search.free.values()))]
+
+
+def data_recipes(search: Search, recipe: Recipe) -> Iterator[Recipe]:
+    """A recipe for every way in which trials may have their rows prepared, as far as it is chosen from lists; as many as trials at most."""
+    middle = {path: span.samples()[0] for path, span in search.free.items()}
+    deciding = {path: span for path, span in search.free.items() if path.split(".")[0] in PREPARES and isinstance(span, Choices)}
+    for values in islice(product(*(span.samples() for span in deciding.values())), search.num_trials if deciding else 0):
+        try:
+            yield recipe_of(search, recipe, middle | dict(zip(deciding, values, strict=True)))
+        except ConfigError:
+            continue  # two choices that do not go together: the trial that draws them says so
 
 
 def recipe_of(search: Search, recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

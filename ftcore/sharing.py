@@ -40,5 +40,6 @@ def base_key(recipe: Recipe) -> tuple[str, ...]:
     """What candidates of one base have in common."""
     held = recipe.method.held(recipe.model.dtype) if isinstance(recipe.method, Lora) else ""
     loading = [str(getattr(recipe.method, name, "")) for name in ("bits", "quant_type", "double_quant", "compute_dtype")]
-    sections = [each.model_dump_json() for each in (recipe.model, recipe.data, recipe.stage, recipe.backend)]
+    data = recipe.data.model_dump_json(exclude={"engine"})  # who prepared the rows changes nothing in them
+    sections = [data, *(each.model_dump_json() for each in (recipe.model, recipe.stage, recipe.backend))]
     return (*sections, held, *loading)

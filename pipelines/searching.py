@@ -29,12 +29,13 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cluster.connect import connect
 from cluster.resources import alive_nodes, check_fits, fits
+from ftcore.data.identity import identity
 from ftcore.data.prepared import Prepared
 from ftcore.errors import ConfigError, Interrupted, TrainingError
 from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
 from ftcore.report.search_page import write_search_page
 from ftcore.rundir import RunDir
-from ftcore.search import Choices, Even, Search, check
+from ftcore.search import Choices, Even, Search, check, data_recipes
 from ftcore.storage import Folder, digest_of
 from ftcore.trials import Found, shown_values
 from pipelines.fit import Outcome, fit
@@ -65,7 +66,7 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
             "this search was begun with another recipe or space", where=folder, wanted="the same ones",
             remedy=f"name={recipe.name}-2 begins another beside it",
         )  # fmt: skip
-    prepared = prepare(recipe, log=log)
+    prepared = _prepare_all(search, recipe, log)
     if not prepared.num_blocks("validation"):
         raise ConfigError(
             "there are no validation rows to compare trials by", where="data.validation", got=recipe.data.validation, remedy="0.05 or more"
@@ -88,6 +89,20 @@ def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
     return found
 
 
+def _prepare_all(search: Search, recipe: Recipe, log: Log) -> Prepared:
+    """The recipe's rows; and those of other tokenizers or data that trials may draw, while the cluster's CPUs are free."""
+    prepared, seen = prepare(recipe, log=log), {_rows_of(recipe)}
+    for each in data_recipes(search, recipe):
+        if _rows_of(each) not in seen:
+            seen.add(_rows_of(each))
+            prepare(each, log=log)
+    return prepared
+
+
+def _rows_of(recipe: Recipe) -> str:
+    return digest_of(identity(recipe, Folder(recipe.data.cache)))
+
+
 def crown(search: Search, recipe: Recipe, found: Found, *, log: Log = print) -> Outcome:
     """Makes the best trial the recipe's result: trained to its end if it is not, published, with the search in its card."""
     best, folder = found.ranked()[0], search_folder(recipe)
@@ -98,7 +113,8 @@ def crown(search: Search, recipe: Recipe, found: Found, *, log: Log = print) -> 
     else:  # it shared its base: trained again alone, it has the same losses, and all its proofs
         trained = trial_recipe(search, recipe, best.values, run.name, trials)
         trained = with_looks(trained, prepare(trained, log=log).num_blocks("train"), search.looks, sealed=False)
-        trained = trained.model_copy(update={"resources": recipe.resources})
+        data = trained.data.model_copy(update={"engine": recipe.data.engine})
+        trained = trained.model_copy(update={"data": data, "resources": recipe.resources})
     output = recipe.output.model_copy(update={"runs": trials})
     run.folder.write_json(SEARCHED, search_facts(search, found))
     log(f"the best of {len(found.trials)} trials: {best.id} ({shown_values(best.values)}), {search.metric} {best.best(search.mode):.5g}")

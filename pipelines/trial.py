@@ -60,11 +60,13 @@ def decoded(config: Mapping[str, Any], search: Search) -> dict[str, Any]:
 
 
 def trial_recipe(search: Search, recipe: Recipe, values: Mapping[str, Any], name: str, runs: str) -> Recipe:
-    """The recipe of one trial: its own values and name; it publishes nothing. A loss does not depend on the number of workers."""
+    """The recipe of one trial: its own values and name; it publishes nothing. A loss does not depend on the number of workers.
+    Rows that nobody prepared yet are prepared in its own process: on Ray they would wait for the CPUs that trials hold."""
     drawn = recipe_of(search, recipe, values)
     output = drawn.output.model_copy(update={"runs": runs, "adapter": None, "loggers": (), "checkpoint_every": 10**9})
     resources = drawn.resources.model_copy(update={"workers": drawn.resources.min_workers})
-    return drawn.model_copy(update={"name": name, "output": output, "resources": resources})
+    data = drawn.data.model_copy(update={"engine": "process"})
+    return drawn.model_copy(update={"name": name, "data": data, "output": output, "resources": resources})
 
 
 def with_looks(recipe: Recipe, num_blocks: int, looks: int, *, sealed: bool) -> Recipe:

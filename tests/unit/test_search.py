@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipelines as searching
 from ftcore.errors import ConfigError
 from ftcore.formula import Formula
 from ftcore.recipe import Recipe
 from ftcore.search import Search, check, grid, is_range, load_search, recipe_of
+from ftcore.sharing import base_key
+from pipelines import searching
+from pipelines.trial import trial_recipe
 
 LR = "optim.lr={log: [1e-4, 1e-2]}"
 
@@ -54,6 +56,24 @@ def test_a_method_without_a_key_that_was_drawn_goes_without_it() -> None:
 def test_whole_sections_are_choices_too() -> None:
     wanted = search("method={choice: [{kind: lora, rank: 4}, {kind: full}]}")
     assert [recipe_of(wanted, recipe(), values).method.kind for values in grid(wanted)] == ["lora", "full"]
+
+
+def test_every_choice_of_data_is_prepared_before_trials_hold_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("data.max_length={choice: [64, 128]}", "stage.kind={choice: [sft, pretrain]}", LR)
+    made: list[tuple[int, str]] = []
+    monkeypatch.setattr(searching, "prepare", lambda each, log: made.append((each.data.max_length, each.stage.kind)))
+    monkeypatch.setattr(searching, "identity", lambda each, cache: {"as": (each.data.max_length, each.stage.kind)})
+    searching._prepare_all(search(*words), recipe(data={"sources": "rows.jsonl", "max_length": 64}), print)
+    assert made == [(64, "sft"), (64, "pretrain"), (128, "sft"), (128, "pretrain")]
+    made.clear()
+    searching._prepare_all(search(LR), recipe(), print)
+    assert len(made) == 1
+
+
+def test_a_trial_never_prepares_on_the_cpus_that_trials_hold() -> None:
+    whole = recipe(data={"sources": "rows.jsonl", "engine": "ray"})
+    made = trial_recipe(search(LR), whole, {"optim.lr": 1e-3}, "trial", "runs")
+    assert made.data.engine == "process" and base_key(made) == base_key(whole)
 
 
 def test_a_grid_is_every_combination() -> None:
