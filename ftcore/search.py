@@ -193,6 +193,8 @@ FIXED = ("name", "output.", "plugins", "eval.", "data.validation", "data.test", 
 """What trials must have in common: where things land, and which rows judge them."""
 PREPARES = ("model", "data", "stage")
 """Sections that decide what rows become: tokenizer, data, stage."""
+NOT_PUBLISHED: dict[str, None] = {"adapter": None, "sign_key": None, "gate": None}
+"""Keys of `output` in trials, and of a winner that is no adapter."""
 WHILE_RUNNING = ("optim.lr", "optim.weight_decay", "optim.betas", "optim.clip_norm", "optim.min_lr_ratio", "method.dropout")
 """What a run can go on with another value of, its weights and optimizer state as they are."""
 
@@ -283,12 +285,13 @@ def data_recipes(search: Search, recipe: Recipe) -> Iterator[Recipe]:
 
 
 def recipe_of(search: Search, recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe that these values stand for, relations worked out.
+    """The recipe that these values stand for, relations worked out; it publishes nothing, so that its method need not make an adapter.
 
     A key of a choice whose drawn `kind` has no such key is left out, the recipe's own keys and relations too. Raises ConfigError with the
     values when the recipe refuses them.
     """
     tree = recipe.model_dump(mode="json")
+    tree["output"] |= NOT_PUBLISHED
     for path, value in values.items():
         if path in KINDS:
             _put_kind(tree, path, str(value))

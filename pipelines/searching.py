@@ -35,7 +35,7 @@ from ftcore.errors import ConfigError, Interrupted, TrainingError
 from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
 from ftcore.report.search_page import write_search_page
 from ftcore.rundir import RunDir
-from ftcore.search import Choices, Even, Search, check, data_recipes
+from ftcore.search import NOT_PUBLISHED, Choices, Even, Search, check, data_recipes
 from ftcore.storage import Folder, digest_of
 from ftcore.trials import Found, shown_values
 from pipelines.fit import Outcome, fit
@@ -115,13 +115,27 @@ def crown(search: Search, recipe: Recipe, found: Found, *, log: Log = print) -> 
         trained = with_looks(trained, prepare(trained, log=log).num_blocks("train"), search.looks, sealed=False)
         data = trained.data.model_copy(update={"engine": recipe.data.engine})
         trained = trained.model_copy(update={"data": data, "resources": recipe.resources})
-    output = recipe.output.model_copy(update={"runs": trials})
+    publishes = trained.method.is_adapter
+    output = recipe.output.model_copy(update={"runs": trials} | ({} if publishes else NOT_PUBLISHED))
+    if recipe.output.adapter is not None and not publishes:
+        log(f"the best one is a whole model (method {trained.method.kind}), and the store holds adapters: it stays in its run's folder")
     run.folder.write_json(SEARCHED, search_facts(search, found))
     log(f"the best of {len(found.trials)} trials: {best.id} ({shown_values(best.values)}), {search.metric} {best.best(search.mode):.5g}")
     outcome = fit(trained.model_copy(update={"output": output}), log=log)
     what = f"{outcome.ref}" if outcome.ref else f"{outcome.run.url}/final"
     write_search_page(folder, search, found, f"{best.id}: {shown_values(best.values)} -> {what}")
     return outcome
+
+
+def contest(outcome: Outcome, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The winner's own recipe, whose base or method may be another than `recipe` has; and who is judged: its base, and the adapter or the
+    whole model that it is. Nobody where it cannot be asked."""
+    winner = parse_recipe(outcome.run.folder.read("recipe.yaml").decode(), plugins=recipe.plugins)
+    if outcome.ref is not None:
+        return winner, ("base", outcome.ref.full)
+    if winner.method.is_adapter or not outcome.run.folder.is_local:
+        return winner, ()
+    return winner, ("base", str(outcome.run.folder.path / "final"))
 
 
 def search_facts(search: Search, found: Found) -> dict[str, int | str]:

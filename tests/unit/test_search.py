@@ -10,12 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftcore.adapters import AdapterRef
 from ftcore.errors import ConfigError
 from ftcore.formula import Formula
-from ftcore.recipe import Recipe
+from ftcore.recipe import Recipe, dump_recipe, parse_recipe
+from ftcore.rundir import RunDir
 from ftcore.search import Search, check, grid, is_range, load_search, recipe_of
 from ftcore.sharing import base_key
 from pipelines import searching
+from pipelines.fit import Outcome
 from pipelines.trial import trial_recipe
 
 LR = "optim.lr={log: [1e-4, 1e-2]}"
@@ -74,6 +77,26 @@ def test_a_trial_never_prepares_on_the_cpus_that_trials_hold() -> None:
     whole = recipe(data={"sources": "rows.jsonl", "engine": "ray"})
     made = trial_recipe(search(LR), whole, {"optim.lr": 1e-3}, "trial", "runs")
     assert made.data.engine == "process" and base_key(made) == base_key(whole)
+
+
+def test_methods_that_make_no_adapter_are_searched_beside_those_that_do() -> None:
+    published = {"adapter": "acme/best", "gate": {"metric": "exact_match", "min": 0.1}}
+    whole = recipe(output=published, data={"sources": "rows.jsonl", "validation": 0.1, "test": 0.1})
+    assert not check(search("method.kind={choice: [lora, full]}"), whole)
+    made = trial_recipe(search(LR), whole, {"optim.lr": 1e-3}, "trial", "runs")
+    assert parse_recipe(dump_recipe(made)) == made, "a host reads it again"
+
+
+def test_a_winner_is_judged_with_its_own_recipe(tmp_path: Path) -> None:
+    given, run = recipe(), RunDir(str(tmp_path), "best")
+    for base, kind, ref, wanted in (
+        ("another/base", "lora", AdapterRef("acme", "best", "f" * 64), "acme/best@" + "f" * 64), ("some/base", "lora", None, ""),
+        ("some/base", "full", None, str(tmp_path / "best" / "final")),
+    ):  # fmt: skip
+        own = recipe(model={"path": base}, method={"kind": kind})
+        run.folder.write("recipe.yaml", dump_recipe(own).encode())
+        winner, systems = searching.contest(Outcome(run, ref, "store", {}, ""), given)
+        assert winner == own and systems == (("base", wanted) if wanted else ())
 
 
 def test_a_grid_is_every_combination() -> None:
