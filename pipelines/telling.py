@@ -49,10 +49,10 @@ class Teller(tune.Callback):
         self._keep(replace(held, state="running", values=values) if held else Tried(trial.trial_id, values))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any) -> None:
-        held = self.found.trials[trial.trial_id]
-        look = Look(float(result["share"]), int(result["step"]), float(result[self.wanted.metric]))
+        held = replace(self.found.trials[trial.trial_id], run=str(result["run"]))
+        look = Look(float(result["share"]), int(result["step"]), float(result[self.wanted.metric]), held.run)
         if look.share > held.share:
-            self._keep(replace(held, looks=(*held.looks, look), seconds=float(result.get("seconds", 0.0)), run=str(result["run"])))
+            self._keep(replace(held, looks=(*held.looks, look), seconds=float(result.get("seconds", 0.0))))
             self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
