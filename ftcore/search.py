@@ -49,7 +49,7 @@ class _Between(Section):
 
     @property
     def is_whole(self) -> bool:
-        """Both ends are written as whole numbers: so is what lies between."""
+        """Both ends are whole numbers: so is what lies between. See `settled`."""
         return all(isinstance(end, int) for end in self.bounds())
 
     def samples(self) -> list[Value]:
@@ -247,11 +247,36 @@ def check(search: Search, recipe: Recipe) -> bool:
                 "scheduler pbt changes a trial while it trains, and this cannot change then", where="space", got=path,
                 wanted=", ".join(WHILE_RUNNING), remedy="take scheduler asha for it",
             )  # fmt: skip
+    return _shares(search, _at_all_ends(search, recipe))
+
+
+def _at_all_ends(search: Search, recipe: Recipe) -> list[Recipe]:
+    """Each key at every choice and both ends, the others at their first."""
     middle = {path: span.samples()[0] for path, span in search.free.items()}
     tried: list[dict[str, Any]] = [middle]
     for path, span in search.free.items():
         tried += [middle | {path: value} for value in span.samples()[1:]]
-    return _shares(search, [recipe_of(search, recipe, values) for values in tried])
+    return [recipe_of(search, recipe, values) for values in tried]
+
+
+def settled(search: Search, recipe: Recipe) -> Search:
+    """The same search, its ranges of the kind that their keys are: one of a key that takes fractions, `[0, 1]`, is not of 0 and 1 alone."""
+    trees = [each.model_dump() for each in _at_all_ends(search, recipe)]
+    space: dict[str, Span] = dict(search.space)
+    for path, span in search.free.items():
+        if not isinstance(span, Choices) and any(isinstance(_at(tree, path), float) for tree in trees):
+            space[path] = type(span).model_validate({_form(span): [float(end) for end in span.bounds()]})
+    return search.model_copy(update={"space": space})
+
+
+def _at(tree: Any, path: str) -> Any:
+    """None where there is no such key."""
+    for name in path.split("."):
+        if isinstance(tree, list | tuple) and name.isdigit() and int(name) < len(tree):
+            tree = tree[int(name)]
+        else:
+            tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def _shares(search: Search, recipes: Sequence[Recipe]) -> bool:

@@ -35,7 +35,7 @@ from ftcore.errors import ConfigError, Interrupted, TrainingError
 from ftcore.recipe import Recipe, Resources, dump_recipe, parse_recipe
 from ftcore.report.search_page import write_search_page
 from ftcore.rundir import RunDir
-from ftcore.search import NOT_PUBLISHED, Choices, Even, Search, check, data_recipes
+from ftcore.search import NOT_PUBLISHED, Choices, Even, Search, check, data_recipes, settled
 from ftcore.storage import Folder, digest_of
 from ftcore.trials import Found, shown_values
 from pipelines.fit import Outcome, fit
@@ -58,7 +58,7 @@ def search_folder(recipe: Recipe) -> Folder:
 def find(search: Search, recipe: Recipe, *, log: Log = print) -> Found:
     """Runs all trials, or those that are left of a search that was interrupted. Raises ConfigError for what cannot be searched, before any
     trial; TrainingError when every trial failed; Interrupted on Ctrl-C."""
-    shares = check(search, recipe)
+    shares, search = check(search, recipe), settled(search, recipe)
     folder, digest = search_folder(recipe), digest_of([search.model_dump(mode="json"), recipe.model_dump(mode="json")])
     found = Found.read(folder)
     if found is not None and found.digest != digest:
@@ -105,7 +105,7 @@ def _rows_of(recipe: Recipe) -> str:
 
 def crown(search: Search, recipe: Recipe, found: Found, *, log: Log = print) -> Outcome:
     """Makes the best trial the recipe's result: trained to its end if it is not, published, with the search in its card."""
-    best, folder = found.ranked()[0], search_folder(recipe)
+    search, best, folder = settled(search, recipe), found.ranked()[0], search_folder(recipe)
     trials = str(folder / "trials")
     run = RunDir(trials, best.run or f"{best.id}.alone")
     if best.run:

@@ -15,7 +15,7 @@ from ftcore.errors import ConfigError
 from ftcore.formula import Formula
 from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
-from ftcore.search import Search, check, grid, is_range, load_search, recipe_of
+from ftcore.search import Choices, Search, check, grid, is_range, load_search, recipe_of, settled
 from ftcore.sharing import base_key
 from pipelines import searching
 from pipelines.fit import Outcome
@@ -97,6 +97,19 @@ def test_a_winner_is_judged_with_its_own_recipe(tmp_path: Path) -> None:
         run.folder.write("recipe.yaml", dump_recipe(own).encode())
         winner, systems = searching.contest(Outcome(run, ref, "store", {}, ""), given)
         assert winner == own and systems == (("base", wanted) if wanted else ())
+
+
+def test_a_range_is_of_whole_numbers_where_its_key_is(tmp_path: Path) -> None:
+    words = ("optim.weight_decay={range: [0, 1]}", "optim.lr={log: [1, 2]}", "method.rank={range: [4, 8]}", "optim.seed={log: [1, 9]}")
+    wanted = Search.model_validate_json(settled(search(*words), recipe()).model_dump_json())
+    assert {path: span.is_whole for path, span in wanted.free.items() if not isinstance(span, Choices)} == {
+        "optim.weight_decay": False, "optim.lr": False, "method.rank": True, "optim.seed": True,
+    }  # fmt: skip
+    methods = search("method.kind={choice: [full, lora]}", "method.rank={range: [4, 8]}", "method.dropout={range: [0, 1]}")
+    whole = [span.is_whole for span in settled(methods, recipe()).free.values() if not isinstance(span, Choices)]
+    assert whole == [True, False]
+    drawn = searching.space_of(wanted)["optim.weight_decay"]
+    assert len({drawn.sample() for _ in range(20)}) > 2
 
 
 def test_a_grid_is_every_combination() -> None:
