@@ -22,7 +22,7 @@ import fsspec
 import optuna
 import pyarrow.fs
 from ray import tune
-from ray.tune import CheckpointConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
+from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -167,7 +167,7 @@ def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None
         started = held.enter_context(hosts(num_hosts, recipe, shared, asked)) if shared else []
         job = Job(search.model_dump_json(), dump_recipe(recipe), recipe.plugins, str(folder / "trials"), tuple(started))
         trainable = tune.with_resources(tune.with_parameters(Trial, job=job), trial_resources(asked, is_guest=bool(started)))
-        tuner = _tuner(search, folder, trainable, at_once, log)
+        tuner = _tuner(search, folder, trainable, at_once, asked.max_failures, log)
         sharing = f", {math.ceil(at_once / num_hosts)} to a base" if at_once > num_hosts > 0 else ""
         log(f"{search.num_trials} trials, {search.searcher}, {search.scheduler.kind}; {at_once} at once{sharing}")
         grid = tuner.fit()
@@ -180,7 +180,7 @@ def most_at_once(search: Search) -> int:
     return max(4, search.num_trials // 4) if search.searcher == "tpe" else search.num_trials
 
 
-def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, log: Log) -> Tuner:
+def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, max_failures: int, log: Log) -> Tuner:
     """Ray Tune's own driver, or that of a search that was interrupted."""
     place, filesystem = storage_of(folder)
     state = f"{place}/{STATE}"
@@ -197,6 +197,7 @@ def _tuner(search: Search, folder: Folder, trainable: Any, at_once: int, log: Lo
     run = RunConfig(
         name=STATE, stop=stop, storage_path=place, storage_filesystem=filesystem, verbose=0,
         callbacks=[Teller(str(folder), search.model_dump_json())], checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+        failure_config=FailureConfig(max_failures=max_failures),  # of lost actors; see `Trial.step`
     )  # fmt: skip
     return Tuner(trainable, param_space={} if search.searcher == "tpe" else space_of(search), tune_config=config, run_config=run)
 

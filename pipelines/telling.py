@@ -18,7 +18,7 @@ from ray import tune
 from ftcore.search import Search
 from ftcore.storage import Folder
 from ftcore.trials import Found, Look, Tried, shown_values, table
-from pipelines.trial import decoded
+from pipelines.trial import FAILING, decoded
 
 TABLE_EVERY = 20.0
 """Seconds between two tables while trials run."""
@@ -49,6 +49,9 @@ class Teller(tune.Callback):
         self._keep(replace(held, state="running", values=values) if held else Tried(trial.trial_id, values))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any) -> None:
+        if FAILING in result:
+            trial.max_failures = 0
+            return
         held = replace(self.found.trials[trial.trial_id], run=str(result["run"]))
         look = Look(float(result["share"]), int(result["step"]), float(result[self.wanted.metric]), held.run)
         if look.share > held.share:
@@ -61,6 +64,9 @@ class Teller(tune.Callback):
         if held.looks:
             how = "done" if held.share >= 100 else f"stopped at {held.share:.0f} %"
             self._say(trial.trial_id, f"{how}: {self.wanted.metric} {held.looks[-1].value:.4f} at step {held.looks[-1].step}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial.trial_id, "its process was lost: it goes on from what it sealed")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         held = self.found.trials.get(trial.trial_id) or Tried(trial.trial_id, decoded(trial.config, self.wanted))

@@ -37,6 +37,8 @@ from pipelines.prepare import prepare
 from pipelines.work import PRELOAD
 
 log = logging.getLogger(__name__)
+FAILING = "failing"
+"""In a result that is none: the trial's error comes next."""
 LEAVE_S, LOOK_S = 60.0, 0.05
 """How long workers on a cluster may take to seal a checkpoint and to leave their room."""
 
@@ -172,12 +174,24 @@ class Trial(tune.Trainable):
         self.runner = None
         self.told = 0
         """Step of the last result."""
+        self.failure: Exception | None = None
         self.origin: tuple[str, int] | None = None
         """Run and step that a checkpoint of Tune's stands for."""
         self.name = str(self.trial_id)
         """Of the run's folder."""
 
     def step(self) -> dict[str, Any]:
+        """The next validation. What ends the training is announced before it is raised: Ray Tune tries again whatever fails, and only an
+        actor that was lost should be."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return self._next()
+        except Exception as error:
+            self.failure = error
+            return {self.search.metric: math.nan, "share": 0.0, "step": 0, FAILING: True}
+
+    def _next(self) -> dict[str, Any]:
         if self.runner is None:
             self.runner = self._opened()
         found = dict(self.runner.next())

@@ -7,10 +7,12 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ftcore.adapters import AdapterStore
@@ -83,6 +85,31 @@ def test_a_trial_that_fails_does_not_end_the_rest(
     failed = next(trial for trial in found.trials.values() if trial.state == "failed")
     assert "no_such_layer" in str(failed.values) and "matches no linear layer" in failed.error
     assert found.ranked()[0].run, "a trial of its own has a run folder to go on from"
+
+
+@pytest.mark.proof
+def test_a_trial_whose_process_is_lost_goes_on_from_what_it_sealed(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "lost", optim={"lr": 1e-5, "batch_size": 2, "max_steps": 200})
+    killed: list[int] = []
+
+    def kill() -> None:
+        """The trial's own process, one of this test's, when its first look is known."""
+        until = time.monotonic() + 120
+        while not killed and time.monotonic() < until:
+            time.sleep(0.05)
+            found = Found.read(search_folder(recipe))
+            if found is not None and any(trial.looks for trial in found.trials.values()):
+                mine = [each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::Trial")]
+                killed.extend(each.pid for each in mine)
+                for each in mine:
+                    each.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    _, found, _ = searched(recipe, "optim.lr={choice: [1e-3]}", searcher="grid", shared="off", looks=10)
+    killer.join()
+    [trial] = found.trials.values()
+    assert killed and trial.state == "done" and trial.steps == 200
 
 
 @pytest.mark.proof
