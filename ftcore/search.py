@@ -9,6 +9,7 @@ driver and trials; imports no torch and no ray.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from abc import abstractmethod
@@ -145,9 +146,9 @@ class Search(Section):
     goal: Literal["auto", "min", "max"] = "auto"
     """auto: losses and perplexity are to be small, everything else large."""
     trials: int = Field(16, ge=1)
-    """How many; a grid has its own number."""
+    """How many, more of them later too; a grid has its own number."""
     minutes: float | None = Field(None, gt=0)
-    """No trial goes on after this long."""
+    """No trial goes on after this long, unless the same search is given more."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; unset: as many as the cluster holds, of tpe a quarter of all (4 at least), for it learns from those that ended."""
     shared: Literal["auto", "on", "off"] = "auto"
@@ -188,6 +189,8 @@ class Search(Section):
         return math.prod(len(span.choice) for span in self.free.values() if isinstance(span, Choices))
 
 
+REPORTED = ("validation_loss", "perplexity", "loss", "grad_norm", "lr", "epoch", "step", "tokens", "trained_tokens", "seconds")
+"""What every run reports with a validation; the stage of a plugin may report more."""
 KINDS: dict[str, Any] = {"method.kind": METHODS, "stage.kind": STAGES, "backend.kind": BACKENDS}
 FIXED = ("name", "output.", "plugins", "eval.", "data.validation", "data.test", "data.cache", "data.engine", "resources.")
 """What trials must have in common: where things land, and which rows judge them."""
@@ -235,7 +238,13 @@ def is_range(word: str) -> bool:
 
 def check(search: Search, recipe: Recipe) -> bool:
     """Whether trials are to share a base. Raises ConfigError unless each key is one of the recipe's that may differ, and the recipe is
-    sound at both ends of every range."""
+    sound at both ends of every range; and the metric one that its runs report."""
+    if search.metric not in REPORTED and not recipe.plugins:
+        near = difflib.get_close_matches(search.metric, REPORTED, n=1)
+        raise ConfigError(
+            "no run reports this metric", where="metric", got=search.metric, wanted=" | ".join(REPORTED),
+            remedy=f"did you mean {near[0]}?" if near else "",
+        )  # fmt: skip
     for path in search.space:
         if path.startswith(FIXED) or path == "data":
             raise ConfigError(

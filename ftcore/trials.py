@@ -66,6 +66,10 @@ class Found:
     trials: dict[str, Tried] = field(default_factory=dict)
     seconds: float = 0.0
     """Of all sessions together."""
+    minutes: float | None = None
+    """How long it may take, as it was asked for last."""
+    parts: int = 0
+    """How often it came to its end; each time more trials or minutes were asked for than before, another part is begun."""
 
     def ranked(self) -> list[Tried]:
         """Those that were judged and did not fail, the best first."""

@@ -5,6 +5,7 @@ In: what Ray Tune says of its trials. Out: Found in `search.json`, lines in the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -106,11 +107,11 @@ class Teller(tune.Callback):
 class Spent(tune.Stopper):
     """Ends all trials when the search has had its time, sessions before this one counted. Ray Tune keeps it with the search's state."""
 
-    def __init__(self, url: str, seconds: float) -> None:
-        self.url, self.seconds = url, seconds
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "seconds": self.seconds}
+        return {"url": self.url}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -118,7 +119,8 @@ class Spent(tune.Stopper):
     def stop_all(self) -> bool:
         if "until" not in self.__dict__:
             found = Found.read(Folder(self.url))
-            self.until = time.monotonic() + self.seconds - (found.seconds if found else 0.0)
+            assert found is not None, "the driver writes it first"
+            self.until = math.inf if found.minutes is None else time.monotonic() + 60 * found.minutes - found.seconds
         return time.monotonic() >= self.until
 
 

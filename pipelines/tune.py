@@ -26,7 +26,7 @@ from ftcore.trials import table
 OPTIONS = {
     "searcher": "tpe (default), random or grid",
     "scheduler.kind": "asha (default), median, pbt or none",
-    "trials": "how many (default: 16)",    "minutes": "no trial goes on after this long",
+    "trials": "how many (default: 16)",    "minutes": "no trial goes on after this long; more may be given later, as of trials",
     "concurrent": "trials at once",
     "shared": "auto (default: LoRA trials train together over one base), on or off",
     "metric": "what decides (default: validation_loss)",

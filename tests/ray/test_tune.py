@@ -119,17 +119,21 @@ def test_when_every_trial_fails_the_search_says_why(local_ray: None, tiny_model_
         searched(recipe, "optim.lr={choice: [1e-3]}", searcher="grid")
 
 
-def test_a_metric_that_no_trial_reports_is_said(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"(?s)metric is not among what this trial reports"):
-        searched(recipe_in(tmp_path, tiny_model_dir, "no-metric"), trials=1, metric="accuracy")
+def test_a_search_that_is_given_more_trials_makes_those_that_are_new(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "more", resources={"cpus_per_worker": 8})
+    _, first, _ = searched(recipe, trials=2)
+    _, more, said = searched(recipe, trials=4, minutes=30.0)
+    assert len(first.trials) == 2 and len(more.trials) == 4 and first.trials.items() <= more.trials.items()
+    assert len({str(trial.values) for trial in more.trials.values()}) == 4, "the new ones are drawn anew"
+    assert any(line.startswith("2 trials") for line in said)
+    _, again, _ = searched(recipe, trials=3)
+    assert again.trials == more.trials
 
 
 def test_time_that_earlier_sessions_took_counts(tmp_path: Path) -> None:
-    spent = Spent(str(tmp_path), 60)
-    assert not spent.stop_all()
-    for seconds, over in ((59.0, False), (61.0, True)):
-        Found("", "min", seconds=seconds).write(Folder(str(tmp_path)))
-        assert pickle.loads(pickle.dumps(spent)).stop_all() is over, seconds
+    for seconds, minutes, over in ((59.0, 1.0, False), (61.0, 1.0, True), (61.0, 2.0, False), (61.0, None, False)):
+        Found("", "min", seconds=seconds, minutes=minutes).write(Folder(str(tmp_path)))
+        assert pickle.loads(pickle.dumps(Spent(str(tmp_path)))).stop_all() is over, (seconds, minutes)
 
 
 @pytest.mark.proof

@@ -17,6 +17,7 @@ from ftcore.recipe import Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
 from ftcore.search import Choices, Search, check, grid, is_range, load_search, recipe_of, settled
 from ftcore.sharing import base_key
+from ftcore.trials import Found, Look, Tried
 from pipelines import searching
 from pipelines.fit import Outcome
 from pipelines.trial import trial_recipe
@@ -112,6 +113,15 @@ def test_a_range_is_of_whole_numbers_where_its_key_is(tmp_path: Path) -> None:
     assert len({drawn.sample() for _ in range(20)}) > 2
 
 
+def test_a_search_may_be_given_more_trials_and_minutes_and_knows_what_it_found() -> None:
+    words = (LR, "method.rank={choice: [4, 8]}")
+    assert searching._digest(search(*words, trials="4"), recipe()) == searching._digest(search(*words, trials="8", minutes="9"), recipe())
+    assert searching._digest(search(*words), recipe()) != searching._digest(search(LR), recipe())
+    tried = {name: Tried(name, {"optim.lr": 1e-3, "method.rank": 8}, (Look(100, 10, loss),)) for name, loss in (("a", 1.0), ("b", 2.0))}
+    tpe = searching.searcher_of(search(*words), 1, Found("", "min", tried, parts=1))
+    assert [trial.value for trial in tpe._ot_study.trials] == [1.0, 2.0]
+
+
 def test_a_grid_is_every_combination() -> None:
     wanted = search("method.rank={choice: [4, 8]}", "optim.lr={choice: [1e-3, 1e-4, 1e-5]}", searcher="grid")
     assert wanted.num_trials == 6 == len({tuple(values.items()) for values in grid(wanted)})
@@ -136,6 +146,7 @@ def test_a_grid_is_every_combination() -> None:
         (["data.validation={range: [0.1, 0.2]}"], {}, "the same in all trials"),
         (["method.rank={choice: [4, 8]}"], {"scheduler.kind": "pbt", "searcher": "random"}, "pbt changes a trial while it trains"),
         ([LR], {"trials": "0"}, "trials"),
+        ([LR], {"metric": "validation_los"}, "(?s)no run reports this metric.*did you mean validation_loss"),
         (["method.dropout={range: [0.0, 0.1]}"], {"shared": "on"}, "cannot share a base(?s:.*)dropout"),
         (["model.path={choice: [a/b, c/d]}"], {"shared": "on"}, "other bases"),
     ],
