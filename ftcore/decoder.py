@@ -20,8 +20,9 @@ from ftcore.layers.flat_decoder import flat_decoder
 from ftcore.layers.multi_lora import MultiLora
 from ftcore.layers.packed import packed
 from ftcore.layers.slot_cache import SlotCache
-from ftcore.models import DTYPES, HEAD_EXTRAS, decoder_of, load_base, require_full_precision
+from ftcore.models import DTYPES, decoder_of, load_base, require_full_precision
 from ftcore.recipe import Model
+from ftcore.shapes import HEAD_EXTRAS
 
 if TYPE_CHECKING:
     from ftcore.batching import Step

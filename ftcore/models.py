@@ -22,6 +22,7 @@ from ftcore.errors import ModelError
 from ftcore.layers import varlen
 from ftcore.losses import linear_cross_entropy, token_logps
 from ftcore.mirror import at_hand
+from ftcore.shapes import HEAD_EXTRAS
 from ftcore.weights import check_base
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 Layout = Literal["varlen", "padded"]
-HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Configuration keys of a head that is more than a linear layer, unless they are 1."""
 
 
 def autocast_dtype(dtype: str) -> torch.dtype | None:

@@ -9,11 +9,12 @@ driver and trials; imports no torch and no ray.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ from ftcore.recipe import Recipe, parse_recipe
 from ftcore.recipe_errors import explain
 from ftcore.recipe_file import by_line, override, parse_tree, read_tree
 from ftcore.section import Section
-from ftcore.sharing import base_key, refusal
+from ftcore.sharing import base_key, refusal, refusal_of_base
 from ftcore.stages.base import STAGES
 
 Value = int | float | str | bool | None | list[Any] | dict[str, Any]
@@ -49,7 +50,7 @@ class _Between(Section):
 
     @property
     def is_whole(self) -> bool:
-        """Both ends are written as whole numbers: so is what lies between."""
+        """Both ends are whole numbers: so is what lies between. See `settled`."""
         return all(isinstance(end, int) for end in self.bounds())
 
     def samples(self) -> list[Value]:
@@ -145,9 +146,9 @@ class Search(Section):
     goal: Literal["auto", "min", "max"] = "auto"
     """auto: losses and perplexity are to be small, everything else large."""
     trials: int = Field(16, ge=1)
-    """How many; a grid has its own number."""
+    """How many, more of them later too; a grid has its own number."""
     minutes: float | None = Field(None, gt=0)
-    """No trial goes on after this long."""
+    """No trial goes on after this long, unless the same search is given more."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; unset: as many as the cluster holds, of tpe a quarter of all (4 at least), for it learns from those that ended."""
     shared: Literal["auto", "on", "off"] = "auto"
@@ -188,9 +189,15 @@ class Search(Section):
         return math.prod(len(span.choice) for span in self.free.values() if isinstance(span, Choices))
 
 
+REPORTED = ("validation_loss", "perplexity", "loss", "grad_norm", "lr", "epoch", "step", "tokens", "trained_tokens", "seconds")
+"""What every run reports with a validation; the stage of a plugin may report more."""
 KINDS: dict[str, Any] = {"method.kind": METHODS, "stage.kind": STAGES, "backend.kind": BACKENDS}
 FIXED = ("name", "output.", "plugins", "eval.", "data.validation", "data.test", "data.cache", "data.engine", "resources.")
 """What trials must have in common: where things land, and which rows judge them."""
+PREPARES = ("model", "data", "stage")
+"""Sections that decide what rows become: tokenizer, data, stage."""
+NOT_PUBLISHED: dict[str, None] = {"adapter": None, "sign_key": None, "gate": None}
+"""Keys of `output` in trials, and of a winner that is no adapter."""
 WHILE_RUNNING = ("optim.lr", "optim.weight_decay", "optim.betas", "optim.clip_norm", "optim.min_lr_ratio", "method.dropout")
 """What a run can go on with another value of, its weights and optimizer state as they are."""
 
@@ -231,7 +238,13 @@ def is_range(word: str) -> bool:
 
 def check(search: Search, recipe: Recipe) -> bool:
     """Whether trials are to share a base. Raises ConfigError unless each key is one of the recipe's that may differ, and the recipe is
-    sound at both ends of every range."""
+    sound at both ends of every range; and the metric one that its runs report."""
+    if search.metric not in REPORTED and not recipe.plugins:
+        near = difflib.get_close_matches(search.metric, REPORTED, n=1)
+        raise ConfigError(
+            "no run reports this metric", where="metric", got=search.metric, wanted=" | ".join(REPORTED),
+            remedy=f"did you mean {near[0]}?" if near else "",
+        )  # fmt: skip
     for path in search.space:
         if path.startswith(FIXED) or path == "data":
             raise ConfigError(
@@ -243,22 +256,50 @@ def check(search: Search, recipe: Recipe) -> bool:
                 "scheduler pbt changes a trial while it trains, and this cannot change then", where="space", got=path,
                 wanted=", ".join(WHILE_RUNNING), remedy="take scheduler asha for it",
             )  # fmt: skip
+    return _shares(search, _at_all_ends(search, recipe))
+
+
+def _at_all_ends(search: Search, recipe: Recipe) -> list[Recipe]:
+    """Each key at every choice and both ends, the others at their first."""
     middle = {path: span.samples()[0] for path, span in search.free.items()}
     tried: list[dict[str, Any]] = [middle]
     for path, span in search.free.items():
         tried += [middle | {path: value} for value in span.samples()[1:]]
-    return _shares(search, [recipe_of(search, recipe, values) for values in tried])
+    return [recipe_of(search, recipe, values) for values in tried]
+
+
+def settled(search: Search, recipe: Recipe) -> Search:
+    """The same search, its ranges of the kind that their keys are: one of a key that takes fractions, `[0, 1]`, is not of 0 and 1 alone."""
+    trees = [each.model_dump() for each in _at_all_ends(search, recipe)]
+    space: dict[str, Span] = dict(search.space)
+    for path, span in search.free.items():
+        if not isinstance(span, Choices) and any(isinstance(_at(tree, path), float) for tree in trees):
+            space[path] = type(span).model_validate({_form(span): [float(end) for end in span.bounds()]})
+    return search.model_copy(update={"space": space})
+
+
+def _at(tree: Any, path: str) -> Any:
+    """None where there is no such key."""
+    for name in path.split("."):
+        if isinstance(tree, list | tuple) and name.isdigit() and int(name) < len(tree):
+            tree = tree[int(name)]
+        else:
+            tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def _shares(search: Search, recipes: Sequence[Recipe]) -> bool:
+    if search.shared == "off":
+        return False
     reason = next(filter(None, map(refusal, recipes)), "")
     if not reason and len(set(map(base_key, recipes))) > 1:
         reason = "the space holds other bases, data or stages"
     if not reason and search.scheduler.kind == "pbt":
         reason = "scheduler pbt goes on from checkpoints, which shared trials have none of"
+    reason = reason or refusal_of_base(recipes[0].model)
     if reason and search.shared == "on":
         raise ConfigError("these trials cannot share a base", where="shared", got=reason, remedy="shared: auto, or off")
-    return search.shared != "off" and not reason
+    return not reason
 
 
 def grid(search: Search) -> list[dict[str, Any]]:
@@ -266,13 +307,25 @@ def grid(search: Search) -> list[dict[str, Any]]:
     return [dict(zip(search.free, values, strict=True)) for values in product(*(span.samples() for span in search.free.values()))]
 
 
+def data_recipes(search: Search, recipe: Recipe) -> Iterator[Recipe]:
+    """A recipe for every way in which trials may have their rows prepared, as far as it is chosen from lists; as many as trials at most."""
+    middle = {path: span.samples()[0] for path, span in search.free.items()}
+    deciding = {path: span for path, span in search.free.items() if path.split(".")[0] in PREPARES and isinstance(span, Choices)}
+    for values in islice(product(*(span.samples() for span in deciding.values())), search.num_trials if deciding else 0):
+        try:
+            yield recipe_of(search, recipe, middle | dict(zip(deciding, values, strict=True)))
+        except ConfigError:
+            continue  # two choices that do not go together: the trial that draws them says so
+
+
 def recipe_of(search: Search, recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe that these values stand for, relations worked out.
+    """The recipe that these values stand for, relations worked out; it publishes nothing, so that its method need not make an adapter.
 
     A key of a choice whose drawn `kind` has no such key is left out, the recipe's own keys and relations too. Raises ConfigError with the
     values when the recipe refuses them.
     """
     tree = recipe.model_dump(mode="json")
+    tree["output"] |= NOT_PUBLISHED
     for path, value in values.items():
         if path in KINDS:
             _put_kind(tree, path, str(value))

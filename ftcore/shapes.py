@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from ftcore.errors import ModelError
 
+HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Configuration keys of a head that is more than a linear layer, unless they are 1."""
 Reads = Literal["attention", "context", "mlp", "product"]
 """Which tensor a linear layer multiplies; layers that read the same one share what is kept of it."""
 
@@ -200,13 +202,19 @@ def shape_of_config(config: Mapping[str, Any], where: str = "config.json") -> Sh
     attention = _attention(config, traits, hidden, heads * head_dim, kv_heads * head_dim)
     norms = traits.num_norms * hidden + {"none": 0, "head": 2 * head_dim, "width": (heads + kv_heads) * head_dim}[traits.qk_norm]
     layers = tuple(_layer(config, traits, index, attention, norms, where) for index in range(sizes["num_hidden_layers"]))
-    extras = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # as models.HEAD_EXTRAS, which lies behind torch
     return Shape(
         model_type, hidden, heads, kv_heads, head_dim, sizes["vocab_size"], bool(config.get("tie_word_embeddings", False)), layers,
         num_norms=traits.num_norms, qk_norm=traits.qk_norm != "none", stored=_stored(config),
-        plain_head=all(config.get(key) in (None, 1, 1.0) for key in extras),
+        plain_head=head_extra(config) is None,
         isolates=config.get("attn_logit_softcapping") is None and not config.get("attention_chunk_size"), assumed="; ".join(said),
     )  # fmt: skip
+
+
+def head_extra(config: Mapping[str, Any]) -> str | None:
+    """What makes a config.json's head more than a linear layer: its key; None where nothing does."""
+    config = config.get("text_config", config)
+    held = {**KNOWN.get(str(config.get("model_type", "")), Traits()).defaults, **config}
+    return next((key for key in HEAD_EXTRAS if held.get(key) not in (None, 1, 1.0)), None)
 
 
 def _refuse_strange(config: Mapping[str, Any], model_type: str, where: str) -> None:

@@ -93,7 +93,10 @@ class Shared:
         layout = choose_layout(base, recipe.model.attention, packs=True)
         self.base, self.policy = base, CausalModel(base, layout)
         if not self.policy.head_exact or layout != "varlen":
-            raise ConfigError("this model makes its loss of whole logits: candidates cannot be told apart in it", where=recipe.model.path)
+            raise ConfigError(
+                "this model makes its loss of whole logits: candidates cannot be told apart in it",
+                where=recipe.model.path, remedy="search with --shared off",
+            )  # fmt: skip
         self.autocast = autocast_dtype(recipe.model.dtype)
         self.sizes = {split: prepared.block_lengths(split) for split in ("train", "validation")}
         self.ranges = Ranges()

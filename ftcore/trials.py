@@ -17,11 +17,12 @@ FILE = "search.json"
 
 @dataclass(frozen=True)
 class Look:
-    """A validation of a trial. `share`: percent of its steps."""
+    """A validation of a trial. `share`: percent of its steps; `run`: which of its run folders it was in."""
 
     share: float
     step: int
     value: float
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class Tried:
     run: str = ""
     """Name of its run folder; another one after it went on from another trial's weights."""
 
+    @property
+    def present(self) -> tuple[Look, ...]:
+        """The looks of the run it is in: those before it took over another trial's weights are of weights it has no more."""
+        return tuple(look for look in self.looks if look.run == self.run)
+
     def best(self, mode: str) -> float | None:
-        """The best value of any look."""
-        values = [look.value for look in self.looks]
+        """The best value of any look at what it is now."""
+        values = [look.value for look in self.present]
         return (min if mode == "min" else max)(values) if values else None
 
     @property
@@ -48,7 +54,7 @@ class Tried:
 
     @property
     def share(self) -> float:
-        return max((look.share for look in self.looks), default=0.0)
+        return max((look.share for look in self.present), default=0.0)
 
 
 @dataclass
@@ -60,6 +66,10 @@ class Found:
     trials: dict[str, Tried] = field(default_factory=dict)
     seconds: float = 0.0
     """Of all sessions together."""
+    minutes: float | None = None
+    """How long it may take, as it was asked for last."""
+    parts: int = 0
+    """How often it came to its end; each time more trials or minutes were asked for than before, another part is begun."""
 
     def ranked(self) -> list[Tried]:
         """Those that were judged and did not fail, the best first."""

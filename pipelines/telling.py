@@ -5,6 +5,7 @@ In: what Ray Tune says of its trials. Out: Found in `search.json`, lines in the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from ray import tune
 from ftcore.search import Search
 from ftcore.storage import Folder
 from ftcore.trials import Found, Look, Tried, shown_values, table
-from pipelines.trial import decoded
+from pipelines.trial import FAILING, decoded
 
 TABLE_EVERY = 20.0
 """Seconds between two tables while trials run."""
@@ -49,10 +50,13 @@ class Teller(tune.Callback):
         self._keep(replace(held, state="running", values=values) if held else Tried(trial.trial_id, values))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any) -> None:
-        held = self.found.trials[trial.trial_id]
-        look = Look(float(result["share"]), int(result["step"]), float(result[self.wanted.metric]))
+        if FAILING in result:
+            trial.max_failures = 0
+            return
+        held = replace(self.found.trials[trial.trial_id], run=str(result["run"]))
+        look = Look(float(result["share"]), int(result["step"]), float(result[self.wanted.metric]), held.run)
         if look.share > held.share:
-            self._keep(replace(held, looks=(*held.looks, look), seconds=float(result.get("seconds", 0.0)), run=str(result["run"])))
+            self._keep(replace(held, looks=(*held.looks, look), seconds=float(result.get("seconds", 0.0))))
             self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -61,6 +65,9 @@ class Teller(tune.Callback):
         if held.looks:
             how = "done" if held.share >= 100 else f"stopped at {held.share:.0f} %"
             self._say(trial.trial_id, f"{how}: {self.wanted.metric} {held.looks[-1].value:.4f} at step {held.looks[-1].step}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial.trial_id, "its process was lost: it goes on from what it sealed")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         held = self.found.trials.get(trial.trial_id) or Tried(trial.trial_id, decoded(trial.config, self.wanted))
@@ -100,11 +107,11 @@ class Teller(tune.Callback):
 class Spent(tune.Stopper):
     """Ends all trials when the search has had its time, sessions before this one counted. Ray Tune keeps it with the search's state."""
 
-    def __init__(self, url: str, seconds: float) -> None:
-        self.url, self.seconds = url, seconds
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "seconds": self.seconds}
+        return {"url": self.url}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -112,7 +119,8 @@ class Spent(tune.Stopper):
     def stop_all(self) -> bool:
         if "until" not in self.__dict__:
             found = Found.read(Folder(self.url))
-            self.until = time.monotonic() + self.seconds - (found.seconds if found else 0.0)
+            assert found is not None, "the driver writes it first"
+            self.until = math.inf if found.minutes is None else time.monotonic() + 60 * found.minutes - found.seconds
         return time.monotonic() >= self.until
 
 

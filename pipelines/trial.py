@@ -37,6 +37,8 @@ from pipelines.prepare import prepare
 from pipelines.work import PRELOAD
 
 log = logging.getLogger(__name__)
+FAILING = "failing"
+"""In a result that is none: the trial's error comes next."""
 LEAVE_S, LOOK_S = 60.0, 0.05
 """How long workers on a cluster may take to seal a checkpoint and to leave their room."""
 
@@ -60,11 +62,13 @@ def decoded(config: Mapping[str, Any], search: Search) -> dict[str, Any]:
 
 
 def trial_recipe(search: Search, recipe: Recipe, values: Mapping[str, Any], name: str, runs: str) -> Recipe:
-    """The recipe of one trial: its own values and name; it publishes nothing. A loss does not depend on the number of workers."""
+    """The recipe of one trial: its own values and name; it publishes nothing. A loss does not depend on the number of workers.
+    Rows that nobody prepared yet are prepared in its own process: on Ray they would wait for the CPUs that trials hold."""
     drawn = recipe_of(search, recipe, values)
     output = drawn.output.model_copy(update={"runs": runs, "adapter": None, "loggers": (), "checkpoint_every": 10**9})
     resources = drawn.resources.model_copy(update={"workers": drawn.resources.min_workers})
-    return drawn.model_copy(update={"name": name, "output": output, "resources": resources})
+    data = drawn.data.model_copy(update={"engine": "process"})
+    return drawn.model_copy(update={"name": name, "data": data, "output": output, "resources": resources})
 
 
 def with_looks(recipe: Recipe, num_blocks: int, looks: int, *, sealed: bool) -> Recipe:
@@ -170,12 +174,24 @@ class Trial(tune.Trainable):
         self.runner = None
         self.told = 0
         """Step of the last result."""
+        self.failure: Exception | None = None
         self.origin: tuple[str, int] | None = None
         """Run and step that a checkpoint of Tune's stands for."""
         self.name = str(self.trial_id)
         """Of the run's folder."""
 
     def step(self) -> dict[str, Any]:
+        """The next validation. What ends the training is announced before it is raised: Ray Tune tries again whatever fails, and only an
+        actor that was lost should be."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return self._next()
+        except Exception as error:
+            self.failure = error
+            return {self.search.metric: math.nan, "share": 0.0, "step": 0, FAILING: True}
+
+    def _next(self) -> dict[str, Any]:
         if self.runner is None:
             self.runner = self._opened()
         found = dict(self.runner.next())

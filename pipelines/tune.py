@@ -26,7 +26,7 @@ from ftcore.trials import table
 OPTIONS = {
     "searcher": "tpe (default), random or grid",
     "scheduler.kind": "asha (default), median, pbt or none",
-    "trials": "how many (default: 16)",    "minutes": "no trial goes on after this long",
+    "trials": "how many (default: 16)",    "minutes": "no trial goes on after this long; more may be given later, as of trials",
     "concurrent": "trials at once",
     "shared": "auto (default: LoRA trials train together over one base), on or off",
     "metric": "what decides (default: validation_loss)",
@@ -58,15 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.judging import Wanted, evaluate
     from pipelines.prepare import prepare
     from pipelines.runs import at_home
-    from pipelines.searching import crown, find, search_folder
+    from pipelines.searching import contest, crown, find, search_folder
 
     say = partial(print, flush=True)
     recipe = at_home(recipe, say)
     found = find(search, recipe, log=say)
     outcome = crown(search, recipe, found, log=say)
     say("\n" + table(found, search.metric))
-    if outcome.ref and len(prepare(recipe, log=lambda line: None).rows("test")):
-        judged = Wanted(recipe, ("base", outcome.ref.full), f"{search_folder(recipe)}/test", Torch())
+    winner, systems = contest(outcome, recipe)
+    if systems and len(prepare(winner, log=lambda line: None).rows("test")):
+        judged = Wanted(winner, systems, f"{search_folder(recipe)}/test", Torch())
         say("\n" + evaluate(judged, Means(here=True), say).text() + "\n")
     say(f"{'report':<32}{search_folder(recipe)}/report.html\n{'winner':<32}{outcome.run.url}")
     if outcome.ref:

@@ -126,7 +126,7 @@ def parallel(search: Search, ranked: Sequence[Tried]) -> Markup | None:
 
 def curves(ranked: Sequence[Tried]) -> Markup | None:
     """What decides over the share of a trial, a line a trial; the best one stands out."""
-    values = sorted(look.value for trial in ranked for look in trial.looks if math.isfinite(look.value))
+    values = sorted(look.value for trial in ranked for look in trial.present if math.isfinite(look.value))
     if not values:
         return None
     low, high = values[0], values[min(len(values) - 1, int(0.95 * len(values)))]
@@ -146,7 +146,7 @@ def curves(ranked: Sequence[Tried]) -> Markup | None:
     for share in (0, 25, 50, 75, 100):
         parts.append(f'<text class="tick" x="{x(share):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{share} %</text>')
     for place, trial in reversed(list(enumerate(ranked))):
-        points = [(x(look.share), y(look.value)) for look in trial.looks if math.isfinite(look.value)]
+        points = [(x(look.share), y(look.value)) for look in trial.present if math.isfinite(look.value)]
         style = 'class="best"' if place == 0 else 'class="line" style="opacity:.35"'
         title = f"<title>{Markup.escape(trial.id)}</title>"
         parts.append(f'<polyline {style} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}">{title}</polyline>')

@@ -7,10 +7,12 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ftcore.adapters import AdapterStore
@@ -86,23 +88,52 @@ def test_a_trial_that_fails_does_not_end_the_rest(
 
 
 @pytest.mark.proof
+def test_a_trial_whose_process_is_lost_goes_on_from_what_it_sealed(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "lost", optim={"lr": 1e-5, "batch_size": 2, "max_steps": 200})
+    killed: list[int] = []
+
+    def kill() -> None:
+        """The trial's own process, one of this test's, when its first look is known."""
+        until = time.monotonic() + 120
+        while not killed and time.monotonic() < until:
+            time.sleep(0.05)
+            found = Found.read(search_folder(recipe))
+            if found is not None and any(trial.looks for trial in found.trials.values()):
+                mine = [each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::Trial")]
+                killed.extend(each.pid for each in mine)
+                for each in mine:
+                    each.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    _, found, _ = searched(recipe, "optim.lr={choice: [1e-3]}", searcher="grid", shared="off", looks=10)
+    killer.join()
+    [trial] = found.trials.values()
+    assert killed and trial.state == "done" and trial.steps == 200
+
+
+@pytest.mark.proof
 def test_when_every_trial_fails_the_search_says_why(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, tiny_model_dir, "all-fail", method={"kind": "lora", "targets": ["no_such_layer"]})
     with pytest.raises(TrainingError, match=r"(?s)no trial of this search could be judged.*matches no linear layer"):
         searched(recipe, "optim.lr={choice: [1e-3]}", searcher="grid")
 
 
-def test_a_metric_that_no_trial_reports_is_said(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"(?s)metric is not among what this trial reports"):
-        searched(recipe_in(tmp_path, tiny_model_dir, "no-metric"), trials=1, metric="accuracy")
+def test_a_search_that_is_given_more_trials_makes_those_that_are_new(local_ray: None, tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, tiny_model_dir, "more", resources={"cpus_per_worker": 8})
+    _, first, _ = searched(recipe, trials=2)
+    _, more, said = searched(recipe, trials=4, minutes=30.0)
+    assert len(first.trials) == 2 and len(more.trials) == 4 and first.trials.items() <= more.trials.items()
+    assert len({str(trial.values) for trial in more.trials.values()}) == 4, "the new ones are drawn anew"
+    assert any(line.startswith("2 trials") for line in said)
+    _, again, _ = searched(recipe, trials=3)
+    assert again.trials == more.trials
 
 
 def test_time_that_earlier_sessions_took_counts(tmp_path: Path) -> None:
-    spent = Spent(str(tmp_path), 60)
-    assert not spent.stop_all()
-    for seconds, over in ((59.0, False), (61.0, True)):
-        Found("", "min", seconds=seconds).write(Folder(str(tmp_path)))
-        assert pickle.loads(pickle.dumps(spent)).stop_all() is over, seconds
+    for seconds, minutes, over in ((59.0, 1.0, False), (61.0, 1.0, True), (61.0, 2.0, False), (61.0, None, False)):
+        Found("", "min", seconds=seconds, minutes=minutes).write(Folder(str(tmp_path)))
+        assert pickle.loads(pickle.dumps(Spent(str(tmp_path)))).stop_all() is over, (seconds, minutes)
 
 
 @pytest.mark.proof

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipelines as searching
+from ftcore.adapters import AdapterRef
 from ftcore.errors import ConfigError
 from ftcore.formula import Formula
-from ftcore.recipe import Recipe
-from ftcore.search import Search, check, grid, is_range, load_search, recipe_of
+from ftcore.recipe import Recipe, dump_recipe, parse_recipe
+from ftcore.rundir import RunDir
+from ftcore.search import Choices, Search, check, grid, is_range, load_search, recipe_of, settled
+from ftcore.sharing import base_key
+from ftcore.trials import Found, Look, Tried
+from pipelines import searching
+from pipelines.fit import Outcome
+from pipelines.trial import trial_recipe
 
 LR = "optim.lr={log: [1e-4, 1e-2]}"
 
 
 def recipe(**changes: Any) -> Recipe:
     values = {
-        "name": "base", "model": {"path": "some/base"}, "data": {"sources": "rows.jsonl"},
+        "name": "base", "model": {"path": str(Path(__file__).parent)}, "data": {"sources": "rows.jsonl"},
         "method": {"kind": "lora", "rank": 8, "alpha": 16}, "stage": "sft", "optim": {"max_steps": 10}, **changes,
     }  # fmt: skip
     return Recipe.model_validate(values)
@@ -55,6 +62,66 @@ def test_whole_sections_are_choices_too() -> None:
     assert [recipe_of(wanted, recipe(), values).method.kind for values in grid(wanted)] == ["lora", "full"]
 
 
+def test_every_choice_of_data_is_prepared_before_trials_hold_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("data.max_length={choice: [64, 128]}", "stage.kind={choice: [sft, pretrain]}", LR)
+    made: list[tuple[int, str]] = []
+    monkeypatch.setattr(searching, "prepare", lambda each, log: made.append((each.data.max_length, each.stage.kind)))
+    monkeypatch.setattr(searching, "identity", lambda each, cache: {"as": (each.data.max_length, each.stage.kind)})
+    searching._prepare_all(search(*words), recipe(data={"sources": "rows.jsonl", "max_length": 64}), print)
+    assert made == [(64, "sft"), (64, "pretrain"), (128, "sft"), (128, "pretrain")]
+    made.clear()
+    searching._prepare_all(search(LR), recipe(), print)
+    assert len(made) == 1
+
+
+def test_a_trial_never_prepares_on_the_cpus_that_trials_hold() -> None:
+    whole = recipe(data={"sources": "rows.jsonl", "engine": "ray"})
+    made = trial_recipe(search(LR), whole, {"optim.lr": 1e-3}, "trial", "runs")
+    assert made.data.engine == "process" and base_key(made) == base_key(whole)
+
+
+def test_methods_that_make_no_adapter_are_searched_beside_those_that_do() -> None:
+    published = {"adapter": "acme/best", "gate": {"metric": "exact_match", "min": 0.1}}
+    whole = recipe(output=published, data={"sources": "rows.jsonl", "validation": 0.1, "test": 0.1})
+    assert not check(search("method.kind={choice: [lora, full]}"), whole)
+    made = trial_recipe(search(LR), whole, {"optim.lr": 1e-3}, "trial", "runs")
+    assert parse_recipe(dump_recipe(made)) == made, "a host reads it again"
+
+
+def test_a_winner_is_judged_with_its_own_recipe(tmp_path: Path) -> None:
+    given, run = recipe(), RunDir(str(tmp_path), "best")
+    for base, kind, ref, wanted in (
+        ("another/base", "lora", AdapterRef("acme", "best", "f" * 64), "acme/best@" + "f" * 64), ("some/base", "lora", None, ""),
+        ("some/base", "full", None, str(tmp_path / "best" / "final")),
+    ):  # fmt: skip
+        own = recipe(model={"path": base}, method={"kind": kind})
+        run.folder.write("recipe.yaml", dump_recipe(own).encode())
+        winner, systems = searching.contest(Outcome(run, ref, "store", {}, ""), given)
+        assert winner == own and systems == (("base", wanted) if wanted else ())
+
+
+def test_a_range_is_of_whole_numbers_where_its_key_is(tmp_path: Path) -> None:
+    words = ("optim.weight_decay={range: [0, 1]}", "optim.lr={log: [1, 2]}", "method.rank={range: [4, 8]}", "optim.seed={log: [1, 9]}")
+    wanted = Search.model_validate_json(settled(search(*words), recipe()).model_dump_json())
+    assert {path: span.is_whole for path, span in wanted.free.items() if not isinstance(span, Choices)} == {
+        "optim.weight_decay": False, "optim.lr": False, "method.rank": True, "optim.seed": True,
+    }  # fmt: skip
+    methods = search("method.kind={choice: [full, lora]}", "method.rank={range: [4, 8]}", "method.dropout={range: [0, 1]}")
+    whole = [span.is_whole for span in settled(methods, recipe()).free.values() if not isinstance(span, Choices)]
+    assert whole == [True, False]
+    drawn = searching.space_of(wanted)["optim.weight_decay"]
+    assert len({drawn.sample() for _ in range(20)}) > 2
+
+
+def test_a_search_may_be_given_more_trials_and_minutes_and_knows_what_it_found() -> None:
+    words = (LR, "method.rank={choice: [4, 8]}")
+    assert searching._digest(search(*words, trials="4"), recipe()) == searching._digest(search(*words, trials="8", minutes="9"), recipe())
+    assert searching._digest(search(*words), recipe()) != searching._digest(search(LR), recipe())
+    tried = {name: Tried(name, {"optim.lr": 1e-3, "method.rank": 8}, (Look(100, 10, loss),)) for name, loss in (("a", 1.0), ("b", 2.0))}
+    tpe = searching.searcher_of(search(*words), 1, Found("", "min", tried, parts=1))
+    assert [trial.value for trial in tpe._ot_study.trials] == [1.0, 2.0]
+
+
 def test_a_grid_is_every_combination() -> None:
     wanted = search("method.rank={choice: [4, 8]}", "optim.lr={choice: [1e-3, 1e-4, 1e-5]}", searcher="grid")
     assert wanted.num_trials == 6 == len({tuple(values.items()) for values in grid(wanted)})
@@ -79,6 +146,7 @@ def test_a_grid_is_every_combination() -> None:
         (["data.validation={range: [0.1, 0.2]}"], {}, "the same in all trials"),
         (["method.rank={choice: [4, 8]}"], {"scheduler.kind": "pbt", "searcher": "random"}, "pbt changes a trial while it trains"),
         ([LR], {"trials": "0"}, "trials"),
+        ([LR], {"metric": "validation_los"}, "(?s)no run reports this metric.*did you mean validation_loss"),
         (["method.dropout={range: [0.0, 0.1]}"], {"shared": "on"}, "cannot share a base(?s:.*)dropout"),
         (["model.path={choice: [a/b, c/d]}"], {"shared": "on"}, "other bases"),
     ],
@@ -93,6 +161,16 @@ def test_trials_share_a_base_where_all_of_the_space_allows_it() -> None:
     assert not check(search(LR, "method.dropout={range: [0.0, 0.1]}"), recipe())
     assert not check(search("method.kind={choice: [lora, full]}"), recipe())
     assert not check(search(LR, shared="off"), recipe())
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "granite", "logits_scaling": 8.0}, {"text_config": {"logit_scale": 0.06}}, {"model_type": "gemma2"}]
+)
+def test_a_base_whose_head_is_more_than_a_linear_layer_is_not_shared(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not check(search(LR), recipe(model={"path": str(tmp_path)}))
+    with pytest.raises(ConfigError, match="head is more than a linear layer"):
+        check(search(LR, shared="on"), recipe(model={"path": str(tmp_path)}))
 
 
 def test_a_search_file_is_checked_like_a_recipe(tmp_path: Path) -> None:
