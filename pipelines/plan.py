@@ -19,6 +19,7 @@ from typing import Any
 if not __package__:  # run as a file: the rooms are siblings of this script's folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cluster.runtime_env import compute_threads
 from cluster.worker_memory import Share, share_here
 from ftcore.alternatives import Alternative
 from ftcore.cli import guarded
@@ -41,15 +42,18 @@ def main(argv: list[str] | None = None) -> int:
     known = forecast(recipe)
     share = memory_of(recipe, options.memory, device, options.host_memory)
     seconds = known.seconds(device) if device else None
+    how = f"by {device.name}'s datasheet at {MODEL_FLOPS_SHARE:.0%} of its peak" if device else ""
     if options.probe:
-        from ftcore.plan_probe import probe  # loads torch
+        from ftcore.plan_probe import probe, probed_device  # loads torch
 
-        seconds = probe(known)
+        threads = compute_threads(recipe.resources)
+        seconds = probe(known, threads)
+        how = f"by a probe on {probed_device(recipe, threads)}"
     facts = figures(known, share, seconds, options.price)
     if options.json:
         print(json.dumps(facts | {"memory_from": share.source, "notes": known.notes}, indent=1))
     else:
-        print("\n".join(report(known, facts, share, device, measured=options.probe)))
+        print("\n".join(report(known, facts, share, how)))
     verdict = facts["verdict"]
     return NOT_RUNNABLE if verdict == "does not fit" or (verdict == "tight" and options.strict) else 0
 
@@ -66,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"of GPU workers: what a node has beside its GPUs, of which it is taken to have {GPUS_PER_NODE}; else it is told, not judged",
     )  # fmt: skip
     parser.add_argument("--price", metavar="X", type=_above_zero, help="of one worker for an hour; the cost is told in the same money")
-    parser.add_argument("--probe", action="store_true", help="time two shallow models of this width here, for the time of a step")
+    parser.add_argument("--probe", action="store_true", help="time two shallow models of this width here, on a worker's threads or GPU")
     parser.add_argument("--strict", action="store_true", help="a tight fit, too, makes the exit code 3")
     parser.add_argument("--json", action="store_true", help="for programs")
     return parser.parse_intermixed_args(argv)
@@ -118,7 +122,8 @@ def figures(known: Forecast, share: Share, seconds: float | None, price: float |
     }  # fmt: skip
 
 
-def report(known: Forecast, facts: dict[str, Any], share: Share, device: Device | None, *, measured: bool) -> list[str]:
+def report(known: Forecast, facts: dict[str, Any], share: Share, how: str) -> list[str]:
+    """`how`: where the time comes from; "" where nowhere."""
     shape, recipe = known.shape, known.recipe
     parts = ", ".join(f"{name} {count:,}" for name, count in shape.parts().items())
     lines = [
@@ -130,7 +135,7 @@ def report(known: Forecast, facts: dict[str, Any], share: Share, device: Device 
         f"disk           {facts['disk_gib']:.2f} GiB: {recipe.output.keep} checkpoints kept, the best, one being written, and the result",
         f"network        {facts['network_gib_per_step']:.3f} GiB sent by each worker in a step",
         f"steps          {known.steps if known.steps is not None else 'unknown until the rows are prepared'}",
-        f"time           {_time(facts['seconds'], device, measured=measured)}",
+        f"time           {_time(facts['seconds'], how)}",
     ]  # fmt: skip
     lines += [f"cost           {facts['cost']:.2f}"] if facts["cost"] is not None else []
     lines += [f"note: {text}" for text in known.notes]
@@ -153,14 +158,9 @@ def _memory_table(known: Forecast) -> Iterator[str]:
     )
 
 
-def _time(seconds: float | None, device: Device | None, *, measured: bool) -> str:
+def _time(seconds: float | None, how: str) -> str:
     if seconds is None:
-        return "unknown: give --gpu NAME, or --probe on the machine that will train" if device is None else "unknown without steps"
-    how = (
-        "by a probe on this machine"
-        if measured
-        else f"by {device.name if device else ''}'s datasheet at {MODEL_FLOPS_SHARE:.0%} of its peak"
-    )
+        return "unknown without steps" if how else "unknown: give --gpu NAME, or --probe on the machine that will train"
     return f"{seconds / 3600:.2f} h ({seconds:,.0f} s), {how}"
 
 
