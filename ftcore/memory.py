@@ -9,7 +9,7 @@ Every part names the code it comes from. Bytes lie on the device the rank comput
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ftcore.activations import Pass, added_by_backward, kept_between, kept_by_layer, narrow_weights
@@ -35,6 +35,9 @@ before 2.38 seldom takes from a hole of just that size. Seen: 2,647 MiB where 2,
 over 2,048 tokens: 0.9)."""
 SMALL_TENSOR = 4096
 """8-bit optimizers keep tensors below this in fp32 (optim.Optim.kind)."""
+
+ONE_BASE = ("runtime", "CUDA context", "NCCL", "base", "base as stored")
+"""Parts that trials over one base hold in common."""
 
 Phase = Literal["load", "step", "checkpoint"]
 PHASES: tuple[Phase, ...] = ("load", "step", "checkpoint")
@@ -69,6 +72,13 @@ class Need:
     @property
     def peak(self) -> int:
         return max(self.held(phase) for phase in PHASES)
+
+    def of_trials(self, processes: int, guests: int) -> Need:
+        """Of a search's trials beside each other, in each process `guests` that share its base (ftcore.shared)."""
+        parts = [part if part.name in ONE_BASE else replace(part, bytes=part.bytes * guests) for part in self.parts]
+        if self.workers == 1:  # each process is the rank 0 of its own run
+            parts = [replace(part, once=part.once and part.name in ONE_BASE) for part in parts]
+        return replace(self, parts=tuple(parts), workers=self.workers * processes)
 
     @property
     def worst_phase(self) -> Phase:

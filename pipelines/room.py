@@ -24,7 +24,7 @@ def require_room(recipe: Recipe, log: Log) -> None:
     except FtcoreError as error:
         log(f"no forecast of its memory: {error.what}{f' ({error.got})' if error.got else ''}")
         return
-    judge(known, _share(recipe.resources, log), log)
+    judge(known, share_for(recipe.resources, log), log)
 
 
 def judge(known: Forecast, share: Share, log: Log) -> None:
@@ -45,7 +45,8 @@ def judge(known: Forecast, share: Share, log: Log) -> None:
     log(f"forecast: a worker takes {peak:.2f} of {share.gib:.2f} GiB ({share.source}){beside}{tight}")
 
 
-def _share(asked: Resources, log: Log) -> Share:
+def share_for(asked: Resources, log: Log) -> Share:
+    """What one such worker may take where they will all sit: on this machine, or on the cluster."""
     if not joins_cluster():
         return share_here(asked)
     from cluster.connect import connect  # what a run on this machine is refused without
