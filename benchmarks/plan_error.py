@@ -1,6 +1,6 @@
-"""What `ftcore plan` forecasts against what runs took: peak memory of one rank on a CPU, over a grid of models, methods, lengths, worlds.
+"""What `ftcore plan` forecasts against what runs took: peak memory of one rank, over a grid of models, methods, lengths, worlds.
 
-    python benchmarks/plan_error.py [--malloc workers] [--only lora] [--world 1 2]
+    python benchmarks/plan_error.py [--malloc workers | --device cuda] [--only lora] [--world 1 2]
 
 In: models made here. Out: a table with the median and the worst error; exit code 1 where the median is above 5 % or the worst above 10 %.
 Runs in: one process a point (one a rank), on this machine; the whole loop: load, two steps, a checkpoint, the final export.
@@ -8,6 +8,8 @@ Runs in: one process a point (one a rank), on this machine; the whole loop: load
 Measured is VmHWM over what the process held after the same run of a tiny model, for many imports come late; the forecast's part `runtime`
 is left out likewise. `--malloc exact` has every tensor given back as it is freed, so that what is measured is what is held: the forecast
 without its part for holes of the heap. `--malloc workers` has the settings that training workers have, and the forecast with that part.
+With `--device cuda` measured is torch.cuda.max_memory_allocated over what was allocated after that tiny run (cuBLAS keeps its workspaces),
+and the forecast is of the device without its context; points of one process, for there may be one GPU.
 Points below 1 GiB are shown and not counted.
 """
 
@@ -83,14 +85,15 @@ GRID = (
 )
 
 
-def recipe_tree(point: Point, base: Path, runs: Path) -> dict[str, Any]:
+def recipe_tree(point: Point, base: Path, runs: Path, device: str) -> dict[str, Any]:
     backend: dict[str, Any] = {"kind": "plain"} if point.backend == "plain" else {"kind": "deepspeed", "zero": int(point.backend[-1])}
     backend |= {"micro_batch": point.micro_batch, "gradient_checkpointing": point.checkpointing}
     method = {"kind": point.method} | ({} if point.method == "full" else {"rank": 8, "targets": "all-linear"})
     return {
         "name": point.shape, "model": {"path": str(base), "dtype": point.dtype}, "stage": "sft", "method": method, "backend": backend,
         "data": {"sources": "unused.jsonl", "max_length": point.tokens, "cache": str(runs / "none")},
-        "optim": {"lr": 1e-4, "batch_size": point.world * point.micro_batch, "max_steps": 2}, "resources": {"workers": point.world},
+        "optim": {"lr": 1e-4, "batch_size": point.world * point.micro_batch, "max_steps": 2},
+        "resources": {"workers": point.world, "gpus_per_worker": int(device == "cuda")},
         "output": {"runs": str(runs)},
     }  # fmt: skip
 
@@ -112,7 +115,7 @@ def make_model(shape: str, dtype: str, folder: Path) -> Path:
     return folder
 
 
-def train_once(point: Point, base: Path, runs: Path, rank: int) -> None:
+def train_once(point: Point, base: Path, runs: Path, rank: int, device: str) -> None:
     import numpy as np
 
     from ftcore.backends.base import World
@@ -122,13 +125,13 @@ def train_once(point: Point, base: Path, runs: Path, rank: int) -> None:
     from ftcore.rundir import RunDir
     from tests.memory_blocks import MemoryBlocks
 
-    recipe = Recipe.model_validate(recipe_tree(point, base, runs))
+    recipe = Recipe.model_validate(recipe_tree(point, base, runs, device))
     lengths = np.full(4, point.tokens // 4, np.int32)
     ids = np.random.default_rng(0).integers(3, 8000, point.tokens).astype(np.int32)
     block = Block(ids=ids, mask=np.ones(point.tokens, np.uint8), lengths=lengths, rows=np.arange(4))
     train(
         recipe,
-        World(rank, point.world, rank),
+        World(rank, point.world, rank, device),
         MemoryBlocks([block] * (2 * recipe.optim.batch_size)),
         RunDir(recipe.output.runs, recipe.name),
     )
@@ -139,7 +142,7 @@ def status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(point: Point, folder: Path, rank: int) -> int:
+def measure(point: Point, folder: Path, rank: int, device: str) -> int:
     """Peak bytes of this process in the run of `point`, over what it held after the run of a tiny model."""
     import torch
     import torch.distributed as dist
@@ -148,36 +151,45 @@ def measure(point: Point, folder: Path, rank: int) -> int:
     if point.world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=point.world)
     tiny = Point("tiny", point.method, point.dtype, 64, point.micro_batch, point.checkpointing, point.world, point.backend)
-    train_once(tiny, folder / "tiny", folder / "tiny-runs", rank)
+    train_once(tiny, folder / "tiny", folder / "tiny-runs", rank, device)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again here
-    train_once(point, folder / "base", folder / "runs", rank)
-    peak = status_bytes("VmHWM") - before
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again here
+    train_once(point, folder / "base", folder / "runs", rank, device)
+    peak = (torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")) - before
     if point.world > 1:
         dist.destroy_process_group()
     return peak
 
 
-def run(point: Point, malloc: str) -> tuple[int, int]:
+def forecast_bytes(point: Point, folder: Path, malloc: str, device: str) -> int:
+    """Of what `measure` can see."""
+    from ftcore.forecast import forecast
+    from ftcore.memory import Need
+    from ftcore.recipe import Recipe
+
+    known = forecast(Recipe.model_validate(recipe_tree(point, folder / "base", folder / "runs", device)))
+    left_out = {"runtime", "CUDA context", "NCCL"} | ({"holes of the heap"} if malloc == "exact" else set())
+    return Need(tuple(part for part in known.need.parts if part.name not in left_out), known.need.on_gpu).peak
+
+
+def run(point: Point, malloc: str, device: str = "cpu") -> tuple[int, int]:
     """(forecast, measured) bytes of the rank that held most."""
     from cluster.runtime_env import MALLOC
-    from ftcore.forecast import forecast
-    from ftcore.memory import PHASES, Need
-    from ftcore.recipe import Recipe
 
     with tempfile.TemporaryDirectory(prefix="plan-error-") as place:
         folder = Path(place)
         made = [sys.executable, __file__, "--make", json.dumps(asdict(point)), "--folder", place]
         subprocess.run(made, check=True, capture_output=True)
-        known = forecast(Recipe.model_validate(recipe_tree(point, folder / "base", folder / "runs")))
-        left_out = {"runtime", "holes of the heap"} if malloc == "exact" else {"runtime"}
-        need = Need(tuple(part for part in known.need.parts if part.name not in left_out), on_gpu=False)
         settings = MALLOC if malloc == "workers" else EXACT
         ranks = [
-            subprocess.Popen([*made[:2], "--one", made[3], "--folder", place, "--rank", str(rank)], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env=os.environ | settings)
+            subprocess.Popen([*made[:2], "--one", made[3], "--folder", place, "--rank", str(rank), "--device", device],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | settings)
             for rank in range(point.world)
         ]  # fmt: skip
         measured = []
@@ -186,7 +198,7 @@ def run(point: Point, malloc: str) -> tuple[int, int]:
             if process.returncode:
                 raise SystemExit(f"{point.name}: {err[-2000:]}")
             measured.append(int(out.splitlines()[-1]))
-        return max(need.held(phase) for phase in PHASES), max(measured)
+        return forecast_bytes(point, folder, malloc, device), max(measured)
 
 
 def main() -> int:
@@ -194,6 +206,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="points whose name holds this")
     parser.add_argument("--world", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--malloc", choices=("exact", "workers"), default="exact")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     for name in ("--one", "--make"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -205,12 +218,13 @@ def main() -> int:
             make_model(shape, point.dtype, args.folder / name)
         return 0
     if args.one:
-        print(measure(Point(**json.loads(args.one)), args.folder, args.rank))
+        print(measure(Point(**json.loads(args.one)), args.folder, args.rank, args.device))
         return 0
+    worlds = args.world if args.device == "cpu" else [1]
     errors = []
     print(f"{'point':<60}{'forecast':>10}{'measured':>10}  error", flush=True)
-    for point in (p for p in GRID if args.only in p.name and p.world in args.world):
-        said, took = run(point, args.malloc)
+    for point in (p for p in GRID if args.only in p.name and p.world in worlds):
+        said, took = run(point, args.malloc, args.device)
         error = said / took - 1
         counted = took >= GIB
         errors += [abs(error)] if counted else []

@@ -1,9 +1,9 @@
 """Alternatives: recipes a few steps from one that does not fit, as overrides a person can paste; the nearest that fits.
 
-In: a recipe, what each recipe's peak is. Out: Alternatives, nearest first. Runs in: the driver; no torch.
+In: a recipe, what each recipe needs, what fits. Out: Alternatives, nearest first. Runs in: the driver; no torch.
 
 Near means: what changes the least of what is learnt. The same updates in smaller pieces come first, then the same updates on more machines,
-then a narrower optimizer or base, and at last another method.
+then a narrower optimizer or base, and at last another method. Memory of the host leads away too (HOST_STEP).
 """
 
 from __future__ import annotations
@@ -15,38 +15,49 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ftcore.memory import GIB, Need
 from ftcore.recipe import Recipe
 from ftcore.recipe_checks import impossible
 
 MOST_WORKERS = 64
+HOST_STEP = 32 * GIB
+"""So much of the host's memory, for one worker, leads one further away: else offload would come before a second machine, however large."""
 Step = tuple[int, tuple[str, ...]]
 """(how far it leads away, overrides)."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """`overrides` changes the recipe to one whose largest rank takes `peak` bytes."""
+    """`overrides` changes the recipe to one whose largest rank takes `need`."""
 
     overrides: tuple[str, ...]
-    peak: int
+    need: Need
     distance: int
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Less is nearer."""
+        return self.distance, self.need.host_peak
 
-def nearest(recipe: Recipe, peak: Callable[[Recipe], int], limit: int) -> Alternative | None:
-    """The first, by distance, that stays within `limit` bytes; None when none does."""
+
+def nearest(recipe: Recipe, needed: Callable[[Recipe], Need], fits: Callable[[Need], bool]) -> Alternative | None:
+    """Of those that fit; None when none does."""
     combined = [(sum(cost for cost, _ in steps), [text for _, texts in steps for text in texts]) for steps in product(*_axes(recipe))]
+    best: Alternative | None = None
     for distance, overrides in sorted(combined, key=lambda each: each[0]):
-        found = _tried(recipe, overrides, peak, distance) if overrides else None
-        if found is not None and found.peak <= limit:
-            return found
-    return None
+        if best is not None and distance > best.distance:
+            break  # memory of a host only leads further away
+        found = _tried(recipe, overrides, needed, distance) if overrides else None
+        if found is not None and (best is None or found.rank < best.rank) and fits(found.need):
+            best = found
+    return best
 
 
-def one_step_away(recipe: Recipe, peak: Callable[[Recipe], int]) -> Iterator[Alternative]:
+def one_step_away(recipe: Recipe, needed: Callable[[Recipe], Need]) -> Iterator[Alternative]:
     """What each single change would take, whether that fits or not; no more than twice the workers."""
     for axis in _axes(recipe, 2 * recipe.resources.max_workers):
         for distance, overrides in axis:
-            found = _tried(recipe, list(overrides), peak, distance) if overrides else None
+            found = _tried(recipe, list(overrides), needed, distance) if overrides else None
             if found is not None:
                 yield found
 
@@ -87,9 +98,12 @@ def _methods(recipe: Recipe) -> Iterator[Step]:
         yield 75 if kind == "full" else 35, ("method.kind=qlora",)
 
 
-def _tried(recipe: Recipe, overrides: list[str], peak: Callable[[Recipe], int], distance: int) -> Alternative | None:
+def _tried(recipe: Recipe, overrides: list[str], needed: Callable[[Recipe], Need], distance: int) -> Alternative | None:
     changed = with_overrides(recipe, overrides)
-    return None if changed is None else Alternative(tuple(overrides), peak(changed), distance)
+    if changed is None:
+        return None
+    need = needed(changed)
+    return Alternative(tuple(overrides), need, distance + need.host_peak // HOST_STEP)
 
 
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe | None:

@@ -7,7 +7,7 @@ Runs in: the driver; no torch, no transformers, no ray, no weights.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
@@ -21,7 +21,7 @@ from ftcore.data.prepared import Prepared
 from ftcore.data.sources import list_files
 from ftcore.devices import MODEL_FLOPS_SHARE, Device
 from ftcore.errors import ConfigError, FtcoreError, ModelError
-from ftcore.memory import BYTES, GIB, Load, Need, master_bytes, moments_bytes, need, precision
+from ftcore.memory import BYTES, GIB, Host, Load, Need, master_bytes, moments_bytes, need, precision
 from ftcore.moved import Moved, moved
 from ftcore.recipe import Recipe
 from ftcore.shapes import Shape, shape_of_config
@@ -56,18 +56,30 @@ class Forecast:
     steps: int | None
     notes: tuple[str, ...]
 
-    def verdict(self, memory: float) -> Verdict:
-        """`memory`: bytes that one rank may take."""
-        return verdict_of(self.need.peak, memory)
+    def verdict(self, memory: float, hosts: Sequence[Host] = ()) -> Verdict:
+        """`memory`: bytes that one rank may take of its device. `hosts`: of GPU workers, where they will sit; () where nobody knows."""
+        return verdict_of(self.need, memory, hosts)
 
-    def require_fits(self, memory: float) -> None:
-        """Raises ConfigError with the nearest configuration that fits in `memory` bytes a rank."""
-        if self.verdict(memory) != "does not fit":
+    def fullest(self, hosts: Sequence[Host]) -> Host | None:
+        """The host that this run fills most."""
+        return max(hosts, key=lambda host: host.takes(self.need) / max(host.gib, 1e-9)) if self.need.on_gpu and hosts else None
+
+    def require_fits(self, memory: float, hosts: Sequence[Host] = ()) -> None:
+        """Raises ConfigError with the nearest configuration that fits in `memory` bytes a rank, and on all of the hosts."""
+        if self.verdict(memory, hosts) != "does not fit":
             return
-        found = self.nearest(memory)
+        found = self.nearest(memory, hosts)
         remedy = (
             pasted(found) if found else "no change of this recipe that is known here would fit: take a smaller model, or larger devices"
         )
+        host = self.fullest(hosts)
+        if host is not None and self.verdict(memory) != "does not fit":
+            largest = max((part for part in self.need.parts if part.on_host), key=lambda part: part.bytes)
+            raise ConfigError(
+                "this run needs more memory than its workers' host has", where=f"beside the GPUs, most of it {largest.name}",
+                got=f"{host.gib:.1f} GiB by {host.workers(self.need)} worker(s) ({host.name})",
+                wanted=f"{host.takes(self.need):.1f} GiB", remedy=remedy,
+            )  # fmt: skip
         phase = self.need.worst_phase
         largest = max((part for part in self.need.parts if phase in part.phases), key=lambda part: part.bytes)
         raise ConfigError(
@@ -75,13 +87,15 @@ class Forecast:
             got=f"{memory / GIB:.1f} GiB a worker", wanted=f"{self.need.peak / GIB:.1f} GiB", remedy=remedy,
         )  # fmt: skip
 
-    def nearest(self, memory: float) -> Alternative | None:
+    def nearest(self, memory: float, hosts: Sequence[Host] = ()) -> Alternative | None:
         """Not tight, if there is such a one."""
-        peak = partial(_peak, shape=self.shape, volume=self.volume)
-        return nearest(self.recipe, peak, int(TIGHT * memory)) or nearest(self.recipe, peak, int(memory))
+        needed = partial(_need, shape=self.shape, volume=self.volume)
+        return nearest(self.recipe, needed, lambda need: verdict_of(need, memory, hosts) == "fits") or nearest(
+            self.recipe, needed, lambda need: verdict_of(need, memory, hosts) == "tight"
+        )
 
     def alternatives(self) -> Iterator[Alternative]:
-        return one_step_away(self.recipe, partial(_peak, shape=self.shape, volume=self.volume))
+        return one_step_away(self.recipe, partial(_need, shape=self.shape, volume=self.volume))
 
     @cached_property
     def checkpoint_bytes(self) -> int:
@@ -157,16 +171,20 @@ def forecast(recipe: Recipe) -> Forecast:
     return Forecast(recipe, shape, moves, need(recipe, shape, _load(recipe, shape, volume)), volume, steps, tuple(notes))
 
 
-def verdict_of(peak: int, memory: float) -> Verdict:
-    return "does not fit" if peak > memory else "tight" if peak > TIGHT * memory else "fits"
+def verdict_of(need: Need, memory: float, hosts: Sequence[Host] = ()) -> Verdict:
+    """The worst: on the device, and on each host."""
+    pairs = [(need.peak, memory)] + [(host.takes(need), host.gib) for host in hosts if need.on_gpu]
+    if any(taken > there for taken, there in pairs):
+        return "does not fit"
+    return "tight" if any(taken > TIGHT * there for taken, there in pairs) else "fits"
 
 
 def pasted(found: Alternative) -> str:
     return " ".join(shlex.quote(text) for text in found.overrides)
 
 
-def _peak(recipe: Recipe, *, shape: Shape, volume: Volume) -> int:
-    return need(recipe, shape, _load(recipe, shape, volume)).peak
+def _need(recipe: Recipe, *, shape: Shape, volume: Volume) -> Need:
+    return need(recipe, shape, _load(recipe, shape, volume))
 
 
 def _load(recipe: Recipe, shape: Shape, volume: Volume) -> Load:

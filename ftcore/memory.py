@@ -9,7 +9,7 @@ Every part names the code it comes from. Bytes lie on the device the rank comput
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ftcore.activations import Pass, added_by_backward, kept_between, kept_by_layer, narrow_weights
@@ -36,6 +36,9 @@ over 2,048 tokens: 0.9)."""
 SMALL_TENSOR = 4096
 """8-bit optimizers keep tensors below this in fp32 (optim.Optim.kind)."""
 
+ONE_BASE = ("runtime", "CUDA context", "NCCL", "base", "base as stored")
+"""Parts that trials over one base hold in common."""
+
 Phase = Literal["load", "step", "checkpoint"]
 PHASES: tuple[Phase, ...] = ("load", "step", "checkpoint")
 
@@ -49,6 +52,8 @@ class Part:
     why: str
     phases: tuple[Phase, ...] = PHASES
     on_host: bool = False
+    once: bool = False
+    """Once a node: held by rank 0 alone, or pages of a file that all processes there share."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Need:
 
     parts: tuple[Part, ...]
     on_gpu: bool
+    workers: int = 1
+    """How many there are of it: all; of those that share their state, the fewest."""
 
     def held(self, phase: Phase, *, on_host: bool = False) -> int:
         """Bytes held in a phase; on a CPU everything is held in one memory."""
@@ -66,6 +73,13 @@ class Need:
     def peak(self) -> int:
         return max(self.held(phase) for phase in PHASES)
 
+    def of_trials(self, processes: int, guests: int) -> Need:
+        """Of a search's trials beside each other, in each process `guests` that share its base (ftcore.shared)."""
+        parts = [part if part.name in ONE_BASE else replace(part, bytes=part.bytes * guests) for part in self.parts]
+        if self.workers == 1:  # each process is the rank 0 of its own run
+            parts = [replace(part, once=part.once and part.name in ONE_BASE) for part in parts]
+        return replace(self, parts=tuple(parts), workers=self.workers * processes)
+
     @property
     def worst_phase(self) -> Phase:
         return max(PHASES, key=self.held)
@@ -73,7 +87,31 @@ class Need:
     @property
     def host_peak(self) -> int:
         """Of a GPU's worker, what its process takes on the host."""
-        return max(self.held(phase, on_host=True) for phase in PHASES) if self.on_gpu else 0
+        return self.on_one_host(1)
+
+    def on_one_host(self, workers: int) -> int:
+        """What so many GPU workers, rank 0 among them, take together of the host they sit on."""
+        parts = [part for part in self.parts if part.on_host and self.on_gpu]
+        return max(sum(part.bytes * (1 if part.once else workers) for part in parts if phase in part.phases) for phase in PHASES)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What GPU workers may take of one node's own memory. `seats`: how many of them it can hold."""
+
+    name: str
+    gib: float
+    seats: int
+    num_nodes: int = 1
+    """That the workers are dealt out to evenly (placement SPREAD)."""
+
+    def workers(self, need: Need) -> int:
+        """How many of all workers will sit here at most."""
+        return max(1, min(self.seats, -(-need.workers // self.num_nodes)))
+
+    def takes(self, need: Need) -> float:
+        """GiB of those workers together."""
+        return need.on_one_host(self.workers(need)) / GIB
 
 
 @dataclass(frozen=True)
@@ -94,7 +132,8 @@ def need(recipe: Recipe, shape: Shape, load: Load) -> Need:
     state = _sharded_state(recipe, recipe.backend, shape, moves) if isinstance(recipe.backend, DeepSpeed) else _state(recipe, shape, moves)
     parts = [*_process(recipe, on_gpu), *state, *_step(recipe, shape, moves, load)]
     parts += [] if is_zero else _snapshot(recipe, moves, load)
-    return Need(tuple(part for part in parts if part.bytes), on_gpu)
+    workers = recipe.resources.min_workers if is_zero else recipe.resources.max_workers
+    return Need(tuple(part for part in parts if part.bytes), on_gpu, workers)
 
 
 def _process(recipe: Recipe, on_gpu: bool) -> list[Part]:
@@ -127,7 +166,7 @@ def _state(recipe: Recipe, shape: Shape, moves: Moved) -> list[Part]:
     ]  # fmt: skip
     if shape.stored != recipe.model.dtype and not recipe.method.quantises:
         found.append(
-            Part("base as stored", shape.num_parameters * BYTES[shape.stored], f"pages of its {shape.stored} files", ("load",), True)
+            Part("base as stored", shape.num_parameters * BYTES[shape.stored], f"pages of its {shape.stored} files", ("load",), True, True)
         )
     if moves.full and dtype < master:
         found.append(Part("base before masters", shape.num_parameters * dtype, "widened one by one (keep_masters)", ("load",)))
@@ -213,4 +252,4 @@ def _snapshot(recipe: Recipe, moves: Moved, load: Load) -> list[Part]:
     """Rank 0 copies what is trained and its optimizer's state (PlainStepper.snapshot), and the thread that writes it holds them."""
     copied = moves.count * master_bytes(recipe) + moments_bytes(recipe, moves)
     phases: tuple[Phase, ...] = ("step", "checkpoint") if load.overlaps else ("checkpoint",)
-    return [Part("checkpoint's copy", copied, "weights and optimizer, on rank 0", phases, on_host=True)]
+    return [Part("checkpoint's copy", copied, "weights and optimizer, on rank 0", phases, on_host=True, once=True)]

@@ -1,6 +1,7 @@
 """Plan probe: the time of a step, measured on this machine with two shallow models of the recipe's width.
 
-In: a Forecast. Out: seconds to the last step. Runs in: the driver, on `ftcore plan --probe` alone; loads torch, but never the weights.
+In: a Forecast, a worker's threads. Out: seconds to the last step. Runs in: the driver, on `ftcore plan --probe` alone; loads torch, but
+never the weights.
 
 Layers are alike, so a micro-step takes t(L) = t(1) + (L - 1) (t(2) - t(1)): embedding, head and loss are in t(1). Data loading, waiting for
 other ranks and the optimizer's update are left out.
@@ -9,6 +10,8 @@ other ranks and the optimizer's update are left out.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,8 +32,9 @@ TIMES = 3
 """The first micro-step of a process is slower than all others; the fastest of these counts."""
 
 
-def probe(known: Forecast) -> float | None:
-    """None where the number of steps is unknown. Raises ConfigError for what two shallow models cannot stand for."""
+def probe(known: Forecast, threads: int) -> float | None:
+    """None where the number of steps is unknown. Raises ConfigError for what two shallow models cannot stand for, and for a GPU that is not
+    here. `threads`: that a worker computes with."""
     recipe, layers = known.recipe, len(known.shape.layers)
     if recipe.method.quantises or recipe.backend.kind != "plain":
         raise ConfigError(
@@ -38,14 +42,39 @@ def probe(known: Forecast) -> float | None:
             got=f"method {recipe.method.kind}, backend {recipe.backend.kind}", wanted="method full or lora, backend plain",
             remedy="leave --probe away, and give --gpu NAME",
         )  # fmt: skip
+    if recipe.resources.gpus_per_worker and not torch.cuda.is_available():
+        raise ConfigError(
+            "the probe finds no GPU on this machine, and a CPU's time is not a GPU's", where="--probe",
+            got=f"resources.gpus_per_worker: {recipe.resources.gpus_per_worker:g}", wanted="a CUDA device that torch can use",
+            remedy="probe on the machine that will train, or leave --probe away, and give --gpu NAME",
+        )  # fmt: skip
     if known.steps is None:
         return None
-    one, two = (_micro_step_s(recipe, known.pass_(), num_layers) for num_layers in (1, 2))
+    with _computing_with(threads):
+        one, two = (_micro_step_s(recipe, known.pass_(), num_layers) for num_layers in (1, 2))
     return known.steps * known.micro_steps * (one + (layers - 1) * max(0.0, two - one))
 
 
+def probed_device(recipe: Recipe, threads: int) -> str:
+    """What was measured, in words."""
+    if recipe.resources.gpus_per_worker:
+        return f"this machine's {torch.cuda.get_device_name()}"
+    return f"this machine, {threads} thread{'s' * (threads != 1)}"
+
+
+@contextmanager
+def _computing_with(threads: int) -> Iterator[None]:
+    """As a worker does (cluster.runtime_env.worker_variables); torch by itself takes every core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _micro_step_s(recipe: Recipe, at: Pass, num_layers: int) -> float:
-    device = "cuda" if recipe.resources.gpus_per_worker and torch.cuda.is_available() else "cpu"
+    device = "cuda" if recipe.resources.gpus_per_worker else "cpu"
     facts = model_config(recipe.model)
     facts = dict(facts.get("text_config", facts)) | {"num_hidden_layers": num_layers}
     facts.pop("layer_types", None)  # one for each layer; transformers makes it anew

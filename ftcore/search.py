@@ -183,6 +183,12 @@ class Search(Section):
         return self
 
     @property
+    def most_at_once(self) -> int:
+        """A searcher that learns from trials has a quarter of them under way at most, for what it draws beside others it draws without
+        them."""
+        return self.concurrent or (max(4, self.num_trials // 4) if self.searcher == "tpe" else self.num_trials)
+
+    @property
     def num_trials(self) -> int:
         if self.searcher != "grid":
             return self.trials

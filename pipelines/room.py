@@ -24,7 +24,7 @@ def require_room(recipe: Recipe, log: Log) -> None:
     except FtcoreError as error:
         log(f"no forecast of its memory: {error.what}{f' ({error.got})' if error.got else ''}")
         return
-    judge(known, _share(recipe.resources, log), log)
+    judge(known, share_for(recipe.resources, log), log)
 
 
 def judge(known: Forecast, share: Share, log: Log) -> None:
@@ -34,17 +34,19 @@ def judge(known: Forecast, share: Share, log: Log) -> None:
         log(f"forecast: a worker takes {peak:.2f} GiB; not judged: {share.source}")
         return
     try:
-        known.require_fits(share.gib * GIB)
+        known.require_fits(share.gib * GIB, share.hosts)
     except ConfigError as error:
         remedy = f"{error.remedy}   (more ways: ftcore plan; --no-plan tries it all the same)"
-        raise ConfigError(
-            error.what, where=error.where, got=f"{error.got} ({share.source})", wanted=error.wanted, remedy=remedy
-        ) from error  # fmt: skip
-    tight = "; that is tight" if known.verdict(share.gib * GIB) == "tight" else ""
-    log(f"forecast: a worker takes {peak:.2f} of {share.gib:.2f} GiB ({share.source}){tight}")
+        source = f" ({share.source})" if known.need.peak > share.gib * GIB else ""  # of a host the error says it
+        raise ConfigError(error.what, where=error.where, got=f"{error.got}{source}", wanted=error.wanted, remedy=remedy) from error
+    tight = "; that is tight" if known.verdict(share.gib * GIB, share.hosts) == "tight" else ""
+    host = known.fullest(share.hosts)
+    beside = f"; on its host {host.takes(known.need):.2f} of {host.gib:.2f} GiB" if host else ""
+    log(f"forecast: a worker takes {peak:.2f} of {share.gib:.2f} GiB ({share.source}){beside}{tight}")
 
 
-def _share(asked: Resources, log: Log) -> Share:
+def share_for(asked: Resources, log: Log) -> Share:
+    """What one such worker may take where they will all sit: on this machine, or on the cluster."""
     if not joins_cluster():
         return share_here(asked)
     from cluster.connect import connect  # what a run on this machine is refused without

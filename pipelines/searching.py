@@ -187,7 +187,7 @@ def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None
     asked = recipe.resources.model_copy(update={"workers": 1 if shared else recipe.resources.min_workers})
     check_fits(asked, alive_nodes())
     room = max(1, fits(asked, alive_nodes()) // asked.max_workers)
-    at_once = min(room * (search.together if shared else 1), search.concurrent or most_at_once(search), search.num_trials)
+    at_once = min(room * (search.together if shared else 1), search.most_at_once, search.num_trials)
     num_hosts = min(room, at_once) if shared else 0
     with ExitStack() as held:
         started = held.enter_context(hosts(num_hosts, recipe, shared, asked)) if shared else []
@@ -200,11 +200,6 @@ def _run(search: Search, recipe: Recipe, folder: Folder, shared: Prepared | None
         grid = tuner.fit()
     if _interrupted(grid):
         raise Interrupted("the search was stopped", where=folder, remedy=f"go on with: {same_command()}")
-
-
-def most_at_once(search: Search) -> int:
-    """A searcher that learns from trials has a quarter of them under way at most, for what it draws beside others it draws without them."""
-    return max(4, search.num_trials // 4) if search.searcher == "tpe" else search.num_trials
 
 
 def _tuner(search: Search, found: Found, folder: Folder, trainable: Any, at_once: int, max_failures: int, log: Log) -> Tuner:

@@ -19,9 +19,15 @@ if not __package__:  # run as a file: the rooms are siblings of this script's fo
 from cluster.connect import connect_early
 from ftcore.cli import guarded
 from ftcore.engines.torch import Torch
+from ftcore.errors import ConfigError
 from ftcore.recipe import load_recipe
 from ftcore.search import check, is_range, load_search
 from ftcore.trials import table
+from pipelines.plan import NOT_RUNNABLE
+from pipelines.runs import at_home
+from pipelines.search_room import require_search_room
+
+say = partial(print, flush=True)
 
 OPTIONS = {
     "searcher": "tpe (default), random or grid",
@@ -47,21 +53,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--search", metavar="FILE", help="a YAML file with `space` and how to search it (pipelines/searches/lora.yaml)")
     for name, text in OPTIONS.items():
         parser.add_argument(f"--{name.split('.')[0]}", dest=name, help=text)
+    parser.add_argument(
+        "--plan", action=argparse.BooleanOptionalAction, default=True,
+        help="refuse, with exit code 3, trials that are forecast to need more memory than there is (default); --no-plan tries all the same",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(argv)
     ranges = [word for word in options.words if is_range(word)]
     search = load_search(options.search, ranges, {name: getattr(options, name) for name in OPTIONS})
     recipe = load_recipe(options.recipe, [word for word in options.words if word not in ranges])
-    check(search, recipe)
+    shares = check(search, recipe)
+    recipe = at_home(recipe, say)
+    if options.plan:
+        try:
+            require_search_room(search, recipe, shares, say)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NOT_RUNNABLE
     connect_early()
 
     from pipelines.evaluating import Means  # late: what is wrong with the words is said at once
     from pipelines.judging import Wanted, evaluate
     from pipelines.prepare import prepare
-    from pipelines.runs import at_home
     from pipelines.searching import contest, crown, find, search_folder
 
-    say = partial(print, flush=True)
-    recipe = at_home(recipe, say)
     found = find(search, recipe, log=say)
     outcome = crown(search, recipe, found, log=say)
     say("\n" + table(found, search.metric))

@@ -14,7 +14,7 @@ import pytest
 from ftcore.devices import DEVICES
 from ftcore.errors import ConfigError, ModelError
 from ftcore.forecast import Forecast, forecast
-from ftcore.memory import GIB
+from ftcore.memory import GIB, Host
 from ftcore.recipe import Recipe, load_recipe
 from pipelines.plan import main
 from tests.unit.test_shapes import LLAMA_8B, MIXTRAL_8X7B, QWEN2_72B, QWEN3_30B_A3B
@@ -103,6 +103,30 @@ def test_a_refusal_names_a_recipe_that_fits(tmp_path: Path, config: dict[str, An
     forecast(load_recipe(path, [GPU, "backend.micro_batch=2", *overrides])).require_fits(memory_gib * GIB)
 
 
+def test_offload_that_no_host_holds_is_neither_accepted_nor_suggested(tmp_path: Path) -> None:
+    away = (GPU, "backend.kind=deepspeed", "backend.zero=3", "backend.offload_optimizer=cpu", "backend.offload_params=cpu")
+    known = told(tmp_path, QWEN2_72B, *away, "backend.gradient_checkpointing=true", method="full")
+    assert known.verdict(80 * GIB) == "fits"
+    host = Host("n1", 512, 8)
+    with pytest.raises(ConfigError, match="its workers' host") as caught:
+        known.require_fits(80 * GIB, [host])
+    assert "512.0 GiB by 1 worker(s) (n1)" in str(caught.value)
+    found = known.nearest(80 * GIB, [host])
+    assert found is not None and host.takes(found.need) <= 0.9 * 512
+    least = told(tmp_path, QWEN2_72B, GPU, method="full").nearest(80 * GIB)
+    assert least is not None and least.need.host_peak < 2 * GIB, "more machines come before a terabyte on one host"
+
+
+def test_a_host_holds_all_its_workers_and_one_copy_of_the_checkpoint(tmp_path: Path) -> None:
+    overrides = (GPU, "resources.workers=4", "backend.kind=deepspeed", "backend.zero=3", "backend.offload_optimizer=cpu")
+    four = told(tmp_path, LLAMA_8B, *overrides, method="full").need
+    assert Host("n1", 512, 8).takes(four) == pytest.approx(4 * four.host_peak / GIB)
+    assert Host("n1", 512, 2).takes(four) == Host("n1", 512, 8, num_nodes=2).takes(four) == pytest.approx(2 * four.host_peak / GIB)
+    plain = told(tmp_path, LLAMA_8B, GPU, "resources.workers=4", method="full").need
+    runtime = next(part.bytes for part in plain.parts if part.name == "runtime")
+    assert plain.on_one_host(4) == plain.host_peak + 3 * runtime
+
+
 def test_the_smallest_change_comes_first(tmp_path: Path) -> None:
     known = told(tmp_path, LLAMA_8B, GPU, "backend.micro_batch=4")
     small = told(tmp_path, LLAMA_8B, GPU, "backend.micro_batch=1")
@@ -171,6 +195,10 @@ def test_the_command_tells_exit_codes_apart(tmp_path: Path, capsys: pytest.Captu
     assert main([path, GPU, "--memory", str(peak * 1.02)]) == 0
     assert main([path, GPU, "--memory", str(peak * 1.02), "--strict"]) == 3
     capsys.readouterr()
+    assert main([path, GPU, "--gpu", "H100"]) == 0
+    assert "on its host" in (out := capsys.readouterr().out) and "not judged: give --host-memory GIB" in out
+    assert main([path, GPU, "--gpu", "H100", "--host-memory", "0.5"]) == 3
+    assert "of 0.50 GiB, by 1 worker(s) (--host-memory)" in capsys.readouterr().out
     assert main([path, GPU, "--gpu", "h200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "fits"
 
@@ -180,8 +208,9 @@ def test_bad_flags_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown GPU") as caught:
         main([path, GPU, "--gpu", "H10"])
     assert "H100" in caught.value.remedy
-    with pytest.raises(ConfigError, match="trains on CPUs"):
-        main([path, "--gpu", "H100"])
+    for place in (["--gpu", "H100"], ["--host-memory", "64"]):
+        with pytest.raises(ConfigError, match="trains on CPUs"):
+            main([path, *place])
     for bad in ("0", "-3", "nan", "much"):
         with pytest.raises(SystemExit):
             main([path, "--memory", bad])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +16,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ftcore import plan_probe
 from ftcore.backends.base import World
 from ftcore.backends.plain import Plain
 from ftcore.data.collate import collate
 from ftcore.data.types import Block
+from ftcore.errors import ConfigError
 from ftcore.forecast import forecast
 from ftcore.models import DTYPES, CausalModel, autocast_dtype, choose_layout
-from ftcore.plan_probe import probe
 from ftcore.recipe import Recipe
+from pipelines.plan import main
 
 TOKENS = 1024
 CONFIG: dict[str, Any] = {
@@ -36,8 +42,9 @@ def recipe_of(folder: Path, method: dict[str, Any], dtype: str, checkpointing: b
     })  # fmt: skip
 
 
-def peak_of_a_step(recipe: Recipe) -> int:
-    """Bytes that the second micro-step takes at its worst moment, beside weights, gradients and optimizer."""
+@contextmanager
+def stepping(recipe: Recipe, num_segments: int) -> Iterator[Callable[[], None]]:
+    """A micro-step over one block of TOKENS, after a first one."""
     facts = json.loads(Path(recipe.model.path, "config.json").read_text())
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(facts.pop("model_type"), **facts), dtype=DTYPES[recipe.model.dtype])
@@ -48,7 +55,12 @@ def peak_of_a_step(recipe: Recipe) -> int:
     stepper = recipe.backend.open(model, recipe.optim, 2, World(), autocast_dtype(recipe.model.dtype))
     policy = stepper.run(lambda: CausalModel(model, choose_layout(base, "auto", packs=True)))
     ids = np.random.default_rng(0).integers(0, 6000, TOKENS).astype(np.int32)
-    block = Block(ids=ids, mask=np.ones(TOKENS, np.uint8), lengths=np.full(4, TOKENS // 4, np.int32), rows=np.arange(4))
+    block = Block(
+        ids=ids,
+        mask=np.ones(TOKENS, np.uint8),
+        lengths=np.full(num_segments, TOKENS // num_segments, np.int32),
+        rows=np.arange(num_segments),
+    )
     batch = collate([block], padded=False)
     model.train()
 
@@ -56,9 +68,14 @@ def peak_of_a_step(recipe: Recipe) -> int:
         stepper.micro_step(lambda: policy.cross_entropy(batch), scale=1e-3, last=True)
 
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
+    yield step
     stepper.close()
+
+
+def peak_of_a_step(recipe: Recipe) -> int:
+    """Bytes that the second micro-step takes at its worst moment, beside weights, gradients and optimizer."""
+    with stepping(recipe, 4) as step, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
     events = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     return int(np.cumsum([size for _, size in sorted(events)]).max())
 
@@ -82,7 +99,44 @@ def test_a_step_takes_what_was_forecast(
     assert told == pytest.approx(peak_of_a_step(recipe), rel=0.08)
 
 
-def test_a_probe_tells_the_time_of_a_run(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, {"kind": "lora"}, "fp32", False)
-    seconds = probe(forecast(recipe))
-    assert seconds is not None and 0 < seconds < 60
+def test_a_probe_tells_the_time_of_a_run_on_a_workers_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By processor time: of one thread it is the same, however busy the machine is."""
+    recipe, threads = recipe_of(tmp_path, {"kind": "lora"}, "fp32", False), []
+
+    def clock() -> float:
+        threads.append(torch.get_num_threads())
+        return time.process_time()
+
+    monkeypatch.setattr(plan_probe, "time", SimpleNamespace(perf_counter=clock))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        known = forecast(recipe)
+        seconds = plan_probe.probe(known, 1)
+        assert set(threads) == {1} and torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        took = []
+        with stepping(recipe, 1) as step:
+            for _ in range(3):
+                started = time.process_time()
+                step()
+                took.append(time.process_time() - started)
+    finally:
+        torch.set_num_threads(before)
+    assert seconds is not None and known.steps == 2
+    assert 0.5 < seconds / (2 * known.micro_steps * min(took)) < 2
+
+
+def test_a_probe_for_a_gpu_does_not_time_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = recipe_of(tmp_path, {"kind": "lora"}, "fp32", False).model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree | {"resources": {"gpus_per_worker": 1}}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no GPU on this machine"):
+        main([str(tmp_path / "recipe.yaml"), "--gpu", "H100", "--probe"])
+
+
+def test_a_plan_says_what_was_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = recipe_of(tmp_path, {"kind": "lora"}, "fp32", False).model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree | {"resources": {"cpus_per_worker": 2.5}}))
+    main([str(tmp_path / "recipe.yaml"), "--probe", "--memory", "8"])
+    assert "by a probe on this machine, 2 threads" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cluster.resources import Node
 from cluster.worker_memory import NodeMemory, Share, share_of_nodes
 from ftcore.errors import ConfigError
 from ftcore.forecast import forecast
-from ftcore.memory import GIB
+from ftcore.memory import GIB, Host
 from ftcore.recipe import Resources, load_recipe
 from ftcore.rundir import RunDir
 from pipelines import fit, sft
@@ -77,6 +78,21 @@ def test_the_refusal_can_be_pasted_and_overridden(
     with pytest.raises(KeyboardInterrupt):
         sft.main([path, "--no-plan"])
     assert trained == ["planned", "planned"]
+
+
+def test_a_run_that_its_host_cannot_hold_is_refused(
+    tmp_path: Path, trained: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(recipe_file(tmp_path, LLAMA_8B, "full"))
+    away = ["resources.gpus_per_worker=1", "backend.kind=deepspeed", "backend.zero=3", "backend.offload_optimizer=cpu"]
+    facts = replace(node_facts.node_facts(), gpus=("NVIDIA H100, 81559 MiB",), memory_free_gib=64.0)
+    monkeypatch.setattr(worker_memory, "node_facts", lambda: facts)
+    assert sft.main([path, *away]) == 3
+    told = capsys.readouterr().err
+    assert "its workers' host has" in told and "64.0 GiB by 1 worker(s) (free on this machine)" in told and trained == []
+    monkeypatch.setattr(worker_memory, "node_facts", lambda: replace(facts, memory_free_gib=256.0))
+    require_room(load_recipe(path, away), print)
+    assert "(the smallest GPU of this machine); on its host 120.29 of 256.00 GiB" in capsys.readouterr().out
 
 
 def test_the_readme_shows_a_refusal_as_it_is_printed(tmp_path: Path) -> None:
@@ -140,9 +156,15 @@ def test_workers_share_the_memory_of_the_node_that_gives_least() -> None:
 
 def test_the_smallest_gpu_that_a_worker_may_get_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Resources(workers=2, gpus_per_worker=1)
-    nodes = [NodeMemory("a", 0, 1, ("NVIDIA H100, 81559 MiB",)), NodeMemory("b", 0, 1, ("NVIDIA L4, 23034 MiB", "NVIDIA L4, 23034 MiB"))]
+    h100 = ("NVIDIA H100, 81559 MiB",)
+    nodes = [NodeMemory("a", 0, 1, h100), NodeMemory("b", 0, 1, ("NVIDIA L4, 23034 MiB", "NVIDIA L4, 23034 MiB"))]
     assert share_of_nodes(asked, nodes) == Share(23034 / 1024, "the smallest GPU of b")
     assert share_of_nodes(Resources(gpus_per_worker=0.5), nodes).gib == 23034 / 2048
+    spread = asked.model_copy(update={"placement": "SPREAD"})
+    assert share_of_nodes(spread, [NodeMemory("a", 500, 8, h100), NodeMemory("b", 60, 1, h100)]).hosts == (
+        Host("node a", 500, 8, 2),
+        Host("node b", 60, 1, 2),
+    )
     facts = node_facts.node_facts()
     monkeypatch.setattr(worker_memory, "node_facts", lambda: facts)
     here = worker_memory.share_here(Resources(workers=2))
