@@ -47,19 +47,32 @@ class Writer(ABC):
         return {**self._common, "object": self.kind, "choices": choices, "usage": _usage(closing), "ftcore_receipt": closing.receipt}
 
     async def stream(self, events: AsyncGenerator[Event, None], usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """The end of a choice waits for what follows: the last one carries the receipt. Without `usage` every chunk has a choice."""
         common = {**self._common, "object": self.chunk_kind}
         begun: set[int] = set()
+        end: dict[str, Any] | None = None
         async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Piece):
-                    if event.choice not in begun:
-                        begun.add(event.choice)
-                        if (first := self.opening(event.choice)) is not None:
-                            yield {**common, "choices": [first]}
-                    yield {**common, "choices": [self.delta(event)]}
-                elif isinstance(event, Closing):
-                    last = {**common, "choices": [], "ftcore_receipt": event.receipt}
-                    yield {**last, "usage": _usage(event)} if usage else last
+            try:
+                async for event in events:
+                    if end is not None:
+                        yield {**end, "ftcore_receipt": event.receipt} if isinstance(event, Closing) else end
+                        end = None
+                    if isinstance(event, Piece):
+                        if event.choice not in begun:
+                            begun.add(event.choice)
+                            if (first := self.opening(event.choice)) is not None:
+                                yield {**common, "choices": [first]}
+                        chunk = {**common, "choices": [self.delta(event)]}
+                        if event.finish is None:
+                            yield chunk
+                        else:
+                            end = chunk
+                    elif isinstance(event, Closing) and usage:
+                        yield {**common, "choices": [], "usage": _usage(event)}
+            except Exception:
+                if end is not None:
+                    yield end
+                raise
 
 
 class _Chat(Writer):
