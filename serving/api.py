@@ -33,7 +33,7 @@ from serving.jobs import Answerer, Event, Job, Opening
 from serving.metering import Account, audit_refusal
 from serving.published_keys import published_keys
 from serving.quotas import Quotas
-from serving.schema import MAX_LOGPROBS, ChatAsked, EmbeddingsAsked, TextAsked, error_body
+from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, EmbeddingsAsked, TextAsked, error_body
 from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
 from serving.shapes import Shape, chat_shape, embeddings_body, text_shape
 from serving.states import States
@@ -126,8 +126,9 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
 
 async def _embed(service: Service, request: Request, asked: EmbeddingsAsked) -> Response:
     caller: Caller = request.state.caller
-    answerer = await _found(service, request, caller, asked.model)
-    job = Job(uuid.uuid4().hex, caller.tenant, answerer, "", None, Sampling(), inputs=asked.inputs)
+    name = uuid.uuid4().hex
+    answerer = await _found(service, request, caller, asked, name)
+    job = Job(name, caller.tenant, answerer, "", None, Sampling(), inputs=asked.inputs)
     opening, events = await _begun(service, request, caller, job, asked.model)
     async with aclosing(events):
         body = embeddings_body([event async for event in events], asked.model, asked.encoding_format)
@@ -136,8 +137,8 @@ async def _embed(service: Service, request: Request, asked: EmbeddingsAsked) -> 
 
 async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsked, prompt: Any, shape: Shape) -> Response:
     caller: Caller = request.state.caller
-    num_logprobs, limit = asked.num_logprobs, asked.limit
-    answerer = await _found(service, request, caller, asked.model)
+    name, num_logprobs, limit = uuid.uuid4().hex, asked.num_logprobs, asked.limit
+    answerer = await _found(service, request, caller, asked, name)
     if asked.n > caller.limits.max_choices:
         raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
     if limit is not None and limit > caller.limits.max_tokens:
@@ -147,7 +148,7 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
     loop = asyncio.get_running_loop()
     constraint, tools = await loop.run_in_executor(service.forms, asked.form) if asked.has_form else (None, None)
     job = Job(
-        uuid.uuid4().hex, caller.tenant, answerer, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
+        name, caller.tenant, answerer, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n, constraint, tools, is_streamed=asked.stream,
     )  # fmt: skip
     opening, events = await _begun(service, request, caller, job, asked.model)
@@ -162,12 +163,13 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
     return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
 
 
-async def _found(service: Service, request: Request, caller: Caller, model: str) -> Answerer:
-    """What that name means to this caller. Raises Refusal, and what `Homes.answerer` does."""
-    ref = service.gate.find(caller, model, request.headers.get(SESSION, "")[:256])
+async def _found(service: Service, request: Request, caller: Caller, asked: Asked | EmbeddingsAsked, job: str) -> Answerer:
+    """What that model's name means to this caller: to a session always the same. Raises Refusal, and what `Homes.answerer` does."""
+    session = request.headers.get(SESSION, "")[:256] or asked.user or job
+    ref = service.gate.find(caller, asked.model, session)
     if ref is None:
-        return Answerer(model)
-    return await service.homes.answerer(ref, service.gate.directory.picture.before(ref) if "@" not in model else None)
+        return Answerer(asked.model)
+    return await service.homes.answerer(ref, service.gate.directory.picture.before(ref) if "@" not in asked.model else None)
 
 
 async def _begun(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ftcore.adapter_files import CARD
 from ftcore.adapters import POINTER, AdapterRef, AdapterStore
 from ftcore.errors import FtcoreError, IntegrityError
-from ftcore.pointer import Pointer
+from ftcore.pointer import Pointer, Target, dealt
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,16 @@ class Name:
     @property
     def current(self) -> tuple[str, ...]:
         """Digests that share the traffic now, without the unusable ones."""
-        return tuple(each.digest for each in self.pointer.targets if each.digest in self.versions and each.digest not in self.revoked)
+        return tuple(target.digest for target in self._targets)
+
+    @property
+    def _targets(self) -> list[Target]:
+        return [each for each in self.pointer.targets if each.digest in self.versions and each.digest not in self.revoked]
 
     def digest(self, version: str, session: str = "") -> str:
         """What a version means: "", an alias, or the beginning of one digest; "" when nothing usable."""
+        if version in ("", "current"):
+            return dealt(self._targets, session)
         digest = self.pointer.pick(version, session)
         if not digest and len(version) >= 6:
             found = [each for each in self.versions if each.startswith(version)]

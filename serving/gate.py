@@ -94,10 +94,10 @@ class Gate:
             raise Refusal(403, "without keys only this machine may ask", "forbidden", kind="permission_error")
 
     def find(self, caller: Caller, model: str, session: str) -> AdapterRef | None:
-        """None for a bare base. Raises Refusal 404 for anything that is not the caller's."""
+        """None for a bare base. `session`: deals one of the versions that share a name. Raises Refusal 404 for what is not the caller's."""
         if model in self.settings.bases_of(caller.tenant):
             return None
-        ref = self.directory.picture.find(caller.tenant, model, f"{caller.tenant}:{session}" if session else "")
+        ref = self.directory.picture.find(caller.tenant, model, f"{caller.tenant}:{session}")
         if ref is None:
             raise Refusal(404, "this model does not exist, or is not yours: see /v1/models", "model_not_found")
         return ref

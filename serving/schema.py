@@ -95,7 +95,7 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(None, max_length=512)
-    """Taken and not used: who asks is told by the key."""
+    """Meets the same one of the versions that share a name; who asks is told by the key."""
     metadata: dict[str, str] | None = Field(None, max_length=16)
     """Taken and not used."""
 
@@ -208,7 +208,7 @@ class EmbeddingsAsked(Strict):
     dimensions: None = None
     """A base has one."""
     user: str | None = Field(None, max_length=512)
-    """Taken and not used."""
+    """As above."""
 
     @property
     def inputs(self) -> tuple[str | tuple[int, ...], ...]:

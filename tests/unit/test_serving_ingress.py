@@ -1,0 +1,93 @@
+"""The serving API over a base that only says words: what the ingress decides by itself. No engine, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+
+from ftcore.adapters import AdapterRef
+from ftcore.pointer import Pointer, Target
+from serving.api import Service, build_api
+from serving.directory import Name, Picture
+from serving.gate import Gate
+from serving.jobs import Closing, Event, Job, Opening, Piece
+from serving.settings import ServeSettings
+
+ONE, TWO = "1" * 64, "2" * 64
+ASK: dict[str, Any] = {"model": "support", "prompt": "a"}
+
+
+class Words:
+    """Answers with "b", at once."""
+
+    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+        ref = job.answerer.ref
+        yield Opening(ref.full if ref else "", "0" * 64, "key", False, 1)
+        yield Piece(0, "b", finish="stop", num_tokens=1)
+        yield Closing(1, 1, {"output": "signed"})
+
+    async def states(self) -> list[dict[str, Any]]:
+        return [{"replica": "key", "weights": "0", "tokenizer": "0", "template": "", "missing": {}}]
+
+
+def name_of(*shares: tuple[str, float], revoked: tuple[str, ...] = ()) -> Name:
+    targets = tuple(Target(digest=digest, share=share) for digest, share in shares)
+    return Name(Pointer(targets=targets), frozenset(digest for digest, _ in shares), frozenset(revoked))
+
+
+CANARY = name_of((ONE, 0.9), (TWO, 0.1))
+
+
+@asynccontextmanager
+async def ingress(
+    tmp_path: Path, names: dict[str, Name], answers: Any = None, **keys: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+    """Of a store whose picture holds these names."""
+    (tmp_path / "store" / "_kept").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "store" / "_kept" / "file").touch()
+    settings = ServeSettings.model_validate(
+        {"base": "none", "store": str(tmp_path / "store"), "audit_spool": str(tmp_path / "spool"), **keys}
+    )
+    gate = Gate(settings)
+    gate.directory._take = lambda: Picture({"demo": names})  # type: ignore[method-assign]
+    service = Service(gate, dict.fromkeys(settings.all_bases, answers or Words()))
+    await service.open()
+    transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            yield http, service
+    finally:
+        await service.close()
+
+
+def test_a_canary_takes_its_share_of_requests_and_a_session_or_a_user_sticks(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with ingress(tmp_path, {"support": CANARY}, limits={"max_concurrent": 400}) as (http, _):
+
+            async def met(session: str = "", **more: str) -> str:
+                headers = {"x-ftcore-session": session} if session else {}
+                reply = await http.post("/v1/completions", json={**ASK, **more}, headers=headers)
+                return reply.headers["x-ftcore-adapter"].rpartition("@")[2]
+
+            found = Counter([await met() for _ in range(300)])
+            assert 5 <= found[TWO] <= 70 and found[ONE] == 300 - found[TWO], found
+            users = [f"u{number}" for number in range(40)]
+            by_user = [await met(user=user) for user in users]
+            assert set(by_user) == {ONE, TWO} and by_user == [await met(user=user) for user in users]
+            for one in (ONE, TWO):
+                session = users[by_user.index(one)]
+                assert {await met(session, user=user) for user in users[:10]} == {one}, "the header goes before the user"
+
+    asyncio.run(go())
+
+
+def test_a_revoked_canary_leaves_its_share_to_the_version_beside_it() -> None:
+    picture = Picture({"demo": {"support": name_of((ONE, 0.9), (TWO, 0.1), revoked=(TWO,))}})
+    assert {picture.find("demo", "support", f"demo:{number}") for number in range(100)} == {AdapterRef("demo", "support", ONE)}
+    assert picture.find("demo", f"support@{TWO}") is None
