@@ -44,6 +44,11 @@ class Limits(Section):
         """Key -> limit, of what is counted over time."""
         return {key: limit for key in METERS if (limit := getattr(self, key)) is not None}
 
+    @property
+    def named(self) -> dict[str, int | None]:
+        """What was said of them; the rest is a default."""
+        return self.model_dump(exclude_unset=True)
+
 
 class Metrics(Section):
     """Who may read `/metrics` and `/status`, which name every tenant, and how many of them."""
@@ -203,7 +208,7 @@ class ServeSettings(Base):
     begin_s: float = Field(60.0, gt=0)
     """How long it may wait for a replica that begins to answer it; then it gets 503 with Retry-After."""
     limits: Limits = Limits()
-    """Of every tenant that has none of its own (`ftcore tenants limits`)."""
+    """Of every tenant, but where it has its own (`ftcore tenants limits`)."""
     audit_spool: str = ""
     """Local folder where audit lines wait to be sealed into the store; empty: in a local store itself, else below ~/.local/state/ftcore."""
     ingress: Ingress = Ingress()
@@ -267,7 +272,7 @@ def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSett
 
 def changed_limits(limits: Limits, overrides: Sequence[str]) -> Limits:
     """`limits` with `key=value` put in (`key=null` takes one away). Raises ConfigError as `load_settings` does."""
-    return _checked(Tree(limits.model_dump(), name="settings"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
+    return _checked(Tree(limits.named, name="settings"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
 
 
 def _checked(tree: Tree, kind: type[S], overrides: Sequence[str], remedy: str) -> S:
