@@ -3,7 +3,7 @@
 In: a store, the tenants served. Out: model name of a request -> AdapterRef, within the caller's tenant. Runs in: the ingress.
 
 A client's string is looked up in the picture and never reaches the store unless the picture holds its name. While the store is away the
-last picture stays, and `/readyz` says so.
+last picture stays, and `/readyz` says so; before the first one nobody can tell what a name means.
 """
 
 from __future__ import annotations
@@ -99,11 +99,16 @@ class Directory:
 
     def __init__(self, store: AdapterStore, tenants: Callable[[], list[str]]) -> None:
         self._store, self._tenants = store, tenants
-        self.picture = Picture()
+        self.picture = self._blank = Picture()
         self.problem = ""
         """Why the last picture could not be taken; empty when it could."""
         self.num_followed = 0
         """Names seen to point elsewhere than before."""
+
+    @property
+    def is_blank(self) -> bool:
+        """No picture was taken yet."""
+        return self.picture is self._blank
 
     def refresh(self) -> Picture:
         """Blocks: run it in a thread. Keeps the last picture when the store is away."""

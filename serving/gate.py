@@ -94,9 +94,14 @@ class Gate:
             raise Refusal(403, "without keys only this machine may ask", "forbidden", kind="permission_error")
 
     def find(self, caller: Caller, model: str, session: str) -> AdapterRef | None:
-        """None for a bare base. `session`: deals one of the versions that share a name. Raises Refusal 404 for what is not the caller's."""
+        """None for a bare base. `session`: deals one of the versions that share a name.
+
+        Raises Refusal 404 for what is not the caller's, 503 before the store was read once.
+        """
         if model in self.settings.bases_of(caller.tenant):
             return None
+        if self.directory.is_blank:
+            raise Refusal(503, "the adapter store cannot be reached", "store_unavailable", kind="server_error", retry_after_s=5)
         ref = self.directory.picture.find(caller.tenant, model, f"{caller.tenant}:{session}")
         if ref is None:
             raise Refusal(404, "this model does not exist, or is not yours: see /v1/models", "model_not_found")

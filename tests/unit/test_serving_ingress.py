@@ -12,12 +12,14 @@ from typing import Any
 import httpx2 as httpx
 
 from ftcore.adapters import AdapterRef
+from ftcore.errors import StorageError
 from ftcore.pointer import Pointer, Target
 from serving.api import Service, build_api
 from serving.directory import Name, Picture
 from serving.gate import Gate
 from serving.jobs import Closing, Event, Job, Opening, Piece
 from serving.settings import ServeSettings
+from tests.served import soon
 
 ONE, TWO = "1" * 64, "2" * 64
 ASK: dict[str, Any] = {"model": "support", "prompt": "a"}
@@ -41,12 +43,16 @@ def name_of(*shares: tuple[str, float], revoked: tuple[str, ...] = ()) -> Name:
     return Name(Pointer(targets=targets), frozenset(digest for digest, _ in shares), frozenset(revoked))
 
 
+def _away() -> Picture:
+    raise StorageError("there is nothing")
+
+
 CANARY = name_of((ONE, 0.9), (TWO, 0.1))
 
 
 @asynccontextmanager
 async def ingress(
-    tmp_path: Path, names: dict[str, Name], answers: Any = None, **keys: Any
+    tmp_path: Path, names: dict[str, Name], answers: Any = None, is_away: bool = False, **keys: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
     """Of a store whose picture holds these names."""
     (tmp_path / "store" / "_kept").mkdir(parents=True, exist_ok=True)
@@ -55,7 +61,7 @@ async def ingress(
         {"base": "none", "store": str(tmp_path / "store"), "audit_spool": str(tmp_path / "spool"), **keys}
     )
     gate = Gate(settings)
-    gate.directory._take = lambda: Picture({"demo": names})  # type: ignore[method-assign]
+    gate.directory._take = _away if is_away else lambda: Picture({"demo": names})  # type: ignore[method-assign]
     service = Service(gate, dict.fromkeys(settings.all_bases, answers or Words()))
     await service.open()
     transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
@@ -91,3 +97,24 @@ def test_a_revoked_canary_leaves_its_share_to_the_version_beside_it() -> None:
     picture = Picture({"demo": {"support": name_of((ONE, 0.9), (TWO, 0.1), revoked=(TWO,))}})
     assert {picture.find("demo", "support", f"demo:{number}") for number in range(100)} == {AdapterRef("demo", "support", ONE)}
     assert picture.find("demo", f"support@{TWO}") is None
+
+
+def test_until_the_store_was_read_once_a_name_is_not_unknown_but_cannot_be_looked_up(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with ingress(tmp_path, {"support": CANARY}, is_away=True, poll_s=0.05) as (http, service):
+            reply = await http.post("/v1/completions", json=ASK)
+            assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (503, "store_unavailable", "5")
+            assert (await http.post("/v1/completions", json={**ASK, "model": "base"})).status_code == 200
+            ready = await http.get("/readyz")
+            assert (ready.status_code, ready.json()["reasons"]) == (503, ["the store was not read yet"])
+            service.gate.directory._take = lambda: Picture({"demo": {"support": CANARY}})  # type: ignore[method-assign]
+            await soon(lambda: not service.gate.directory.is_blank)
+            assert (await http.get("/readyz")).status_code == 200
+            assert (await http.post("/v1/completions", json=ASK)).status_code == 200
+            assert (await http.post("/v1/completions", json={**ASK, "model": "nobody"})).status_code == 404
+            service.gate.directory._take = _away  # type: ignore[method-assign]
+            await soon(lambda: bool(service.gate.directory.problem))
+            assert (await http.post("/v1/completions", json=ASK)).status_code == 200, "what was known is served"
+            assert (await http.get("/readyz")).status_code == 200
+
+    asyncio.run(go())
