@@ -115,7 +115,8 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
         base = {"object": "model", "created": 0, "owned_by": "ftcore", "parent": None}
         rows = [{**base, "id": name, "root": name} for name in gate.settings.bases_of(caller.tenant)]
         for name, ref in gate.directory.picture.models(caller.tenant):
-            rows.append({**base, "id": name, "owned_by": caller.tenant, "root": ref.full, "parent": homes.known(ref) or None})
+            asked = f"{ref.tenant}/{name}" if homes.is_hidden(ref) else name
+            rows.append({**base, "id": asked, "owned_by": caller.tenant, "root": ref.full, "parent": homes.known(ref) or None})
         return JSONResponse({"object": "list", "data": rows})
 
     @api.get("/v1/receipt-keys")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 
 from ftcore.adapters import AdapterRef
 from ftcore.errors import StorageError
@@ -118,3 +119,18 @@ def test_until_the_store_was_read_once_a_name_is_not_unknown_but_cannot_be_looke
             assert (await http.get("/readyz")).status_code == 200
 
     asyncio.run(go())
+
+
+def test_an_adapter_named_like_its_base_is_told_of_and_listed_by_its_whole_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = {"base": name_of((ONE, 1.0)), "support": name_of((TWO, 1.0))}
+
+    async def go() -> None:
+        async with ingress(tmp_path, names) as (http, _):
+            rows = (await http.get("/v1/models")).json()["data"]
+            assert [row["id"] for row in rows] == ["base", "demo/base", "support"]
+            for model, digest in {"base": "", "demo/base": ONE, "support": TWO}.items():
+                reply = await http.post("/v1/completions", json={**ASK, "model": model})
+                assert reply.headers["x-ftcore-adapter"].rpartition("@")[2] == digest
+
+    asyncio.run(go())
+    assert f"{AdapterRef('demo', 'base', ONE)} is asked for as demo/base alone: a base has its name" in caplog.text
