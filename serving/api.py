@@ -27,6 +27,7 @@ import ftcore
 from ftcore.engines.base import EngineEnded, Sampling
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
 from serving.audit import AuditLog
+from serving.bodies import read_body, replayed, too_large
 from serving.gate import Gate, Refusal
 from serving.homes import Homes
 from serving.jobs import Answerer, Event, Job, Opening
@@ -180,11 +181,7 @@ async def _begun(
     request.state.job = job.id
     events = _admitted(service, caller, job, Asker(model, request.headers.get("traceparent", "")[:64]))
     try:
-        async with asyncio.timeout(service.gate.settings.begin_s):
-            opening = await anext(events)
-    except TimeoutError:
-        await events.aclose()
-        raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
+        opening = await anext(events)
     except BaseException:
         await events.aclose()
         raise
@@ -203,10 +200,11 @@ async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) ->
     bases = service.gate.settings.all_bases
     max_context = max(bases[each.base].engine.max_context for each in (job.answerer, job.answerer.elsewhere) if each)
     account = Account(service.quotas, service.audit, caller, job, max_context)
+    begun = _begun_within(service.gate.settings.begin_s, _computed(service.answers, job))
     try:
         with service.gate.places(caller, job.num_choices):
             await account.begin()
-            async with aclosing(service.seeing.watched(job, asker, _computed(service.answers, job))) as events:
+            async with aclosing(service.seeing.watched(job, asker, begun)) as events:
                 async for event in events:
                     await account.saw(event)
                     yield event
@@ -216,6 +214,19 @@ async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) ->
         raise refusal from error
     finally:
         account.end()
+
+
+async def _begun_within(begin_s: float, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """The same events. Raises Refusal where the first takes longer."""
+    async with aclosing(events):
+        try:
+            async with asyncio.timeout(begin_s):
+                first = await anext(events)
+        except TimeoutError:
+            raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
+        yield first
+        async for event in events:
+            yield event
 
 
 async def _computed(answers: Mapping[str, Answers], job: Job) -> AsyncGenerator[Event, None]:
@@ -273,7 +284,7 @@ class Door:
             caller = state["caller"] = gate.caller(key, client, name)
             length = request.headers.get("content-length", "0")
             if not (length.isascii() and length.isdigit()) or int(length) > gate.settings.max_body_kib << 10:
-                raise _too_large(gate.settings.max_body_kib)
+                raise too_large(gate.settings.max_body_kib)
             with gate.uploading(caller):
                 body = await read_body(receive, gate.settings.max_body_kib, gate.settings.body_s)
         except Refusal as refusal:
@@ -286,38 +297,6 @@ class Door:
     async def _refuse(self, refusal: Refusal, scope: Any, receive: Any, send: Any) -> None:
         self._service().seeing.metrics.refused(_tenant(Request(scope)), refusal.code)
         await _refused(refusal)(scope, receive, send)
-
-
-async def read_body(receive: Any, max_kib: int, within_s: float) -> bytes:
-    """The whole body. Raises Refusal for one that is too large, or that takes too long to come: it would hold a place of the ingress."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(within_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                if len(body) > max_kib << 10:
-                    raise _too_large(max_kib)
-                if not message.get("more_body"):
-                    return bytes(body)
-    except TimeoutError:
-        raise Refusal(408, f"the request did not come within {within_s:g} s", "request_timeout") from None
-
-
-def replayed(body: bytes, receive: Any) -> Any:
-    """What tells an application of a body that was read already; after that, whether the client is still there."""
-    rest = iter([{"type": "http.request", "body": body}])
-
-    async def again() -> Any:
-        return next(rest, None) or await receive()
-
-    return again
-
-
-def _too_large(max_kib: int) -> Refusal:
-    return Refusal(413, f"a request is at most {max_kib << 10} bytes", "request_too_large")
 
 
 def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:

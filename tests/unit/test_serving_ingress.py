@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from prometheus_client import generate_latest
 
 from ftcore.adapters import AdapterRef
 from ftcore.errors import StorageError
@@ -37,6 +39,12 @@ class Words:
 
     async def states(self) -> list[dict[str, Any]]:
         return [{"replica": "key", "weights": "0", "tokenizer": "0", "template": "", "missing": {}}]
+
+
+class Silent(Words):
+    async def answer(self, _: Job) -> AsyncGenerator[Event, None]:
+        await asyncio.Event().wait()
+        yield Closing(0, 0, {})
 
 
 def name_of(*shares: tuple[str, float], revoked: tuple[str, ...] = ()) -> Name:
@@ -134,3 +142,19 @@ def test_an_adapter_named_like_its_base_is_told_of_and_listed_by_its_whole_name(
 
     asyncio.run(go())
     assert f"{AdapterRef('demo', 'base', ONE)} is asked for as demo/base alone: a base has its name" in caplog.text
+
+
+def test_who_waits_too_long_is_audited_and_counted_as_what_they_were_told(tmp_path: Path) -> None:
+    async def go() -> bytes:
+        async with ingress(tmp_path, {"support": CANARY}, answers=Silent(), begin_s=0.05) as (http, service):
+            reply = await http.post("/v1/completions", json=ASK)
+            assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (503, "overloaded", "5")
+            assert not service.gate._under_way
+            return generate_latest(service.seeing.metrics.registry)
+
+    figures = asyncio.run(go()).decode()
+    assert 'ftcore_requests_total{adapter="support",outcome="refused",tenant="demo"} 1.0' in figures
+    assert 'outcome="aborted",tenant="demo"} 0.0' in figures
+    (path,) = (tmp_path / "store" / "_audit").rglob("*.jsonl")
+    (line,) = (row for row in map(json.loads, path.read_text().splitlines()) if "outcome" in row)
+    assert (line["outcome"], line["code"]) == ("failed", "overloaded")
