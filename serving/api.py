@@ -145,7 +145,8 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
         raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
     if limit is not None and limit > caller.limits.max_tokens:
         raise Refusal(400, f"max_tokens is at most {caller.limits.max_tokens}", "invalid_value")
-    if num_logprobs is not None and (limit or caller.limits.max_tokens) * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
+    longest = limit or min(caller.limits.max_tokens, service.gate.settings.all_bases[answerer.base].engine.max_context)
+    if num_logprobs is not None and longest * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
         raise Refusal(400, f"at most {MAX_LOGPROBS} log-probabilities: ask for fewer tokens, choices or alternatives", "invalid_value")
     loop = asyncio.get_running_loop()
     constraint, tools = await loop.run_in_executor(service.forms, asked.form) if asked.has_form else (None, None)

@@ -158,3 +158,13 @@ def test_who_waits_too_long_is_audited_and_counted_as_what_they_were_told(tmp_pa
     (path,) = (tmp_path / "store" / "_audit").rglob("*.jsonl")
     (line,) = (row for row in map(json.loads, path.read_text().splitlines()) if "outcome" in row)
     assert (line["outcome"], line["code"]) == ("failed", "overloaded")
+
+
+def test_log_probabilities_are_counted_by_what_the_context_holds(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with ingress(tmp_path, {"support": CANARY}, engine={"max_context": 2048}) as (http, _):
+            body = {"model": "support", "messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20}
+            assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+            assert (await http.post("/v1/chat/completions", json={**body, "n": 2})).status_code == 400
+
+    asyncio.run(go())
