@@ -32,7 +32,7 @@ from serving.gate import Gate, Refusal
 from serving.homes import Homes
 from serving.jobs import Answerer, Event, Job, Opening
 from serving.metering import Account, audit_refusal
-from serving.published_keys import published_keys
+from serving.published_keys import PublishedKeys
 from serving.quotas import Quotas
 from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, EmbeddingsAsked, TextAsked, error_body
 from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
@@ -62,6 +62,7 @@ class Service:
         self.gate, self.answers = gate, answers
         self.quotas = Quotas(gate.settings.store)
         self.audit = AuditLog(gate.settings.store, gate.settings.audit_spool)
+        self.receipt_keys = PublishedKeys(gate.settings.store)
         self.states = States({name: each.states for name, each in answers.items()})
         self.homes = Homes(gate.settings, gate.directory, self.states)
         self.seeing = Seeing(gate, self.states, self.homes)
@@ -79,6 +80,7 @@ class Service:
         self.gate.close()
         await self.homes.close()
         self.forms.shutdown(wait=False)
+        self.receipt_keys.close()
         await self.quotas.close()
         await asyncio.to_thread(self.audit.close)
         await asyncio.to_thread(self.seeing.close)
@@ -122,7 +124,7 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
 
     @api.get("/v1/receipt-keys")
     async def keys() -> Response:
-        found = await asyncio.to_thread(published_keys, service().gate.settings.store)
+        found = await service().receipt_keys.now()
         return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ from prometheus_client import generate_latest
 from ftcore.adapters import AdapterRef
 from ftcore.errors import StorageError
 from ftcore.pointer import Pointer, Target
+from ftcore.storage import Folder
 from serving.api import Service, build_api
 from serving.directory import Name, Picture
 from serving.gate import Gate
 from serving.jobs import Closing, Event, Job, Opening, Piece
+from serving.published_keys import publish_key
 from serving.settings import ServeSettings
 from tests.served import soon
 
@@ -166,5 +170,55 @@ def test_log_probabilities_are_counted_by_what_the_context_holds(tmp_path: Path)
             body = {"model": "support", "messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20}
             assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
             assert (await http.post("/v1/chat/completions", json={**body, "n": 2})).status_code == 400
+
+    asyncio.run(go())
+
+
+def test_receipt_keys_are_read_once_each_and_listed_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, listed = Folder.read, Folder.files
+    told: Counter[str] = Counter()
+
+    def counted(self: Folder, key: str) -> bytes:
+        told[key.removeprefix("_receipts/")] += 1
+        return read(self, key)
+
+    def counted_files(self: Folder, key: str = "") -> list[str]:
+        told["listed"] += str(self).endswith("_receipts")
+        return listed(self, key)
+
+    async def go() -> None:
+        async with ingress(tmp_path, {}) as (http, _):
+            publish_key(str(tmp_path / "store"), ONE[:16], "one")
+            monkeypatch.setattr(Folder, "read", counted)
+            monkeypatch.setattr(Folder, "files", counted_files)
+
+            async def ids() -> list[str]:
+                return [row["id"] for row in (await http.get("/v1/receipt-keys")).json()["data"]]
+
+            assert await asyncio.gather(*(ids() for _ in range(20))) == [[ONE[:16]]] * 20
+            publish_key(str(tmp_path / "store"), TWO[:16], "two")
+
+            async def both() -> bool:
+                return await ids() == [ONE[:16], TWO[:16]]
+
+            await soon(both, 10)
+            assert told[f"{ONE[:16]}.pub.pem"] == told[f"{TWO[:16]}.pub.pem"] == 1 and told["listed"] <= 3, told
+
+    asyncio.run(go())
+
+
+def test_keys_and_names_are_read_while_every_common_thread_is_held(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with ingress(tmp_path, {}, poll_s=0.05) as (_, service):
+            over = threading.Event()
+            loop = asyncio.get_running_loop()
+            loop.set_default_executor(ThreadPoolExecutor(1))
+            held = loop.run_in_executor(None, over.wait)
+            try:
+                service.gate.directory._take = lambda: Picture({"demo": {"support": CANARY}})  # type: ignore[method-assign]
+                await soon(lambda: service.gate.directory.picture.find("demo", "support") is not None, 5)
+            finally:
+                over.set()
+                await held
 
     asyncio.run(go())
