@@ -27,7 +27,7 @@ class Limits(Section):
     """What one tenant may ask: at once, and in a minute, a day or a month (UTC)."""
 
     max_concurrent: int = Field(64, ge=1)
-    """Answers under way and waiting; further ones get 429."""
+    """Answers under way and waiting, in each copy of the ingress; further ones get 429."""
     max_tokens: int = Field(4096, ge=1)
     """Longest answer."""
     max_choices: int = Field(8, ge=1)
@@ -127,7 +127,8 @@ class Replicas(Section):
 
 
 class Ingress(Section):
-    """What takes requests in: reads keys and names, hands jobs on. Further copies share limits and audit exactly."""
+    """What takes requests in: reads keys and names, hands jobs on. Further copies share limits over time and the audit log exactly;
+    `limits.max_concurrent` holds in each copy by itself."""
 
     replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0, ge=0)
