@@ -212,7 +212,12 @@ def _add_adapters(commands: Any) -> None:
     parser.add_argument("--probes", action="store_true", help="run the probes on the base that the card names")
     parser.add_argument("--key", action="append", help="public key file (PEM) of a trusted publisher")
     parser = add("promote", promote, "point a name at a version", ref)
-    parser.add_argument("--share", type=float, default=1.0, help="share of the traffic (a canary), the rest stays")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="share of the traffic (a canary), the rest stays: requests are dealt, one x-ftcore-session header or `user` sticks",
+    )
     add("rollback", rollback, "point a name back at what it meant before", "name")
     add("revoke", revoke, "take a version out of use for good", ref).add_argument("--reason", required=True)
     add("tag", tag, "give a version an alias: tenant/name@ALIAS", ref, "alias")

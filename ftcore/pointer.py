@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -66,9 +66,9 @@ class Pointer(Section):
         Between several targets, the largest; with a `key` the one that the key's hash falls to, always the same.
         """
         if version in ("", "current"):
-            return _dealt(self.targets, key)
+            return dealt(self.targets, key)
         if version == "previous":
-            return _dealt(self.history[-1].targets, key) if self.history else ""
+            return dealt(self.history[-1].targets, key) if self.history else ""
         return self.aliases.get(version, "")
 
     def pinned(self) -> set[str]:
@@ -105,12 +105,13 @@ class Pointer(Section):
         )
 
 
-def _dealt(targets: tuple[Target, ...], key: str) -> str:
+def dealt(targets: Sequence[Target], key: str = "") -> str:
+    """The digest that the key's hash falls to, by their shares; without a key that of the largest; empty where there are none."""
     if not targets:
         return ""
     if not key:
         return max(targets, key=lambda target: target.share).digest
-    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 * sum(target.share for target in targets)
     for target in targets:
         point -= target.share
         if point < 0:

@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from ftcore.cli import guarded
 from ftcore.errors import ConfigError
 from serving.admin_routes import Desk, build_routes, refused
-from serving.api import read_body, replayed
+from serving.bodies import read_body, replayed
 from serving.exposure import require_guarded
 from serving.gate import Refusal, is_here
 from serving.settings import Admin, ServeSettings, settings_of

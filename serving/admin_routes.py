@@ -38,7 +38,7 @@ Version = Annotated[str, Field(min_length=1, max_length=64)]
 class NewTenant(Section):
     name: Name
     limits: Limits | None = None
-    """None: the server's own."""
+    """What is not named is the server's."""
 
 
 class NewKey(Section):
@@ -72,7 +72,8 @@ class NewPublisher(Section):
 class TenantFacts(Section):
     name: Name
     keys: tuple[KeyFacts, ...]
-    limits: Limits | None
+    limits: dict[str, int | None] | None
+    """Its own; the rest is the server's. None: all."""
     publishers: tuple[str, ...] | None
     """Ids of the keys of which one has to have signed what is served; None: no signature is asked for; empty: nobody's will do."""
 
@@ -171,10 +172,9 @@ def _add_tenants(api: FastAPI, desk: Desk) -> None:
 
     @api.patch("/admin/tenants/{tenant}/limits")
     def limit(tenant: Name, changes: Limits, request: Request) -> TenantFacts:
-        """Changes what is named and leaves the rest; `null` takes a limit away."""
-        named = changes.model_dump(exclude_unset=True)
+        """Changes what is named and leaves the rest, at first the server's; `null` takes a limit away."""
         with desk.change(request, "tenant.limits", tenant, changes):
-            desk.tenants.change_limits(tenant, lambda limits: (limits or Limits()).model_copy(update=named))
+            desk.tenants.change_limits(tenant, lambda limits: (limits or Limits()).model_copy(update=changes.named))
         return _shown(desk.tenants.read(tenant))
 
     @api.delete("/admin/tenants/{tenant}/limits")
@@ -269,7 +269,10 @@ def _fresh(clear: str, key: Key) -> FreshKey:
 def _shown(tenant: Tenant) -> TenantFacts:
     listed = None if tenant.publishers is None else tuple(tenant.publishers)
     return TenantFacts(
-        name=tenant.name, keys=tuple(KeyFacts(**_facts(key)) for key in tenant.keys), limits=tenant.limits, publishers=listed
+        name=tenant.name,
+        keys=tuple(KeyFacts(**_facts(key)) for key in tenant.keys),
+        limits=tenant.limits.named if tenant.limits else None,
+        publishers=listed,
     )
 
 

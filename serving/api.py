@@ -27,13 +27,14 @@ import ftcore
 from ftcore.engines.base import EngineEnded, Sampling
 from ftcore.errors import ConfigError, DataError, FtcoreError, IntegrityError, ModelError, StorageError
 from serving.audit import AuditLog
+from serving.bodies import read_body, replayed, too_large
 from serving.gate import Gate, Refusal
 from serving.homes import Homes
 from serving.jobs import Answerer, Event, Job, Opening
 from serving.metering import Account, audit_refusal
-from serving.published_keys import published_keys
+from serving.published_keys import PublishedKeys
 from serving.quotas import Quotas
-from serving.schema import MAX_LOGPROBS, ChatAsked, EmbeddingsAsked, TextAsked, error_body
+from serving.schema import MAX_LOGPROBS, Asked, ChatAsked, EmbeddingsAsked, TextAsked, error_body
 from serving.seeing import OPEN_ROUTES, OPERATOR_ROUTES, Seeing, add_seeing
 from serving.shapes import Shape, chat_shape, embeddings_body, text_shape
 from serving.states import States
@@ -61,6 +62,7 @@ class Service:
         self.gate, self.answers = gate, answers
         self.quotas = Quotas(gate.settings.store)
         self.audit = AuditLog(gate.settings.store, gate.settings.audit_spool)
+        self.receipt_keys = PublishedKeys(gate.settings.store)
         self.states = States({name: each.states for name, each in answers.items()})
         self.homes = Homes(gate.settings, gate.directory, self.states)
         self.seeing = Seeing(gate, self.states, self.homes)
@@ -78,6 +80,7 @@ class Service:
         self.gate.close()
         await self.homes.close()
         self.forms.shutdown(wait=False)
+        self.receipt_keys.close()
         await self.quotas.close()
         await asyncio.to_thread(self.audit.close)
         await asyncio.to_thread(self.seeing.close)
@@ -115,19 +118,21 @@ def _add_models(api: FastAPI, service: Callable[[], Service]) -> None:
         base = {"object": "model", "created": 0, "owned_by": "ftcore", "parent": None}
         rows = [{**base, "id": name, "root": name} for name in gate.settings.bases_of(caller.tenant)]
         for name, ref in gate.directory.picture.models(caller.tenant):
-            rows.append({**base, "id": name, "owned_by": caller.tenant, "root": ref.full, "parent": homes.known(ref) or None})
+            asked = f"{ref.tenant}/{name}" if homes.is_hidden(ref) else name
+            rows.append({**base, "id": asked, "owned_by": caller.tenant, "root": ref.full, "parent": homes.known(ref) or None})
         return JSONResponse({"object": "list", "data": rows})
 
     @api.get("/v1/receipt-keys")
     async def keys() -> Response:
-        found = await asyncio.to_thread(published_keys, service().gate.settings.store)
+        found = await service().receipt_keys.now()
         return JSONResponse({"object": "list", "data": [{"id": key, "pem": pem} for key, pem in sorted(found.items())]})
 
 
 async def _embed(service: Service, request: Request, asked: EmbeddingsAsked) -> Response:
     caller: Caller = request.state.caller
-    answerer = await _found(service, request, caller, asked.model)
-    job = Job(uuid.uuid4().hex, caller.tenant, answerer, "", None, Sampling(), inputs=asked.inputs)
+    name = uuid.uuid4().hex
+    answerer = await _found(service, request, caller, asked, name)
+    job = Job(name, caller.tenant, answerer, "", None, Sampling(), inputs=asked.inputs)
     opening, events = await _begun(service, request, caller, job, asked.model)
     async with aclosing(events):
         body = embeddings_body([event async for event in events], asked.model, asked.encoding_format)
@@ -136,18 +141,19 @@ async def _embed(service: Service, request: Request, asked: EmbeddingsAsked) -> 
 
 async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsked, prompt: Any, shape: Shape) -> Response:
     caller: Caller = request.state.caller
-    num_logprobs, limit = asked.num_logprobs, asked.limit
-    answerer = await _found(service, request, caller, asked.model)
+    name, num_logprobs, limit = uuid.uuid4().hex, asked.num_logprobs, asked.limit
+    answerer = await _found(service, request, caller, asked, name)
     if asked.n > caller.limits.max_choices:
         raise Refusal(400, f"n is at most {caller.limits.max_choices}", "invalid_value")
     if limit is not None and limit > caller.limits.max_tokens:
         raise Refusal(400, f"max_tokens is at most {caller.limits.max_tokens}", "invalid_value")
-    if num_logprobs is not None and (limit or caller.limits.max_tokens) * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
+    longest = limit or min(caller.limits.max_tokens, service.gate.settings.all_bases[answerer.base].engine.max_context)
+    if num_logprobs is not None and longest * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
         raise Refusal(400, f"at most {MAX_LOGPROBS} log-probabilities: ask for fewer tokens, choices or alternatives", "invalid_value")
     loop = asyncio.get_running_loop()
     constraint, tools = await loop.run_in_executor(service.forms, asked.form) if asked.has_form else (None, None)
     job = Job(
-        uuid.uuid4().hex, caller.tenant, answerer, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
+        name, caller.tenant, answerer, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n, constraint, tools, is_streamed=asked.stream,
     )  # fmt: skip
     opening, events = await _begun(service, request, caller, job, asked.model)
@@ -162,12 +168,13 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
     return StreamingResponse(_sse(writer.stream(events, usage), job.id), media_type="text/event-stream", headers=headers)
 
 
-async def _found(service: Service, request: Request, caller: Caller, model: str) -> Answerer:
-    """What that name means to this caller. Raises Refusal, and what `Homes.answerer` does."""
-    ref = service.gate.find(caller, model, request.headers.get(SESSION, "")[:256])
+async def _found(service: Service, request: Request, caller: Caller, asked: Asked | EmbeddingsAsked, job: str) -> Answerer:
+    """What that model's name means to this caller: to a session always the same. Raises Refusal, and what `Homes.answerer` does."""
+    session = request.headers.get(SESSION, "")[:256] or asked.user or job
+    ref = service.gate.find(caller, asked.model, session)
     if ref is None:
-        return Answerer(model)
-    return await service.homes.answerer(ref, service.gate.directory.picture.before(ref) if "@" not in model else None)
+        return Answerer(asked.model)
+    return await service.homes.answerer(ref, service.gate.directory.picture.before(ref) if "@" not in asked.model else None)
 
 
 async def _begun(
@@ -177,11 +184,7 @@ async def _begun(
     request.state.job = job.id
     events = _admitted(service, caller, job, Asker(model, request.headers.get("traceparent", "")[:64]))
     try:
-        async with asyncio.timeout(service.gate.settings.begin_s):
-            opening = await anext(events)
-    except TimeoutError:
-        await events.aclose()
-        raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
+        opening = await anext(events)
     except BaseException:
         await events.aclose()
         raise
@@ -200,10 +203,11 @@ async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) ->
     bases = service.gate.settings.all_bases
     max_context = max(bases[each.base].engine.max_context for each in (job.answerer, job.answerer.elsewhere) if each)
     account = Account(service.quotas, service.audit, caller, job, max_context)
+    begun = _begun_within(service.gate.settings.begin_s, _computed(service.answers, job))
     try:
         with service.gate.places(caller, job.num_choices):
             await account.begin()
-            async with aclosing(service.seeing.watched(job, asker, _computed(service.answers, job))) as events:
+            async with aclosing(service.seeing.watched(job, asker, begun)) as events:
                 async for event in events:
                     await account.saw(event)
                     yield event
@@ -213,6 +217,19 @@ async def _admitted(service: Service, caller: Caller, job: Job, asker: Asker) ->
         raise refusal from error
     finally:
         account.end()
+
+
+async def _begun_within(begin_s: float, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """The same events. Raises Refusal where the first takes longer."""
+    async with aclosing(events):
+        try:
+            async with asyncio.timeout(begin_s):
+                first = await anext(events)
+        except TimeoutError:
+            raise Refusal(503, "no replica could begin this in time", "overloaded", kind="server_error", retry_after_s=5) from None
+        yield first
+        async for event in events:
+            yield event
 
 
 async def _computed(answers: Mapping[str, Answers], job: Job) -> AsyncGenerator[Event, None]:
@@ -270,7 +287,7 @@ class Door:
             caller = state["caller"] = gate.caller(key, client, name)
             length = request.headers.get("content-length", "0")
             if not (length.isascii() and length.isdigit()) or int(length) > gate.settings.max_body_kib << 10:
-                raise _too_large(gate.settings.max_body_kib)
+                raise too_large(gate.settings.max_body_kib)
             with gate.uploading(caller):
                 body = await read_body(receive, gate.settings.max_body_kib, gate.settings.body_s)
         except Refusal as refusal:
@@ -283,38 +300,6 @@ class Door:
     async def _refuse(self, refusal: Refusal, scope: Any, receive: Any, send: Any) -> None:
         self._service().seeing.metrics.refused(_tenant(Request(scope)), refusal.code)
         await _refused(refusal)(scope, receive, send)
-
-
-async def read_body(receive: Any, max_kib: int, within_s: float) -> bytes:
-    """The whole body. Raises Refusal for one that is too large, or that takes too long to come: it would hold a place of the ingress."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(within_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                if len(body) > max_kib << 10:
-                    raise _too_large(max_kib)
-                if not message.get("more_body"):
-                    return bytes(body)
-    except TimeoutError:
-        raise Refusal(408, f"the request did not come within {within_s:g} s", "request_timeout") from None
-
-
-def replayed(body: bytes, receive: Any) -> Any:
-    """What tells an application of a body that was read already; after that, whether the client is still there."""
-    rest = iter([{"type": "http.request", "body": body}])
-
-    async def again() -> Any:
-        return next(rest, None) or await receive()
-
-    return again
-
-
-def _too_large(max_kib: int) -> Refusal:
-    return Refusal(413, f"a request is at most {max_kib << 10} bytes", "request_too_large")
 
 
 def _add_errors(api: FastAPI, service: Callable[[], Service]) -> None:

@@ -3,7 +3,7 @@
 In: a store, the tenants served. Out: model name of a request -> AdapterRef, within the caller's tenant. Runs in: the ingress.
 
 A client's string is looked up in the picture and never reaches the store unless the picture holds its name. While the store is away the
-last picture stays, and `/readyz` says so.
+last picture stays, and `/readyz` says so; before the first one nobody can tell what a name means.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ftcore.adapter_files import CARD
 from ftcore.adapters import POINTER, AdapterRef, AdapterStore
 from ftcore.errors import FtcoreError, IntegrityError
-from ftcore.pointer import Pointer
+from ftcore.pointer import Pointer, Target, dealt
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,16 @@ class Name:
     @property
     def current(self) -> tuple[str, ...]:
         """Digests that share the traffic now, without the unusable ones."""
-        return tuple(each.digest for each in self.pointer.targets if each.digest in self.versions and each.digest not in self.revoked)
+        return tuple(target.digest for target in self._targets)
+
+    @property
+    def _targets(self) -> list[Target]:
+        return [each for each in self.pointer.targets if each.digest in self.versions and each.digest not in self.revoked]
 
     def digest(self, version: str, session: str = "") -> str:
         """What a version means: "", an alias, or the beginning of one digest; "" when nothing usable."""
+        if version in ("", "current"):
+            return dealt(self._targets, session)
         digest = self.pointer.pick(version, session)
         if not digest and len(version) >= 6:
             found = [each for each in self.versions if each.startswith(version)]
@@ -93,11 +99,16 @@ class Directory:
 
     def __init__(self, store: AdapterStore, tenants: Callable[[], list[str]]) -> None:
         self._store, self._tenants = store, tenants
-        self.picture = Picture()
+        self.picture = self._blank = Picture()
         self.problem = ""
         """Why the last picture could not be taken; empty when it could."""
         self.num_followed = 0
         """Names seen to point elsewhere than before."""
+
+    @property
+    def is_blank(self) -> bool:
+        """No picture was taken yet."""
+        return self.picture is self._blank
 
     def refresh(self) -> Picture:
         """Blocks: run it in a thread. Keeps the last picture when the store is away."""

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from ipaddress import ip_address
 
@@ -51,16 +52,19 @@ class Gate:
         self._under_way: Counter[str] = Counter()
         self._uploads: Counter[str] = Counter()
         self._watches: list[asyncio.Task[None]] = []
+        self._reading = ThreadPoolExecutor(3, thread_name_prefix="gate")
+        """One for each watch: nothing else that is slow makes keys or names old."""
 
     async def open(self) -> None:
         """Reads keys and names once, then again and again."""
         for read in (self._read_keys, self.directory.refresh, *([self._issuer.refresh] if self._issuer is not None else [])):
-            await asyncio.to_thread(read)
+            await asyncio.get_running_loop().run_in_executor(self._reading, read)
             self._watches.append(asyncio.create_task(self._again(read)))  # apart: a slow store does not make keys old
 
     def close(self) -> None:
         for watch in self._watches:
             watch.cancel()
+        self._reading.shutdown(wait=False)
 
     def caller(self, header: str | None, client: str, host: str) -> Caller:
         """Raises Refusal 401 without a good key; 403, where there are no keys, to whoever is not on this machine.
@@ -94,10 +98,15 @@ class Gate:
             raise Refusal(403, "without keys only this machine may ask", "forbidden", kind="permission_error")
 
     def find(self, caller: Caller, model: str, session: str) -> AdapterRef | None:
-        """None for a bare base. Raises Refusal 404 for anything that is not the caller's."""
+        """None for a bare base. `session`: deals one of the versions that share a name.
+
+        Raises Refusal 404 for what is not the caller's, 503 before the store was read once.
+        """
         if model in self.settings.bases_of(caller.tenant):
             return None
-        ref = self.directory.picture.find(caller.tenant, model, f"{caller.tenant}:{session}" if session else "")
+        if self.directory.is_blank:
+            raise Refusal(503, "the adapter store cannot be reached", "store_unavailable", kind="server_error", retry_after_s=5)
+        ref = self.directory.picture.find(caller.tenant, model, f"{caller.tenant}:{session}")
         if ref is None:
             raise Refusal(404, "this model does not exist, or is not yours: see /v1/models", "model_not_found")
         return ref
@@ -121,7 +130,7 @@ class Gate:
         while True:
             await asyncio.sleep(self.settings.poll_s)
             try:
-                await asyncio.to_thread(read)
+                await asyncio.get_running_loop().run_in_executor(self._reading, read)
             except Exception:  # whatever it is, the next second may be better; stale keys are refused
                 log.exception("reading keys and names failed")
 

@@ -38,9 +38,8 @@ class Homes:
 
     async def open(self) -> None:
         """Once the directory is: reads what its names mean, then again and again."""
-        if not self._is_one:
-            await self._follow()
-            self._watch = asyncio.create_task(self._again())
+        await self._follow()
+        self._watch = asyncio.create_task(self._again())
 
     async def close(self) -> None:
         if self._watch is not None:
@@ -67,6 +66,11 @@ class Homes:
             return next((name for name, base in self._bases.items() if base.is_for(ref.tenant)), "")
         origin = self._lineage.known(ref)
         return None if origin is None else self._match(ref, origin) or (None if self._is_any_silent else "")
+
+    def is_hidden(self, ref: AdapterRef) -> bool:
+        """Whether its tenant sees a base of that name: the name alone means the base."""
+        base = self._bases.get(ref.name)
+        return base is not None and base.is_for(ref.tenant)
 
     async def learn(self) -> None:
         """Asks the replicas what their bases are, unless each has said so."""
@@ -112,11 +116,11 @@ class Homes:
 
     async def _follow(self) -> None:
         picture = self._directory.picture
-        if not self._directory.problem:
+        if not self._is_one and not self._directory.problem:
             await asyncio.get_running_loop().run_in_executor(self._reading, self._lineage.follow, picture)
         current = set(picture.current())
         homeless = {ref: "not served: no base here is its own" for ref in current if self.known(ref) == ""}
-        hidden = {ref: f"asked for as {ref.tenant}/{ref.name} alone: a base has its name" for ref in current if ref.name in self._bases}
+        hidden = {ref: f"asked for as {ref.tenant}/{ref.name} alone: a base has its name" for ref in current if self.is_hidden(ref)}
         for ref, problem in (hidden | homeless).items():
             if ref not in self._told:
                 log.warning("%s is %s", ref, problem)

@@ -45,7 +45,7 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: Annotated[Text, Field(max_length=256)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_CALLS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: CallId | None = None
     refusal: None = None
     audio: None = None
@@ -95,9 +95,11 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(None, max_length=512)
-    """Taken and not used: who asks is told by the key."""
+    """Meets the same one of the versions that share a name; who asks is told by the key."""
     metadata: dict[str, str] | None = Field(None, max_length=16)
     """Taken and not used."""
+    store: Literal[False] = False
+    """No answer is kept."""
 
     @model_validator(mode="before")
     @classmethod
@@ -106,12 +108,6 @@ class Asked(Strict):
         if other is not None:
             raise ValueError(f"{other} is not taken here; ask with {NAMED_OTHERWISE[other]}")
         return value
-
-    @field_validator("temperature", "top_p", "n", "stream", "presence_penalty", "frequency_penalty", mode="before")
-    @classmethod
-    def _default(cls, value: Any, info: Any) -> Any:
-        """OpenAI's clients send null for what was not set."""
-        return cls.model_fields[info.field_name].default if value is None else value
 
     @property
     def has_form(self) -> bool:
@@ -190,6 +186,12 @@ class TextAsked(Asked):
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _only_one(cls, value: Any) -> Any:
+        """Clients may send a list of prompts."""
+        return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list) else value
+
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
@@ -208,7 +210,7 @@ class EmbeddingsAsked(Strict):
     dimensions: None = None
     """A base has one."""
     user: str | None = Field(None, max_length=512)
-    """Taken and not used."""
+    """As above."""
 
     @property
     def inputs(self) -> tuple[str | tuple[int, ...], ...]:

@@ -70,6 +70,7 @@ class Seeing:
         """Whether requests should come; names nobody."""
         states = await self.states.now()
         why = reasons(states, len(self._gate.settings.all_bases))
+        why += ["the store was not read yet"] if self._gate.directory.is_blank else []
         store = "away" if self._gate.directory.problem else "ok"
         return {"status": "not ready" if why else "ready", "reasons": why, "replicas": len(states), "store": store}
 

@@ -27,7 +27,7 @@ class Limits(Section):
     """What one tenant may ask: at once, and in a minute, a day or a month (UTC)."""
 
     max_concurrent: int = Field(64, ge=1)
-    """Answers under way and waiting; further ones get 429."""
+    """Answers under way and waiting, in each copy of the ingress; further ones get 429."""
     max_tokens: int = Field(4096, ge=1)
     """Longest answer."""
     max_choices: int = Field(8, ge=1)
@@ -43,6 +43,11 @@ class Limits(Section):
     def meters(self) -> dict[str, int]:
         """Key -> limit, of what is counted over time."""
         return {key: limit for key in METERS if (limit := getattr(self, key)) is not None}
+
+    @property
+    def named(self) -> dict[str, int | None]:
+        """What was said of them; the rest is a default."""
+        return self.model_dump(exclude_unset=True)
 
 
 class Metrics(Section):
@@ -122,7 +127,8 @@ class Replicas(Section):
 
 
 class Ingress(Section):
-    """What takes requests in: reads keys and names, hands jobs on. Further copies share limits and audit exactly."""
+    """What takes requests in: reads keys and names, hands jobs on. Further copies share limits over time and the audit log exactly;
+    `limits.max_concurrent` holds in each copy by itself."""
 
     replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0, ge=0)
@@ -203,7 +209,7 @@ class ServeSettings(Base):
     begin_s: float = Field(60.0, gt=0)
     """How long it may wait for a replica that begins to answer it; then it gets 503 with Retry-After."""
     limits: Limits = Limits()
-    """Of every tenant that has none of its own (`ftcore tenants limits`)."""
+    """Of every tenant, but where it has its own (`ftcore tenants limits`)."""
     audit_spool: str = ""
     """Local folder where audit lines wait to be sealed into the store; empty: in a local store itself, else below ~/.local/state/ftcore."""
     ingress: Ingress = Ingress()
@@ -267,7 +273,7 @@ def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSett
 
 def changed_limits(limits: Limits, overrides: Sequence[str]) -> Limits:
     """`limits` with `key=value` put in (`key=null` takes one away). Raises ConfigError as `load_settings` does."""
-    return _checked(Tree(limits.model_dump(), name="settings"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
+    return _checked(Tree(limits.named, name="settings"), Limits, overrides, f"the keys: {', '.join(leaf_paths(Limits))}")
 
 
 def _checked(tree: Tree, kind: type[S], overrides: Sequence[str], remedy: str) -> S:

@@ -6,8 +6,10 @@ In: Pieces and a Closing. Out: JSON bodies. Runs in: the ingress.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Any
 
 from ftcore.receipts import said_vector
@@ -47,19 +49,32 @@ class Writer(ABC):
         return {**self._common, "object": self.kind, "choices": choices, "usage": _usage(closing), "ftcore_receipt": closing.receipt}
 
     async def stream(self, events: AsyncGenerator[Event, None], usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """The end of a choice waits for what follows: the last one carries the receipt. Without `usage` every chunk has a choice."""
         common = {**self._common, "object": self.chunk_kind}
         begun: set[int] = set()
+        end: dict[str, Any] | None = None
         async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Piece):
-                    if event.choice not in begun:
-                        begun.add(event.choice)
-                        if (first := self.opening(event.choice)) is not None:
-                            yield {**common, "choices": [first]}
-                    yield {**common, "choices": [self.delta(event)]}
-                elif isinstance(event, Closing):
-                    last = {**common, "choices": [], "ftcore_receipt": event.receipt}
-                    yield {**last, "usage": _usage(event)} if usage else last
+            try:
+                async for event in events:
+                    if end is not None:
+                        yield {**end, "ftcore_receipt": event.receipt} if isinstance(event, Closing) else end
+                        end = None
+                    if isinstance(event, Piece):
+                        if event.choice not in begun:
+                            begun.add(event.choice)
+                            if (first := self.opening(event.choice)) is not None:
+                                yield {**common, "choices": [first]}
+                        chunk = {**common, "choices": [self.delta(event)]}
+                        if event.finish is None:
+                            yield chunk
+                        else:
+                            end = chunk
+                    elif isinstance(event, Closing) and usage:
+                        yield {**common, "choices": [], "usage": _usage(event)}
+            except Exception:
+                if end is not None:
+                    yield end
+                raise
 
 
 class _Chat(Writer):
@@ -84,8 +99,15 @@ class _Chat(Writer):
 class _Text(Writer):
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"
 
+    def __init__(self, job: str, model: str, created: int, fingerprint: str) -> None:
+        super().__init__(job, model, created, fingerprint)
+        self._said: Counter[int] = Counter()
+        """Choice -> characters of its tokens that were sent."""
+
     def delta(self, piece: Piece) -> dict[str, Any]:
-        return {"index": piece.choice, "text": piece.text, "logprobs": _text_logprobs(piece.tokens), "finish_reason": piece.finish}
+        start = self._said[piece.choice]
+        self._said[piece.choice] += sum(len(token.text) for token in piece.tokens)
+        return {"index": piece.choice, "text": piece.text, "logprobs": _text_logprobs(piece.tokens, start), "finish_reason": piece.finish}
 
     def choice(self, index: int, text: str, calls: Sequence[CallPart], tokens: Sequence[TokenInfo], finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": _text_logprobs(tokens), "finish_reason": finish}
@@ -130,16 +152,18 @@ def _chat_logprobs(tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
         return None
 
     def one(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        whole = "\ufffd" not in text  # else a part of a character, whose own bytes did not come with it
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
     content = [{**one(token.text, token.logprob), "top_logprobs": [one(*pair) for pair in token.top]} for token in tokens]
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
+def _text_logprobs(tokens: Sequence[TokenInfo], start: int = 0) -> dict[str, Any] | None:
     if not tokens:
         return None
+    offsets = list(accumulate((len(token.text) for token in tokens), initial=start))[:-1]
     return {
         "tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [dict(token.top) for token in tokens], "text_offset": [],
+        "top_logprobs": [dict(token.top) for token in tokens], "text_offset": offsets,
     }  # fmt: skip

@@ -34,3 +34,12 @@ class Strict(BaseModel):
         if isinstance(value, dict) and len(value) > MAX_KEYS:
             raise ValueError(f"more than {MAX_KEYS} fields")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_set(cls, value: Any) -> Any:
+        """OpenAI's clients send null for what was not set."""
+        if not isinstance(value, dict):
+            return value
+        settable = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {key: each for key, each in value.items() if each is not None or key not in settable}

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     add(_revoke, "revoke", "end a key", "name", "key")
     add(_list, "list", "tenants, and how many keys each has")
     add(_show, "show", "its keys and limits", "name")
-    limits = add(_limit, "limits", "what it may ask, of its own instead of the server's", "name")
+    limits = add(_limit, "limits", "what it may ask; what is not named stays as it is, at first the server's", "name")
     limits.add_argument("changes", nargs="+", metavar="KEY=VALUE", help=f"KEY=null: no such limit; keys: {', '.join(leaf_paths(Limits))}")
     publishers = add(_publishers, "publishers", "whose signature its adapters need; what is not signed so is not served", "name")
     publishers.add_argument("what", choices=("list", "add", "remove", "any"), help="`any`: no signature is asked for")
@@ -87,8 +87,8 @@ def _show(store: TenantStore, parsed: argparse.Namespace) -> None:
     for key in tenant.keys:
         until = "" if key.expires is None else time.strftime(" until %Y-%m-%d %H:%M", time.localtime(key.expires))
         print(f"{key.id}  made {printable(key.created)}{until}{'  revoked' if key.revoked else ''}")
-    told = [f"{key}={value}" for key, value in tenant.limits if value is not None] if tenant.limits else ["the server's own"]
-    print(f"limits: {'  '.join(told)}")
+    told = [f"{key}={'null' if value is None else value}" for key, value in tenant.limits.named.items()] if tenant.limits else []
+    print("limits:", "  ".join([*told, "the rest is the server's"]) if told else "the server's own")
 
 
 def _limit(store: TenantStore, parsed: argparse.Namespace) -> None:

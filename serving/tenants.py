@@ -53,7 +53,7 @@ class Tenant(Section):
     name: Name
     keys: tuple[Key, ...] = ()
     limits: Limits | None = None
-    """None: the server's own."""
+    """What was named is its own, what was not the server's; None: all."""
     publishers: dict[KeyId, Text] | None = None
     """Key id -> public key (PEM) of those whose signature a version of its adapters has to carry. None: no signature is asked for; empty:
     nobody's will do."""
@@ -92,7 +92,7 @@ class TenantStore:
 
     def add(self, name: str, limits: Limits | None = None) -> None:
         tenant = Tenant(name=name, limits=limits)
-        if not self.folder.create(_file(name), tenant.model_dump_json(indent=1).encode()):
+        if not self.folder.create(_file(name), _stored(tenant)):
             raise ConfigError("there is such a tenant already", got=name)
 
     def new_key(self, name: str, *, days: float | None = None) -> tuple[str, Key]:
@@ -153,7 +153,7 @@ class TenantStore:
                 except (IntegrityError, ConfigError) as error:
                     log.warning("the keys of tenant %s are not served: %s", name, error.what)
                     continue
-                own = tenants[tenant.name] = tenant.limits or limits
+                own = tenants[tenant.name] = limits if tenant.limits is None else limits.model_copy(update=tenant.limits.named)
                 table |= {key.sha256: (Caller(tenant.name, key.id, own), key.expires) for key in tenant.keys if not key.revoked}
         return KeyTable(table, tenants)
 
@@ -163,7 +163,7 @@ class TenantStore:
         def changed(old: bytes | None) -> bytes:
             if old is None:
                 raise _unknown(name)
-            return change(self._parse(old, key)).model_dump_json(indent=1).encode()
+            return _stored(change(self._parse(old, key)))
 
         self.folder.change(key, changed, "this tenant")
 
@@ -238,6 +238,11 @@ def _with_key(tenant: Tenant, key_id: str, **facts: object) -> Tenant:
     """The tenant with other facts about one of its keys. Raises ConfigError where it has none of that id."""
     old = _key(tenant, key_id)
     return tenant.model_copy(update={"keys": tuple(key.model_copy(update=facts) if key is old else key for key in tenant.keys)})
+
+
+def _stored(tenant: Tenant) -> bytes:
+    """Of its limits those that were named."""
+    return tenant.model_dump_json(indent=1, exclude_unset=True).encode()
 
 
 def _unknown(name: str) -> ConfigError:

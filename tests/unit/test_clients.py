@@ -59,6 +59,9 @@ def test_the_openai_sdk_asks_whole_and_streamed_and_reads_every_field(at: dict[s
         chunks = list(stream)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == choice.message.content
         assert chunks[-1].usage == whole.usage and chunks[-1].system_fingerprint == whole.system_fingerprint
+        plain = list(client.chat.completions.create(model="support", messages=ASK, stream=True, **GREEDY))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in plain) == choice.message.content
+        assert plain[-1].model_dump()["ftcore_receipt"]["adapter"] == store.refs["acme/support"].full
         two = client.completions.create(model="sales", prompt="open", n=2, seed=1, max_tokens=5)
         assert len({each.text for each in two.choices}) == 2
         form: Any = {"type": "json_schema", "json_schema": {"name": "c", "schema": SCHEMA, "strict": True}}
