@@ -16,6 +16,7 @@ import time
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,10 +121,14 @@ class Slots:
         """Brings a version in; of several calls at once, one works."""
         if ref in self._slots:
             return
-        until, error = self._refused.get(ref, (0.0, None))
-        if error is not None and time.monotonic() < until:
-            raise error
-        await asyncio.shield(self._loading.get(ref) or self._begin(ref))
+        until, refused = self._refused.get(ref, (0.0, None))
+        if refused is not None and time.monotonic() < until:
+            raise copy(refused)  # raised itself, it would keep every request that it was told
+        task = self._loading.get(ref) or self._begin(ref)
+        await asyncio.wait([task])
+        error = task.exception()
+        if error is not None:
+            raise copy(error) if isinstance(error, FtcoreError) else error
 
     def load_behind(self, ref: AdapterRef) -> None:
         """Begins to bring a version in; nobody waits for it, and a refusal is logged."""
@@ -143,7 +148,7 @@ class Slots:
         error = task.exception()
         if isinstance(error, FtcoreError) and not isinstance(error, EngineEnded):
             forget = 1.0 if isinstance(error, StorageError) else REFUSED_FOR_S
-            self._refused[ref] = (time.monotonic() + forget, error)
+            self._refused[ref] = (time.monotonic() + forget, copy(error))
             if len(self._refused) > 1000:
                 self._refused.pop(next(iter(self._refused)))
             self.counts.num_refused += 1
@@ -232,7 +237,7 @@ class Slots:
                 if not isinstance(error, FtcoreError):
                     error = IntegrityError("whether this may be served cannot be read", where=ref, got=type(error).__name__)
                 found.append(ref)
-                self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, error)
+                self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, copy(error))
                 self.drop(ref)
         return found
 

@@ -1,0 +1,62 @@
+"""Slots alone: what a refusal holds on to, whose load is next, what makes room. The engine and the store hold nothing here."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ftcore.adapters import AdapterRef
+from ftcore.errors import IntegrityError
+from serving.slots import Slots
+
+
+def ref(tenant: str, number: int) -> AdapterRef:
+    return AdapterRef(tenant, f"a{number}", f"{tenant.encode().hex()}{number:02d}".ljust(64, "0"))
+
+
+def slots_of(cache: Path, fetch: Callable[[AdapterRef, Path], Path], **keys: Any) -> Slots:
+    loaded: dict[str, int] = {}
+
+    class Engine:
+        async def load_adapter(self, digest: str, folder: Path) -> None:
+            loaded[digest] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+        async def unload_adapter(self, digest: str) -> None:
+            loaded.pop(digest, None)
+
+        def stats(self) -> Any:
+            return SimpleNamespace(adapter_bytes=sum(loaded.values()))
+
+    async def prove(_: AdapterRef, __: Path) -> None:
+        pass
+
+    engine: Any = Engine()
+    store: Any = SimpleNamespace(card=lambda ref: SimpleNamespace(files={}), fetch=fetch)
+    return Slots(engine, store, cache, lambda card: None, prove, **{"max_bytes": 1 << 20, **keys})
+
+
+async def refusal(task: Coroutine[Any, Any, None]) -> IntegrityError:
+    try:
+        await task
+    except IntegrityError as error:
+        return error
+    raise AssertionError("it was not refused")
+
+
+def test_a_refusal_told_again_and_again_holds_no_request_that_it_was_told(tmp_path: Path) -> None:
+    def broken(_: AdapterRef, __: Path) -> Path:
+        raise IntegrityError("it is not what was published")
+
+    async def go() -> None:
+        slots, broke = slots_of(tmp_path, broken), ref("acme", 1)
+        first = await asyncio.gather(*(refusal(slots.load(broke)) for _ in range(50)))
+        later = [await refusal(slots.load(broke)) for _ in range(50)]
+        told = [len(traceback.extract_tb(error.__traceback__)) for error in first + later]
+        assert max(told) <= 3, told
+        assert {str(error) for error in first + later} == {"it is not what was published"}
+
+    asyncio.run(go())
