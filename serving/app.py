@@ -66,11 +66,14 @@ def application(settings: ServeSettings) -> serve.Application:
 
 def _engine(settings: ServeSettings, name: str) -> serve.Application:
     """The replicas of the first base of `settings`."""
+    replicas = settings.replicas
+    full_at = replicas.target if replicas.min < replicas.max else max(replicas.target, settings.engine.max_batch)
     engine = EngineReplica.options(  # type: ignore[attr-defined]
-        **_copies(settings.replicas),
+        **_copies(replicas),
         name=name,
         max_ongoing_requests=settings.queue,
         max_queued_requests=settings.queue,
+        request_router_config=RequestRouterConfig(request_router_class=AdapterRouter, request_router_kwargs={"full_at": full_at}),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "runtime_env": {"env_vars": SHORT_WAY}},
     )
     return engine.bind(settings.model_dump(mode="json"))
@@ -92,7 +95,6 @@ def _copies(replicas: Replicas) -> dict[str, Any]:
     graceful_shutdown_timeout_s=60,
     health_check_period_s=5,
     health_check_timeout_s=30,
-    request_router_config=RequestRouterConfig(request_router_class=AdapterRouter),  # type: ignore[arg-type]
 )
 class EngineReplica:
     """A Replica in an actor of its own."""
