@@ -73,10 +73,17 @@ def _engine(settings: ServeSettings, name: str) -> serve.Application:
         name=name,
         max_ongoing_requests=settings.queue,
         max_queued_requests=settings.queue,
-        request_router_config=RequestRouterConfig(request_router_class=AdapterRouter, request_router_kwargs={"full_at": full_at}),
+        request_router_config=_routed(full_at),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "runtime_env": {"env_vars": SHORT_WAY}},
     )
     return engine.bind(settings.model_dump(mode="json"))
+
+
+def _routed(full_at: int) -> RequestRouterConfig:
+    return RequestRouterConfig(
+        request_router_class=AdapterRouter,  # type: ignore[arg-type]
+        request_router_kwargs={"full_at": full_at},
+    )
 
 
 def _copies(replicas: Replicas) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -21,7 +22,7 @@ class AdapterRouter(RequestRouter):
 
     _full_at = sys.maxsize
 
-    def initialize_state(self, *, full_at: int) -> None:
+    def initialize_state(self, *, full_at: int = sys.maxsize, **_: Any) -> None:
         """Called by Ray Serve with the deployment's `request_router_kwargs`. `full_at`: requests under way and waiting at one replica."""
         self._full_at = full_at
 
