@@ -255,14 +255,15 @@ class Replica:
 
     @asynccontextmanager
     async def _held(self, job: Job) -> AsyncIterator[tuple[AdapterRef | None, bool]]:
-        """(the version that answers, whether it had to be loaded). A name goes on meaning its version before until the new one is in."""
+        """(the version that answers, whether it had to be loaded). A name that was just promoted means its version before until the new one
+        is in."""
         ref, fallback = job.answerer.ref, job.answerer.fallback
         if ref is None:
             yield None, False
             return
         resident = self.slots.resident
         if ref not in resident and fallback is not None:
-            if fallback in resident:
+            if fallback in resident and job.answerer.is_changing:
                 self.slots.load_behind(ref)
                 ref = fallback
             else:

@@ -9,8 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from ftcore.adapters import AdapterRef
 from ftcore.errors import IntegrityError
+from serving.jobs import Answerer
+from serving.replica import Replica
 from serving.slots import Slots
 
 
@@ -18,7 +22,14 @@ def ref(tenant: str, number: int) -> AdapterRef:
     return AdapterRef(tenant, f"a{number}", f"{tenant.encode().hex()}{number:02d}".ljust(64, "0"))
 
 
-def slots_of(cache: Path, fetch: Callable[[AdapterRef, Path], Path], **keys: Any) -> Slots:
+def fetched(ref: AdapterRef, cache: Path) -> Path:
+    folder = cache / ref.digest
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(bytes(1000))
+    return folder
+
+
+def slots_of(cache: Path, fetch: Callable[[AdapterRef, Path], Path] = fetched, **keys: Any) -> Slots:
     loaded: dict[str, int] = {}
 
     class Engine:
@@ -58,5 +69,20 @@ def test_a_refusal_told_again_and_again_holds_no_request_that_it_was_told(tmp_pa
         told = [len(traceback.extract_tb(error.__traceback__)) for error in first + later]
         assert max(told) <= 3, told
         assert {str(error) for error in first + later} == {"it is not what was published"}
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("is_changing", [True, False])
+def test_the_version_before_answers_at_once_only_while_the_name_is_changing(tmp_path: Path, is_changing: bool) -> None:
+    async def go() -> None:
+        old, new, slots = ref("acme", 1), ref("acme", 2), slots_of(tmp_path)
+        await slots.load(old)
+        replica: Any = object.__new__(Replica)
+        replica.slots = slots
+        job: Any = SimpleNamespace(answerer=Answerer("base", new, old, is_changing=is_changing))
+        async with replica._held(job) as (answers, was_cold):
+            assert (answers, was_cold) == ((old, False) if is_changing else (new, True))
+        await slots.load(new)
 
     asyncio.run(go())
