@@ -59,6 +59,7 @@ def application(settings: ServeSettings) -> serve.Application:
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=most,
         max_queued_requests=most,
+        graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options={"num_cpus": settings.ingress.num_cpus, "runtime_env": {"env_vars": SHORT_WAY}},
     )
     return ingress.bind(settings.model_dump(mode="json"), engines)
@@ -73,6 +74,7 @@ def _engine(settings: ServeSettings, name: str) -> serve.Application:
         name=name,
         max_ongoing_requests=settings.queue,
         max_queued_requests=settings.queue,
+        graceful_shutdown_timeout_s=settings.drain_s,
         request_router_config=_routed(full_at),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "runtime_env": {"env_vars": SHORT_WAY}},
     )
@@ -99,7 +101,6 @@ def _copies(replicas: Replicas) -> dict[str, Any]:
 
 @serve.deployment(
     name="engine",
-    graceful_shutdown_timeout_s=60,
     health_check_period_s=5,
     health_check_timeout_s=30,
 )
@@ -178,7 +179,7 @@ class Handle:
         return [state for state in found if not isinstance(state, Exception)]
 
 
-@serve.deployment(name="ingress", graceful_shutdown_timeout_s=60)
+@serve.deployment(name="ingress")
 @serve.ingress(lambda: build_api(_service))
 class Ingress:
     """Reads keys and names, then hands jobs on."""
