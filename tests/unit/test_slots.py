@@ -33,8 +33,12 @@ def slots_of(cache: Path, fetch: Callable[[AdapterRef, Path], Path] = fetched, *
     loaded: dict[str, int] = {}
 
     class Engine:
+        most = 0
+
         async def load_adapter(self, digest: str, folder: Path) -> None:
+            await asyncio.sleep(0.002)
             loaded[digest] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            self.most = max(self.most, sum(loaded.values()))
 
         async def unload_adapter(self, digest: str) -> None:
             loaded.pop(digest, None)
@@ -84,5 +88,34 @@ def test_the_version_before_answers_at_once_only_while_the_name_is_changing(tmp_
         async with replica._held(job) as (answers, was_cold):
             assert (answers, was_cold) == ((old, False) if is_changing else (new, True))
         await slots.load(new)
+
+    asyncio.run(go())
+
+
+def test_a_tenants_cold_adapters_do_not_wait_for_all_of_anothers(tmp_path: Path) -> None:
+    async def go() -> None:
+        slots = slots_of(tmp_path)
+        hog = [asyncio.create_task(slots.load(ref("acme", number))) for number in range(40)]
+        await asyncio.sleep(0)
+        await slots.load(ref("bolt", 1))
+        assert sum(task.done() for task in hog) <= 4
+        await asyncio.gather(*hog)
+        assert len(slots.resident) == 41
+
+    asyncio.run(go())
+
+
+def test_the_engine_never_holds_more_than_it_may_and_what_was_used_last_stays(tmp_path: Path) -> None:
+    async def go() -> None:
+        slots = slots_of(tmp_path, max_bytes=5000)
+        for number in range(3):
+            await slots.load(ref("kept", number))
+        for number in range(30):
+            async with slots.pinned(ref("kept", 0)):
+                pass
+            await asyncio.gather(slots.load(ref("acme", 2 * number)), slots.load(ref("bolt", 2 * number + 1)))
+        engine: Any = slots._engine
+        assert engine.most == 5000
+        assert len(slots.resident) == 5 and ref("kept", 0) in slots.resident
 
     asyncio.run(go())
