@@ -37,13 +37,17 @@ class Admission:
         self.batcher, self.prefixes = batcher, prefixes
         self.fair = Fairness()
         self.num_reused = self.num_preempted = 0
+        self._num_rows: Counter[str] = Counter()
+        """By owner: those with places and those that wait, proofs apart."""
         self._decoder, self._adapters, self._withdraw = decoder, adapters, withdraw
 
     def enter(self, row: Row) -> None:
         if row.wants == "logits":
             self.batcher.proofs.append(row)
         else:
-            self.fair.joins(row.request.salt, {each.request.salt for each in (*self.batcher.rows, *self.batcher.waiting)})
+            owner = row.request.salt
+            self.fair.joins(owner, self._num_rows)
+            self._num_rows[owner] += 1
             self.batcher.waiting.append(row)
 
     def admit(self) -> None:
@@ -81,7 +85,15 @@ class Admission:
         self._move(self.batcher.settle(), lengths)
 
     def remove(self, row: Row) -> None:
-        """Takes a row out, whatever it is doing."""
+        """Takes a row out for good, whatever it is doing."""
+        owner = row.request.salt
+        if row.wants != "logits":
+            self._num_rows[owner] -= 1
+            if not self._num_rows[owner]:
+                del self._num_rows[owner]
+        self._take_out(row)
+
+    def _take_out(self, row: Row) -> None:
         lengths = {each.place: each.num_cached for each in self.batcher.rows}
         self._move(self.batcher.remove(row), lengths)
 
@@ -132,7 +144,7 @@ class Admission:
         if not self._has_slot(first.request.adapter, self._needed(but=back)):
             return False
         back.kept = self._decoder.cache.saved(back.place, back.num_cached)
-        self.remove(back)
+        self._take_out(back)
         batcher.waiting.appendleft(back)
         self.num_preempted += 1
         return True

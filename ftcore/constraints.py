@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_PATTERN, MAX_LITERAL, MAX_PATTERNS, MAX_ALL_OF, MAX_PROPERTIES = 32_768, 64, 2048, 2000, 64, 8, 400
+MAX_OBJECTS = 2000
+"""Objects and booleans of a format, or of all tools together: any of them may be a schema, which takes half a millisecond to check."""
+MAX_TYPES = 64
+"""Of one `type`: whether any is there twice is found by comparing all pairs."""
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 400_000, "step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 20_000,
     "max_grammar_size": 200_000,
@@ -107,13 +111,18 @@ def text_rule(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def check_schema(schema: Any, where: str) -> None:
-    """Raises ConfigError, which says where, unless this is a JSON schema of a size that can be compiled in bounded time."""
-    size, patterns, ands = 0, 0, False
+def check_schema(schema: Any, where: str, num_before: int = 0) -> int:
+    """How many objects and booleans it and those before it hold. Raises ConfigError, which says where, unless this is a JSON schema of a
+    size that can be checked and compiled in bounded time."""
+    size, patterns, ands, num_objects = 0, 0, False, num_before
     for path, value in _parts(schema, where):
         size += len(value) + 2 if isinstance(value, str) else 4
         if size > MAX_CHARACTERS:
             raise ConfigError(f"{where}: this schema is too large", got="more", wanted=f"about {MAX_CHARACTERS} characters")
+        num_objects += isinstance(value, dict | bool)
+        if num_objects > MAX_OBJECTS:
+            wanted = f"at most {MAX_OBJECTS} objects and booleans, in those of all tools together"
+            raise ConfigError(f"{where}: this schema has too many parts", got="more", wanted=wanted)
         if isinstance(value, str) and not _is_unicode(value):
             raise ConfigError(f"{where}: this is not valid Unicode")
         if isinstance(value, str) and len(value) > MAX_LITERAL and not path.endswith((".description", ".title")):
@@ -127,11 +136,14 @@ def check_schema(schema: Any, where: str) -> None:
                 ands = True
                 if len(value["allOf"]) > MAX_ALL_OF:
                     raise ConfigError(f"{path}.allOf: too many parts", got=str(len(value["allOf"])), wanted=f"at most {MAX_ALL_OF}")
+            if isinstance(kinds := value.get("type"), list) and len(kinds) > MAX_TYPES:
+                raise ConfigError(f"{path}.type: too many types", got=str(len(kinds)), wanted=f"at most {MAX_TYPES}")
             if len(value) > MAX_PROPERTIES:
                 raise ConfigError(f"{path}: too many entries", got=str(len(value)), wanted=f"at most {MAX_PROPERTIES}")
     if patterns > (MAX_ALL_OF if ands else MAX_PATTERNS):
         raise ConfigError(f"{where}: too many patterns", got=str(patterns), wanted=f"at most {MAX_PATTERNS}, {MAX_ALL_OF} beside an allOf")
     _check_meta(schema, where)
+    return num_objects
 
 
 def _parts(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -75,6 +76,15 @@ class Pointer(Section):
         """Digests that must stay: current, aliased, and the one to roll back to."""
         kept = {target.digest for target in self.targets} | set(self.aliases.values())
         return kept | {target.digest for past in self.history[-1:] for target in past.targets}
+
+    def changed_within(self, seconds: float, now: datetime) -> bool:
+        """Whether it was promoted to what it means now so short a time ago, by the clock of whoever did; also where that cannot be read."""
+        if not self.history:
+            return False
+        try:
+            return (now - datetime.fromisoformat(self.history[-1].until)).total_seconds() < seconds
+        except (ValueError, TypeError):
+            return True
 
     def promoted(self, digest: str, share: float, now: str) -> Pointer:
         """This version takes `share`; the others keep their proportions in the rest. Unchanged when it is so already."""

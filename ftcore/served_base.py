@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import torch
 
 from ftcore.card import Card
 from ftcore.data.chat import Chat
-from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
+from ftcore.data.tokenizer import load_tokenizer, longest_token, tokenizer_digest
 from ftcore.data.types import Message
 from ftcore.engines.base import LiveEngine
-from ftcore.errors import DataError, IntegrityError, ModelError
+from ftcore.errors import ConfigError, DataError, IntegrityError, ModelError
 from ftcore.models import model_type
 from ftcore.probes import ProbeReport, Probes, compare
 from ftcore.recipe import Data, Model
@@ -38,6 +39,7 @@ class ServedBase:
         self.weights = weights_digest(folder)
         self.tokenizer = load_tokenizer(model)
         self.tokenizer_digest = tokenizer_digest(self.tokenizer)
+        self.longest_token = longest_token(self.tokenizer)
         self.chat: Chat | None = None
         self.no_chat = ""
         try:
@@ -47,11 +49,14 @@ class ServedBase:
         eos = self.tokenizer.eos_token_id
         self.stop_ids = frozenset(self.chat.stop_ids if self.chat else () if eos is None else (eos,))
 
-    def chat_prompt(self, messages: Sequence[Message], tools: tuple[dict[str, Any], ...] = ()) -> tuple[int, ...]:
+    def chat_prompt(self, messages: Sequence[Message], tools: tuple[dict[str, Any], ...] = (), max_tokens: int = 0) -> tuple[int, ...]:
+        """`max_tokens`: raises ConfigError for what is told to be longer before it is read; 0: nothing is."""
         chat = self._chat()
         chat.require_no_forgery(messages, tools)
         chat.require_place_for_tools(messages, tools)
-        return tuple(chat.prompt_ids(messages, tools))
+        text = chat.prompt_text(messages, tools)
+        self._require_short(text, max_tokens)
+        return tuple(chat.ids(text))
 
     def tool_format(self, setting: str) -> ToolFormat:
         return format_of(self._chat().template, setting)
@@ -61,8 +66,16 @@ class ServedBase:
             raise DataError("this base has no chat template", got=self.no_chat, remedy="ask /v1/completions")
         return self.chat
 
-    def text_prompt(self, text: str) -> tuple[int, ...]:
+    def text_prompt(self, text: str, max_tokens: int = 0) -> tuple[int, ...]:
+        """`max_tokens`: as in `chat_prompt`."""
+        self._require_short(text, max_tokens)
         return tuple(self.tokenizer(text)["input_ids"])
+
+    def _require_short(self, text: str, max_tokens: int) -> None:
+        most = self.longest_token * max_tokens
+        if most and len(text) > most and (num := len(normalize("NFC", text))) > most:
+            got, wanted = f"{num} characters", f"at most {most}, if all of its tokens were as long as the longest"
+            raise ConfigError("the prompt does not fit the context", where="prompt", got=got, wanted=wanted)
 
     def require_card(self, card: Card) -> None:
         """Raises IntegrityError unless the adapter was trained on this base, with this tokenizer and this template."""

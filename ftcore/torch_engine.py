@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -105,11 +106,16 @@ class TorchEngine(LiveEngine):
         return [await self._read_only(Request("", self._checked(prompt), digest), "logits") for prompt in prompts]
 
     async def embed(self, prompts: Sequence[Sequence[int]], digest: str = "", salt: str = "") -> AsyncGenerator[Any, None]:
-        asked = [Request("", self._checked(prompt), digest, salt=salt) for prompt in prompts]
-        tasks = [asyncio.create_task(self._read_only(request, "embedding")) for request in asked]
+        asked = iter([Request("", self._checked(prompt), digest, salt=salt) for prompt in prompts])
+        tasks = deque[asyncio.Task[Any]]()
         try:
-            for task in tasks:
-                yield await task
+            while True:
+                for request in itertools.islice(asked, self._section.max_batch - len(tasks)):
+                    tasks.append(asyncio.create_task(self._read_only(request, "embedding")))
+                if not tasks:
+                    return
+                yield await tasks[0]
+                tasks.popleft()
         finally:
             for task in tasks:
                 task.cancel()

@@ -40,6 +40,7 @@ from serving.shapes import Shape, chat_shape, embeddings_body, text_shape
 from serving.states import States
 from serving.tenants import Caller
 from serving.traces import Asker
+from serving.turns import Turns
 
 log = logging.getLogger(__name__)
 SESSION = "x-ftcore-session"
@@ -67,7 +68,8 @@ class Service:
         self.homes = Homes(gate.settings, gate.directory, self.states)
         self.seeing = Seeing(gate, self.states, self.homes)
         self.forms = ThreadPoolExecutor(2, thread_name_prefix="forms")
-        """Checks schemas and tools: a second's work for the largest, which nobody else waits for."""
+        """Checks schemas and tools: a second's work for the largest."""
+        self.turns = Turns(2)
 
     async def open(self) -> None:
         await asyncio.to_thread(self.audit.open)
@@ -150,8 +152,10 @@ async def _answer(service: Service, request: Request, asked: ChatAsked | TextAsk
     longest = limit or min(caller.limits.max_tokens, service.gate.settings.all_bases[answerer.base].engine.max_context)
     if num_logprobs is not None and longest * asked.n * (1 + num_logprobs) > MAX_LOGPROBS:
         raise Refusal(400, f"at most {MAX_LOGPROBS} log-probabilities: ask for fewer tokens, choices or alternatives", "invalid_value")
-    loop = asyncio.get_running_loop()
-    constraint, tools = await loop.run_in_executor(service.forms, asked.form) if asked.has_form else (None, None)
+    constraint, tools = None, None
+    if asked.has_form:
+        with service.gate.uploading(caller):
+            constraint, tools = await service.turns.in_thread(caller.tenant, service.forms, asked.form)
     job = Job(
         name, caller.tenant, answerer, prompt, min(limit or caller.limits.max_tokens, caller.limits.max_tokens),
         asked.sampling(num_logprobs), asked.stops, asked.n, constraint, tools, is_streamed=asked.stream,

@@ -59,6 +59,7 @@ def application(settings: ServeSettings) -> serve.Application:
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=most,
         max_queued_requests=most,
+        graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options={"num_cpus": settings.ingress.num_cpus, "runtime_env": {"env_vars": SHORT_WAY}},
     )
     return ingress.bind(settings.model_dump(mode="json"), engines)
@@ -66,14 +67,25 @@ def application(settings: ServeSettings) -> serve.Application:
 
 def _engine(settings: ServeSettings, name: str) -> serve.Application:
     """The replicas of the first base of `settings`."""
+    replicas = settings.replicas
+    full_at = replicas.target if replicas.min < replicas.max else max(replicas.target, settings.engine.max_batch)
     engine = EngineReplica.options(  # type: ignore[attr-defined]
-        **_copies(settings.replicas),
+        **_copies(replicas),
         name=name,
         max_ongoing_requests=settings.queue,
         max_queued_requests=settings.queue,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        request_router_config=_routed(full_at),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "runtime_env": {"env_vars": SHORT_WAY}},
     )
     return engine.bind(settings.model_dump(mode="json"))
+
+
+def _routed(full_at: int) -> RequestRouterConfig:
+    return RequestRouterConfig(
+        request_router_class=AdapterRouter,  # type: ignore[arg-type]
+        request_router_kwargs={"full_at": full_at},
+    )
 
 
 def _copies(replicas: Replicas) -> dict[str, Any]:
@@ -89,10 +101,8 @@ def _copies(replicas: Replicas) -> dict[str, Any]:
 
 @serve.deployment(
     name="engine",
-    graceful_shutdown_timeout_s=60,
     health_check_period_s=5,
     health_check_timeout_s=30,
-    request_router_config=RequestRouterConfig(request_router_class=AdapterRouter),  # type: ignore[arg-type]
 )
 class EngineReplica:
     """A Replica in an actor of its own."""
@@ -169,7 +179,7 @@ class Handle:
         return [state for state in found if not isinstance(state, Exception)]
 
 
-@serve.deployment(name="ingress", graceful_shutdown_timeout_s=60)
+@serve.deployment(name="ingress")
 @serve.ingress(lambda: build_api(_service))
 class Ingress:
     """Reads keys and names, then hands jobs on."""

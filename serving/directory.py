@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from ftcore.adapter_files import CARD
 from ftcore.adapters import POINTER, AdapterRef, AdapterStore
@@ -18,6 +19,8 @@ from ftcore.errors import FtcoreError, IntegrityError
 from ftcore.pointer import Pointer, Target, dealt
 
 log = logging.getLogger(__name__)
+CHANGING_S = 120.0
+"""How long after a promotion the version before goes on answering where the new one is not loaded."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Picture:
         known = self.tenants.get(ref.tenant, {}).get(ref.name)
         digest = known.digest("previous") if known is not None else ""
         return AdapterRef(ref.tenant, ref.name, digest) if digest and digest != ref.digest else None
+
+    def is_changing(self, ref: AdapterRef) -> bool:
+        """Whether replicas may still be loading what the name of a version means."""
+        known = self.tenants.get(ref.tenant, {}).get(ref.name)
+        return known is not None and known.pointer.changed_within(CHANGING_S, datetime.now(UTC))
 
     def current(self) -> Iterator[AdapterRef]:
         """What names mean now: several versions of a name that shares its traffic."""

@@ -58,7 +58,8 @@ class Homes:
                 raise
             return Answerer(await self._home(before), before)
         other = self.known(before) if before is not None else None
-        return Answerer(base, ref, before if other == base else None, Answerer(other, before) if other not in (None, "", base) else None)
+        elsewhere = Answerer(other, before) if other not in (None, "", base) else None
+        return Answerer(base, ref, before if other == base else None, elsewhere, self._directory.picture.is_changing(ref))
 
     def known(self, ref: AdapterRef) -> str | None:
         """The base's name, without asking anybody; empty for one that is not served here, None while that cannot be told."""

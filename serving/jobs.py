@@ -34,9 +34,11 @@ class Answerer:
     ref: AdapterRef | None = None
     """None: the bare base."""
     fallback: AdapterRef | None = None
-    """What answers while `ref` is still being loaded, or when it is refused: the version before it, if a name was asked for."""
+    """What answers when `ref` is refused: the version before it, if a name was asked for."""
     elsewhere: Answerer | None = None
     """What answers when `ref` is refused, where the version before it belongs to another base."""
+    is_changing: bool = False
+    """The name came to mean `ref` a moment ago: where it is not loaded yet and `fallback` still is, that answers without waiting."""
 
 
 @dataclass(frozen=True)

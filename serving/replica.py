@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from serving.publishers import Publishers
 from serving.scratch import Scratch
 from serving.settings import ServeSettings
 from serving.slots import Slots
+from serving.turns import Turns
 
 log = logging.getLogger(__name__)
 SWITCH_S = 0.0002
 """The engine's thread gives Python up at every operation of a step; a thread that loads an adapter would keep it 5 ms each time."""
 MAX_CHARACTERS_A_TOKEN = 64
-"""Longer prompts than this times the context are refused before they are tokenised."""
+"""Longer prompts than this times the context are refused before anything is done with them; others by the base, by its longest token."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Replica:
         self.desired = Desired(settings, self.store, self.slots, self.origin)
         self.num_answers = 0
         self.grammars = Grammars(base.tokenizer, base.stop_ids, engine.vocabulary)
-        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
+        self._tokenising, self._turns = ThreadPoolExecutor(1, thread_name_prefix="tokenising"), Turns(1)
         self._watches = [
             asyncio.create_task(self._again(self.slots.drop_refused, "looking for versions that may not be served any more")),
             asyncio.create_task(self._again(self.desired.follow, "bringing in what is desired")),
@@ -101,10 +103,10 @@ class Replica:
                 yield event
 
     async def _embedded(self, job: Job) -> AsyncGenerator[Event, None]:
-        loop = asyncio.get_running_loop()
-        prompts = [await loop.run_in_executor(self._tokenising, self._tokens, each) for each in job.inputs]
-        for prompt in prompts:
-            check_prompt(prompt, self.engine.max_context, self.engine.vocabulary)
+        prompts = []
+        for each in job.inputs:
+            prompts.append(await self._turns.in_thread(job.tenant, self._tokenising, partial(self._tokens, each)))
+            check_prompt(prompts[-1], self.engine.max_context, self.engine.vocabulary)
         async with self._held(job) as (ref, was_cold):
             digest, name = (ref.digest, ref.full) if ref else ("", "")
             total, outputs = sum(map(len, prompts)), list[Said]()
@@ -124,7 +126,7 @@ class Replica:
 
     async def _answered(self, job: Job) -> AsyncGenerator[Event, None]:
         format = self.base.tool_format(self.settings.tool_format) if job.tools else None
-        prompt = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._prompt, job)
+        prompt = await self._turns.in_thread(job.tenant, self._tokenising, partial(self._prompt, job))
         grammar = await self._grammar(job, format)
         room = self.engine.max_context - len(prompt)
         self.engine.check(Request(job.id, prompt, "", job.max_tokens or 1, self.base.stop_ids, job.sampling, constraint=grammar))
@@ -238,13 +240,13 @@ class Replica:
         if not turns:
             return self._tokens(job.prompt if isinstance(job.prompt, str) else [token for token in job.prompt if isinstance(token, int)])
         self._require_short(sum(len(turn.content) + len(str(turn.tool_calls)) for turn in turns) + len(str(tools)))
-        return self.base.chat_prompt(turns, tools)
+        return self.base.chat_prompt(turns, tools, self.engine.max_context)
 
     def _tokens(self, text: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(text, str):
             return tuple(text)
         self._require_short(len(text))
-        return self.base.text_prompt(text)
+        return self.base.text_prompt(text, self.engine.max_context)
 
     def _require_short(self, num_characters: int) -> None:
         if num_characters > MAX_CHARACTERS_A_TOKEN * self.engine.max_context:
@@ -253,14 +255,15 @@ class Replica:
 
     @asynccontextmanager
     async def _held(self, job: Job) -> AsyncIterator[tuple[AdapterRef | None, bool]]:
-        """(the version that answers, whether it had to be loaded). A name goes on meaning its version before until the new one is in."""
+        """(the version that answers, whether it had to be loaded). A name that was just promoted means its version before until the new one
+        is in."""
         ref, fallback = job.answerer.ref, job.answerer.fallback
         if ref is None:
             yield None, False
             return
         resident = self.slots.resident
         if ref not in resident and fallback is not None:
-            if fallback in resident:
+            if fallback in resident and job.answerer.is_changing:
                 self.slots.load_behind(ref)
                 ref = fallback
             else:

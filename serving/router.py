@@ -1,4 +1,4 @@
-"""Router: sends a request to the replica that has its adapter, unless that one is full.
+"""Router: sends a request to the replica that has its adapter, unless that one has as much to do as it is meant to.
 
 In: the replicas, a request that names an adapter. Out: the replicas in order of preference. Runs in: the ingress, inside Serve's handle.
 
@@ -10,12 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 
 class AdapterRouter(RequestRouter):
-    """Rendezvous hashing over the adapter's name; the bare base goes to the less busy of two."""
+    """Rendezvous hashing over the adapter's name, with bounded loads: the next in rank takes what is over `full_at`. The bare base goes to
+    the less busy of two."""
+
+    _full_at = sys.maxsize
+
+    def initialize_state(self, *, full_at: int = sys.maxsize, **_: Any) -> None:
+        """Called by Ray Serve with the deployment's `request_router_kwargs`. `full_at`: requests under way and waiting at one replica."""
+        self._full_at = full_at
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -26,7 +35,13 @@ class AdapterRouter(RequestRouter):
         if not name:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         ranked = sorted(candidate_replicas, key=lambda replica: _score(name, replica.replica_id.unique_id), reverse=True)
-        return [[replica] for replica in ranked]
+        num_first = 1 + next((at for at, replica in enumerate(ranked) if not self._is_full(replica)), len(ranked) - 1)
+        return [ranked[:num_first], *([replica] for replica in ranked[num_first:])]  # of a rank, Serve takes the least busy
+
+    def _is_full(self, replica: RunningReplica) -> bool:
+        """As far as is known here: Serve remembers for 10 s what a replica said with its last answer, and counts what was sent since."""
+        length = self.replica_queue_len_cache.get(replica.replica_id)
+        return length is not None and length >= self._full_at
 
 
 def _score(name: str, replica: str) -> bytes:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray import serve
 
 from cluster.connect import connect
+from ftcore.errors import ClusterError
 from serving.app import application
 from serving.exposure import require_served
 from serving.jobs import SHORT_WAY
@@ -20,6 +22,8 @@ from serving.settings import ServeSettings
 
 NAME = "ftcore"
 QUIET = {"log_level": "WARNING"}
+LAST_S = 60.0
+"""How long the replicas may take to end once there are no answers under way."""
 
 
 @contextmanager
@@ -44,8 +48,18 @@ def running(settings: ServeSettings) -> Iterator[str]:
                 require_served(settings.tls, settings.host, settings.port)
             yield f"http{'s' if settings.tls else ''}://{settings.host}:{settings.port}"
         finally:
-            serve.delete(NAME)  # waits for answers under way
+            _drain(settings.drain_s)
             if not connection.started and not serve.status().applications:
                 serve.shutdown()  # nobody else's is left
     finally:
         connection.close()
+
+
+def _drain(seconds: float) -> None:
+    """Takes the application down once its answers have ended. Serve's own wait for that gives up after a minute."""
+    serve.delete(NAME, _blocking=False)
+    until = time.monotonic() + seconds + LAST_S
+    while NAME in serve.status().applications:
+        if time.monotonic() > until:
+            raise ClusterError("the server does not end", got=f"still there after {seconds + LAST_S:g} s", remedy="end its Ray: ray stop")
+        time.sleep(0.2)

@@ -159,10 +159,10 @@ class ChatAsked(Asked):
         return super().has_form or self.response_format is not None or self.tools is not None or self.tool_choice is not None
 
     def form(self) -> tuple[Constraint | None, Tools | None]:
+        if self.response_format is not None and self.response_format.type != "text" and self.structured_outputs is not None:
+            raise ConfigError("response_format and structured_outputs ask for two formats", got="both", wanted="one of them")
         constraint, _ = super().form()
         own = self.response_format.constraint if self.response_format else None
-        if own is not None and constraint is not None:
-            raise ConfigError("response_format and structured_outputs ask for two formats", got="both", wanted="one of them")
         tools = tools_of(self.tools or (), self.tool_choice, self.parallel_tool_calls is not False)
         if tools is not None and (own or constraint) is not None:
             raise ConfigError(

@@ -112,7 +112,7 @@ class Replicas(Section):
     up_after_s: float = Field(10, ge=0)
     """How long the load is above that before there is one more."""
     down_after_s: float = Field(300, ge=0)
-    """How long it is below before there is one less; what that one is answering is finished first."""
+    """How long it is below before there is one less; what that one is answering is finished first (`drain_s`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +208,8 @@ class ServeSettings(Base):
     """How long a request may take to come in."""
     begin_s: float = Field(60.0, gt=0)
     """How long it may wait for a replica that begins to answer it; then it gets 503 with Retry-After."""
+    drain_s: float = Field(300.0, gt=0)
+    """How long a replica or an ingress that ends goes on with the answers under way: for 4,096 tokens, 14 a second."""
     limits: Limits = Limits()
     """Of every tenant, but where it has its own (`ftcore tenants limits`)."""
     audit_spool: str = ""

@@ -2,9 +2,9 @@
 
 In: refs that requests need. Out: digests that the engine holds, pinned; or the reason why not. Runs in: serving replicas; no Ray, no HTTP.
 
-One load at a time for a digest, several digests at once; a load never delays what is loaded. A ref that was refused is remembered for a
-while, so that a broken version is not fetched again for every request. Two tenants with the same content share the engine's copy, but each
-ref is checked against its own card.
+One load at a time for a digest, several digests at once, tenants in turn; a load never delays what is loaded. A ref that was refused is
+remembered for a while, so that a broken version is not fetched again for every request. Two tenants with the same content share the
+engine's copy, but each ref is checked against its own card.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.card import Card
 from ftcore.engines.base import EngineEnded, LiveEngine
 from ftcore.errors import FtcoreError, IntegrityError, ModelError, StorageError
+from serving.turns import Turns
 
 log = logging.getLogger(__name__)
 REFUSED_FOR_S = 30.0
@@ -82,9 +84,13 @@ class Slots:
         self._slots: dict[AdapterRef, Slot] = {}
         self._loading: dict[AdapterRef, asyncio.Task[Slot]] = {}
         self._refused: dict[AdapterRef, tuple[float, FtcoreError]] = {}
-        self._room = asyncio.Semaphore(num_loads)
+        self._turns = Turns(num_loads, each=max(1, num_loads // 2))
         self._digests: dict[str, asyncio.Lock] = {}
+        self._coming: dict[AdapterRef, int] = {}
+        """Bytes that the engine is being given."""
         self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving_bytes = 0
+        """Of those, what the engine still holds."""
         self.counts = Counts()
         self.kept: frozenset[AdapterRef] = frozenset()
         """Versions that stay when nobody uses them, unless they are revoked."""
@@ -120,10 +126,14 @@ class Slots:
         """Brings a version in; of several calls at once, one works."""
         if ref in self._slots:
             return
-        until, error = self._refused.get(ref, (0.0, None))
-        if error is not None and time.monotonic() < until:
-            raise error
-        await asyncio.shield(self._loading.get(ref) or self._begin(ref))
+        until, refused = self._refused.get(ref, (0.0, None))
+        if refused is not None and time.monotonic() < until:
+            raise copy(refused)  # raised itself, it would keep every request that it was told
+        task = self._loading.get(ref) or self._begin(ref)
+        await asyncio.wait([task])
+        error = task.exception()
+        if error is not None:
+            raise copy(error) if isinstance(error, FtcoreError) else error
 
     def load_behind(self, ref: AdapterRef) -> None:
         """Begins to bring a version in; nobody waits for it, and a refusal is logged."""
@@ -143,7 +153,7 @@ class Slots:
         error = task.exception()
         if isinstance(error, FtcoreError) and not isinstance(error, EngineEnded):
             forget = 1.0 if isinstance(error, StorageError) else REFUSED_FOR_S
-            self._refused[ref] = (time.monotonic() + forget, error)
+            self._refused[ref] = (time.monotonic() + forget, copy(error))
             if len(self._refused) > 1000:
                 self._refused.pop(next(iter(self._refused)))
             self.counts.num_refused += 1
@@ -153,7 +163,7 @@ class Slots:
 
     async def _load(self, ref: AdapterRef) -> Slot:
         started = time.monotonic()
-        async with self._digests.setdefault(ref.digest, asyncio.Lock()), self._room:
+        async with self._digests.setdefault(ref.digest, asyncio.Lock()), self._turns.turn(ref.tenant):
             try:
                 card, folder = await self._bring(ref)
             except (FtcoreError, OSError, asyncio.CancelledError):
@@ -177,9 +187,14 @@ class Slots:
             raise ModelError("this adapter is larger than the memory for all adapters", where=ref, got=f"{size >> 20} MiB", wanted=wanted)
         folder = await asyncio.to_thread(self._store.fetch, ref, self._cache)
         try:
+            if not self._holders(ref.digest):
+                self._coming[ref] = Slot(ref, card, folder).num_bytes
+            self._make_room(ref)
             await self._engine.load_adapter(ref.digest, folder)
+            self._coming.pop(ref, None)
             await self._prove(ref, folder)
         except BaseException:
+            self._coming.pop(ref, None)
             if not self._holders(ref.digest):
                 await self._engine.unload_adapter(ref.digest)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -191,16 +206,21 @@ class Slots:
         slot = self._slots.pop(ref, None)
         if slot is not None:
             log.info("dropped %s", ref)
-            task = asyncio.create_task(self._release(slot))
+            num_bytes = 0 if slot.pins else slot.num_bytes
+            self._leaving_bytes += num_bytes
+            task = asyncio.create_task(self._release(slot, num_bytes))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
-    async def _release(self, slot: Slot) -> None:
+    async def _release(self, slot: Slot, num_bytes: int) -> None:
         digest = slot.ref.digest
         async with self._digests.setdefault(digest, asyncio.Lock()):
-            if not self._holders(digest):
-                with suppress(EngineEnded):
-                    await self._engine.unload_adapter(digest)
+            try:
+                if not self._holders(digest):
+                    with suppress(EngineEnded):
+                        await self._engine.unload_adapter(digest)
+            finally:
+                self._leaving_bytes -= num_bytes
             if slot.ref not in self._slots:
                 await asyncio.to_thread(shutil.rmtree, slot.folder, ignore_errors=True)
 
@@ -208,15 +228,15 @@ class Slots:
         return [ref for ref in self._slots if ref.digest == digest]
 
     def _make_room(self, newest: AdapterRef) -> None:
-        """Drops what is not in use, least recently used first, until the rest fits. Pinned and kept versions stay, whatever the limit."""
-        over = self._engine.stats().adapter_bytes - self._max_bytes
+        """Drops what is not in use, least recently used first, until the rest fits with what is coming. Pinned and kept versions stay,
+        whatever the limit."""
+        held = self._engine.stats().adapter_bytes + sum(self._coming.values()) - self._leaving_bytes
+        over = held - self._max_bytes
         free = (slot for ref, slot in self._slots.items() if not slot.pins and ref != newest and ref not in self.kept)
-        idle = sorted(free, key=lambda slot: slot.used)
-        for slot in idle:
-            if over <= 0:
-                return
-            over -= slot.num_bytes
-            self.drop(slot.ref)
+        for slot in sorted(free, key=lambda slot: slot.used):
+            if over > 0:
+                over -= slot.num_bytes
+                self.drop(slot.ref)
         if over > 0:
             log.warning("loaded adapters exceed %d MiB, and every one is in use or kept", self._max_bytes >> 20)
 
@@ -232,7 +252,7 @@ class Slots:
                 if not isinstance(error, FtcoreError):
                     error = IntegrityError("whether this may be served cannot be read", where=ref, got=type(error).__name__)
                 found.append(ref)
-                self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, error)
+                self._refused[ref] = (time.monotonic() + REFUSED_FOR_S, copy(error))
                 self.drop(ref)
         return found
 

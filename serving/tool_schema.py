@@ -125,10 +125,11 @@ def tools_of(tools: Sequence[Tool], choice: Literal["none", "auto", "required"] 
         raise ConfigError("tools: two functions have the same name")
     if choice not in (None, "none", "auto") and not tools:
         raise ConfigError("tool_choice: there are no tools to choose from")
+    num_objects = 0
     for i, tool in enumerate(tools):
         where, schema = f"tools[{i}].function.parameters", tool.function.parameters
         if schema is not None:
-            check_schema(schema, where)
+            num_objects = check_schema(schema, where, num_objects)
             if schema.get("type", "object") != "object":
                 raise ConfigError(f"{where}.type: arguments are an object", got=str(schema["type"])[:40], wanted="object")
     only = choice.function.name if isinstance(choice, NamedTool) else ""

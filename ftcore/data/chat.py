@@ -151,8 +151,13 @@ class Chat:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids of the messages and the generation prompt: what a model is given to answer, the same tokens as before a trained answer."""
-        plain = [_plain(message) for message in messages]
-        text = self._turns_for(tuple(tools)).prompt(plain)
+        return self.ids(self.prompt_text(messages, tools))
+
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        return self._turns_for(tuple(tools)).prompt([_plain(message) for message in messages])
+
+    def ids(self, text: str) -> list[int]:
+        """Of what the template made."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def describe(self) -> str:

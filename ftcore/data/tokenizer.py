@@ -81,3 +81,15 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         added = {str(index): str(token) for index, token in tokenizer.added_tokens_decoder.items()}
         state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "added": added}
     return digest_of({"state": state, "special": special})
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most characters, of a text in NFC, that one token stands for; 0 where that is not certain: only byte-level BPE loses none of them."""
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    if backend is None or any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
+        return 0
+    state = json.loads(backend.to_str())
+    is_whole = state["model"]["type"] == "BPE" and '"ByteLevel"' in json.dumps(state["pre_tokenizer"])
+    if not is_whole or (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+        return 0
+    return max(map(len, tokenizer.get_vocab()))  # each of its characters stands for a byte

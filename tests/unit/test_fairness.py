@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ftcore.admission import Admission
 from ftcore.batching import TURN, Batcher, Row
 from ftcore.engines.base import Request, Sampling, Token
 from ftcore.fairness import MADE, Fairness
@@ -127,15 +130,21 @@ def test_who_reads_much_delays_a_light_prompt_by_one_place_at_most(tiny_model_di
 
     async def go() -> list[int]:
         async with opened(tiny_model_dir, max_batch=4, prefix_mib=0) as engine:
-            inputs = engine.embed([[5] * 120] * 60, salt="hog")
-            await anext(inputs)
-            num_steps = []
+
+            async def read() -> int:
+                return len([vector async for vector in engine.embed([[5] * 120] * 4, salt="hog")])
+
+            hog, num_steps = [asyncio.create_task(read()) for _ in range(15)], []
+            while engine.stats().num_running < 4:
+                await asyncio.sleep(0)
             for number in range(6):
                 before = engine.stats().num_steps
                 await answer(engine, Request(f"light{number}", tuple(range(5, 37)), max_tokens=3, salt="light"))
                 num_steps.append(engine.stats().num_steps - before)
             assert engine.stats().num_waiting > 10, "the hog was gone before the light one was answered"
-            await inputs.aclose()
+            for task in hog:
+                task.cancel()
+            await asyncio.gather(*hog, return_exceptions=True)
             return num_steps
 
     # An input ends, a prompt at half a step's tokens, an answer. The best of some: the engine goes on while this thread is late.
@@ -179,6 +188,18 @@ def test_a_prompt_of_a_hog_is_read_with_what_is_left_beside_a_light_one() -> Non
     batcher.remove(light[0])
     batcher.hold(lambda _: 0)
     assert len(batcher.step().decoding) == 3 and batcher.step().chunks[0].count == 10, "nobody is light any more"
+
+
+def test_rows_come_in_however_many_wait() -> None:
+    nothing: Any = None
+    batcher = Batcher(8, 64)
+    admission = Admission(batcher, nothing, nothing, {}, nothing)
+    many = [row for number in range(64) for row in rows(f"owner{number % 8}", 256)]
+    started = time.thread_time()
+    for row in many:
+        admission.enter(row)
+    assert time.thread_time() - started < 3
+    assert len(batcher.waiting) == len(many) and set(admission.fair._work) == {f"owner{number}" for number in range(8)}
 
 
 @pytest.mark.parametrize(("each", "want"), [(0.0, 15), (0.2, 1), (0.1, 2), (2.0, LEAST)])

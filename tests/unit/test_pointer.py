@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,12 @@ def test_a_pointer_reads_back_as_it_was_written() -> None:
 def test_a_damaged_pointer_is_refused(raw: bytes) -> None:
     with pytest.raises(IntegrityError, match="pointer"):
         Pointer.from_json(raw, "here")
+
+
+def test_it_is_known_how_long_ago_it_changed() -> None:
+    first = Pointer().promoted("a" * 64, 1.0, "2026-01-01T00:00:00Z")
+    now = datetime(2026, 1, 2, 0, 1, tzinfo=UTC)
+    assert not first.changed_within(120, now), "it never meant anything else"
+    second = first.promoted("b" * 64, 1.0, "2026-01-02T00:00:00Z")
+    assert second.changed_within(120, now) and not second.changed_within(59, now)
+    assert first.promoted("b" * 64, 1.0, "yesterday").changed_within(59, now)

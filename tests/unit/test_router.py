@@ -20,10 +20,12 @@ def replicas(*names: str) -> list[Any]:
     return [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
 
 
-def ranked(name: str, among: list[Any]) -> list[list[str]]:
-    """Replicas in order of preference, in ranks."""
+def ranked(name: str, among: list[Any], lengths: dict[str, int] | None = None) -> list[list[str]]:
+    """Replicas in order of preference, in ranks; 16 requests are all that one is meant to have, `lengths` those known of."""
     pending: Any = SimpleNamespace(metadata=SimpleNamespace(multiplexed_model_id=name))
     router: Any = object.__new__(AdapterRouter)
+    router.initialize_state(full_at=16)
+    router._replica_queue_len_cache = SimpleNamespace(get=lambda replica: (lengths or {}).get(replica.unique_id))
     found = asyncio.run(router.choose_replicas(among, pending))
     return [[replica.replica_id.unique_id for replica in rank] for rank in found]
 
@@ -47,3 +49,13 @@ def test_the_bare_base_goes_to_the_less_busy_of_two() -> None:
     (pair,) = ranked("", replicas("r1", "r2", "r3"))
     assert len(set(pair)) == 2
     assert ranked("", []) == []
+
+
+def test_who_has_all_it_is_meant_to_have_shares_with_the_next_that_has_not() -> None:
+    among = replicas("r1", "r2", "r3")
+    for name in NAMES[:50]:
+        (home,), (second,), (third,) = ranked(name, among)
+        assert ranked(name, among, {home: 15, second: 0}) == [[home], [second], [third]]
+        assert ranked(name, among, {home: 16}) == [[home, second], [third]]
+        assert ranked(name, among, {home: 40, second: 16, third: 3}) == [[home, second, third]]
+        assert ranked(name, among, {home: 40, second: 30, third: 20}) == [[home, second, third]]

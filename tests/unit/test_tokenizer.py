@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+from unicodedata import normalize
 
 import pytest
+from transformers import AddedToken
 
 from ftcore.data.families import GENERIC, family_of
-from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
-from ftcore.errors import ModelError
+from ftcore.data.tokenizer import load_tokenizer, longest_token, tokenizer_digest
+from ftcore.errors import ConfigError, ModelError
 from ftcore.recipe import Model
+from ftcore.served_base import ServedBase
 
 
 def test_a_copy_elsewhere_has_the_same_digest_whatever_its_template_or_padding(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -78,3 +82,22 @@ def test_families_follow_the_catalogue(model_type: str, target: str, template: s
 def test_an_unknown_architecture_gets_all_linear_layers() -> None:
     assert family_of("never-heard-of") is GENERIC
     assert GENERIC.targets == ("all-linear",)
+
+
+def test_the_longest_token_bounds_what_a_text_can_be_short_of_or_nothing_does(tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(Model(path=str(tiny_model_dir)))
+    longest = longest_token(tokenizer)
+    assert longest == max(len(word) for word in tokenizer.get_vocab())
+    for text in ("a b c " * 50, "\n" * 200, "表示" * 40, "e\u0301" * 90, "".join(tokenizer.get_vocab())):
+        assert len(normalize("NFC", text)) <= longest * len(tokenizer(text)["input_ids"])
+    tokenizer.add_tokens([AddedToken("<gap>", lstrip=True)])
+    assert longest_token(tokenizer) == 0, "it takes any number of blanks with it"
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenised() -> None:
+    base: Any = object.__new__(ServedBase)
+    base.longest_token, base.tokenizer = 4, lambda text: {"input_ids": [len(text)]}
+    assert base.text_prompt("x" * 40, 10) == (40,) and base.text_prompt("x" * 99) == (99,)
+    assert base.text_prompt("e\u0301" * 40, 10) == (80,), "the tokenizer puts the two together"
+    with pytest.raises(ConfigError, match="does not fit"):
+        base.text_prompt("x" * 41, 10)

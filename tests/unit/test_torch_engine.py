@@ -208,6 +208,11 @@ def test_an_embedding_that_nobody_waits_for_is_not_read(tiny_model_dir: Path) ->
             await engine.health()
             assert engine.stats().num_waiting == engine.stats().num_running == 0
             assert engine.stats().num_prompt_tokens < 100 * 100
+            num_rows = []
+            async for _ in engine.embed([[5, 6]] * 20):
+                await engine.health()
+                num_rows.append(engine.stats().num_waiting + engine.stats().num_running)
+            assert len(num_rows) == 20 and max(num_rows) <= 1, "they wait outside"
 
     run(go())
 
