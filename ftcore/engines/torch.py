@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from ftcore.devices import device_here
 from ftcore.engines.base import ENGINES, Engine
 from ftcore.quantisation import FOUR_BITS, Quantisation
 
@@ -63,6 +64,10 @@ class Torch(Engine):
     def held_as(self) -> Quantisation | None:
         """None: in full precision."""
         return None if self.quantise == "none" else Quantisation(self.quantise, self.double_quant)
+
+    def place(self) -> str:
+        """The device, in this process."""
+        return device_here() if self.device == "auto" else self.device
 
     async def open(self, base: str) -> LiveEngine:
         from ftcore.torch_engine import TorchEngine
