@@ -36,10 +36,12 @@ def judge_at_gate(run: RunDir, recipe: Recipe, gate: Gate, ref: AdapterRef, log:
     rivals = [version for version in targets if version != ref] if gate.better_than else []
     systems = [*(version.full for version in sorted(rivals, key=targets.__getitem__)[-1:]), ref.full]
     wanted = Wanted(
-        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch(), task=asking([gate.metric]),
+        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch.reading(recipe.data.max_length), task=asking([gate.metric]),
         metrics=(gate.metric,), base=recipe.model.path,
     )  # fmt: skip
-    passed, why = verdict(gate, evaluate(wanted, Means(here=True), log))
+    results = evaluate(wanted, Means(here=True), log)
+    log(f"\n{results.text()}\n")
+    passed, why = verdict(gate, results)
     if passed:
         store.promote(ref)
     said = f"{ref.tenant}/{ref.name} now means {ref}: {why}" if passed else f"the gate is shut for {ref}, and {_stays(ref, targets)}: {why}"
@@ -61,7 +63,7 @@ def verdict(gate: Gate, results: Results) -> tuple[bool, str]:
         reasons.append((told.better == told.ours, told.sentence()))
     elif gate.better_than:
         reasons.append((True, "there is no other version to beat"))
-    return all(good for good, _ in reasons), "; ".join(why for _, why in reasons)
+    return all(good for good, _ in reasons), "; ".join([*(why for _, why in reasons), *results.failures()])
 
 
 def _stays(ref: AdapterRef, targets: dict[AdapterRef, float]) -> str:

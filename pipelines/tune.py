@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome = crown(search, recipe, found, log=say)
     say("\n" + table(found, search.metric))
     if outcome.ref and len(prepare(recipe, log=lambda line: None).rows("test")):
-        judged = Wanted(recipe, ("base", outcome.ref.full), f"{search_folder(recipe)}/test", Torch())
+        judged = Wanted(recipe, ("base", outcome.ref.full), f"{search_folder(recipe)}/test", Torch.reading(recipe.data.max_length))
         say("\n" + evaluate(judged, Means(here=True), say).text() + "\n")
     say(f"{'report':<32}{search_folder(recipe)}/report.html\n{'winner':<32}{outcome.run.url}")
     if outcome.ref:

@@ -65,6 +65,13 @@ class Torch(Engine):
         """None: in full precision."""
         return None if self.quantise == "none" else Quantisation(self.quantise, self.double_quant)
 
+    @classmethod
+    def reading(cls, num_tokens: int) -> Torch:
+        """For prompts with answers of so many tokens; the longer, the fewer at once, so that the cache is no larger."""
+        usual = cls()
+        context = max(usual.max_context, num_tokens)
+        return cls(max_context=context, max_batch=max(1, usual.max_batch * usual.max_context // context))
+
     def place(self) -> str:
         """The device, in this process."""
         return device_here() if self.device == "auto" else self.device
