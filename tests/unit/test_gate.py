@@ -12,11 +12,10 @@ from ftcore.adapters import AdapterRef, AdapterStore
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, Interrupted
 from ftcore.publish import import_adapter
-from ftcore.recipe import Model, Recipe, parse_recipe
+from ftcore.recipe import Model, Recipe, dump_recipe, parse_recipe
 from ftcore.rundir import RunDir
-from pipelines import judging
+from pipelines import judging, sft
 from pipelines.evaluating import Evaluation
-from pipelines.fit import fit
 from pipelines.gate import judge_at_gate
 from tests.oracles import make_adapter
 
@@ -49,7 +48,7 @@ def versions(tiny_model_dir: Path, tmp_path: Path) -> tuple[AdapterRef, AdapterR
 
 def judged(recipe: Recipe, ref: AdapterRef, said: list[str]) -> bool:
     assert recipe.output.gate is not None
-    return judge_at_gate(RunDir(recipe.output.runs, recipe.name), recipe, recipe.output.gate, ref, said.append)
+    return judge_at_gate(RunDir(recipe.output.runs, recipe.name), recipe, recipe.output.gate, ref, said.append).passed
 
 
 def test_only_a_version_told_better_than_the_current_one_takes_its_place(
@@ -65,15 +64,38 @@ def test_only_a_version_told_better_than_the_current_one_takes_its_place(
     store.promote(garbled)
     assert judged(recipe, faint, said)
     assert store.resolve("acme/sums") == faint
+    store.promote(garbled)
+    assert judged(recipe, faint, said) and said[-1].startswith("judged before") and store.resolve("acme/sums") == garbled
 
 
-def test_a_run_whose_version_misses_the_least_value_publishes_it_and_promotes_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    outcome = fit(recipe_of(tmp_path, tiny_model_dir, metric="exact_match", min=0.99), log=said.append)
+def test_a_version_that_was_shut_out_is_judged_again_where_its_name_means_another_one(
+    versions: tuple[AdapterRef, AdapterRef], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    faint, garbled = versions
+    store, said = AdapterStore(tmp_path / "store"), list[str]()
+    recipe = recipe_of(tmp_path, tiny_model_dir, metric="perplexity", better_than="current")
+    folder = make_adapter(tiny_model_dir, tmp_path / "worst", 1, 9.0)
+    worst = import_adapter(folder, "acme/sums", Model(path=str(tiny_model_dir)), store, log=lambda _: None)
+    store.promote(faint)
+    assert not judged(recipe, garbled, said)
+    store.promote(worst)
+    judged(recipe, garbled, said)
+    assert not said[-1].startswith("judged before") and worst.full in said[-1]
+
+
+def test_a_run_whose_version_misses_the_least_value_publishes_it_promotes_nothing_and_says_so_last(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, file = recipe_of(tmp_path, tiny_model_dir, metric="exact_match", min=0.99), tmp_path / "gated.yaml"
+    file.write_text(dump_recipe(recipe))
     store = AdapterStore(tmp_path / "store")
-    assert outcome.ref is not None and store.is_sealed(outcome.ref) and not store.targets("acme", "sums")
-    assert any("acme/sums means nothing yet: exact match 0.0, wanted 99.0" in line for line in said)
-    assert "shut" in (outcome.run.folder.read("report.html")).decode()
+    for _ in range(2):
+        assert sft.main([str(file), "--no-plan"]) == sft.GATE_SHUT
+        said = capsys.readouterr().out.strip().splitlines()
+        assert said[-1].startswith("the gate is shut for acme/sums@")
+        assert said[-1].endswith("acme/sums means nothing yet: exact match 0.0, wanted 99.0")
+    assert len(store.list("acme")) == 1 and not store.targets("acme", "sums")
+    assert "shut" in (tmp_path / "runs" / "gated" / "report.html").read_text()
 
 
 def test_rows_that_no_context_holds_are_told_in_the_gates_reason(
