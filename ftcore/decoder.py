@@ -43,9 +43,7 @@ class Decoder:
     """A base in memory, its adaptable layers, its cache."""
 
     def __init__(self, section: Torch, base: str) -> None:
-        device = section.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = section.place()
         dtype = section.dtype if section.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         files, held = Model(path=base, dtype=dtype), section.held_as

@@ -1,7 +1,7 @@
-"""Devices: what a named GPU has, by its maker's datasheet.
+"""Devices: what a named GPU has, by its maker's datasheet; where this process computes where nobody says otherwise.
 
-In: a name. Out: memory, speed. Runs in: the driver. Figures are dense bf16 and peak bandwidth; memory is what CUDA shows of it, which is a
-little less than the name says.
+In: a name. Out: memory, speed. Runs in: the driver, engines. Figures are dense bf16 and peak bandwidth; memory is what CUDA
+shows of it, which is a little less than the name says.
 """
 
 from __future__ import annotations
@@ -46,3 +46,10 @@ def device_of(name: str) -> Device:
         remedy = f"did you mean {near[0]}? " if near else ""
         raise ConfigError("unknown GPU", where="--gpu", got=name, wanted=" | ".join(DEVICES), remedy=f"{remedy}or give --memory GIB")
     return found
+
+
+def device_here() -> str:
+    """`cuda` where this process may use a GPU, else `cpu`."""
+    import torch  # late: a plan is made without it
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

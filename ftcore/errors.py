@@ -11,6 +11,8 @@ In: what, where, got, wanted, remedy. Out: a message a person can act on. Runs i
     ├── ClusterError    (RuntimeError)  Ray, nodes, resources                           exit code 7
     ├── TrainingError   (RuntimeError)  the run itself failed (not finite, killed)      exit code 8
     └── Interrupted     (RuntimeError)  stopped by the user or the platform; resumable  exit code 75 (EX_TEMPFAIL)
+
+A shut gate is no error: `ftcore sft` says so last, and exits with 9.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ from ftcore.storage import Folder
 
 
 def claim(folder: Folder, key: str, facts: dict[str, Any], what: str) -> None:
-    """Writes the facts of a job, once. Raises ConfigError where those of another one are there."""
+    """Writes the facts of a job, once. Raises ConfigError where those of another one are there, or one has a fact that the other lacks."""
     if folder.create(key, json.dumps(facts, indent=1).encode()):
         return
     held = folder.read_json(key)
-    apart = sorted(name for name in facts if held.get(name) != facts[name])
+    apart = sorted(name for name in {*facts, *held} if held.get(name) != facts.get(name))
     if apart:
         raise ConfigError(
             what, where=folder, got=", ".join(f"other {name}" for name in apart), remedy="give another --out, or the same rows and options"

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ftcore.adapter_files import CONTENT, TOKENIZER, WEIGHTS, check_adapter, content_digest, content_files, read_config
@@ -29,6 +28,7 @@ from ftcore.card import BaseFacts, Card, DataFacts, MethodFacts, ProbeFacts, Qua
 from ftcore.data.chat import Chat
 from ftcore.data.prepared import Prepared
 from ftcore.data.tokenizer import load_tokenizer, tokenizer_digest
+from ftcore.devices import device_here
 from ftcore.errors import ConfigError, IntegrityError
 from ftcore.lean_imports import PeftModel
 from ftcore.models import load_base, model_type
@@ -130,7 +130,7 @@ def import_adapter(
 
 
 def _recorded(model: Model, held: Quantisation | None, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Probes:
-    base = load_base(model, held, dtype="fp32", device=_device())
+    base = load_base(model, held, dtype="fp32", device=device_here())
     precision = "fp32" if held is None else held.serve(base, "fp32")
     tuned = bind_adapter(base, folder)
     return record(tuned, tokenizer, tuned.disable_adapter, precision)
@@ -154,7 +154,7 @@ def prove(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, trai
     proven = held not in EXACT and _prove_as_held(recipe, folder, tokenizer, trained, held, log)
     exact = "fp64" if dtype == "fp64" else "fp32"
     gc.collect()
-    tuned = bind_adapter(load_base(recipe.model, dtype=exact, device=_device()), folder)
+    tuned = bind_adapter(load_base(recipe.model, dtype=exact, device=device_here()), folder)
     if not proven:
         report = check(tuned, tokenizer, trained, exact, tuned.disable_adapter)
         report.require(folder)
@@ -169,11 +169,11 @@ def _prove_as_held(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerB
     The reading computed in fp32 decides where there is one. The other is what the device's own arithmetic gave: it binds on the same kind
     of device, or where it is all there is.
     """
-    tuned, method = bind_adapter(load_base(recipe.model, recipe.method, device=_device()), folder), recipe.method
+    tuned, method = bind_adapter(load_base(recipe.model, recipe.method, device=device_here()), folder), recipe.method
     as_trained = check(tuned, tokenizer, trained, held, tuned.disable_adapter)
     log(f"proof in {held}: {as_trained.reason}")
     twice = held + IN_FP32 in trained.by_precision
-    if not as_trained.inconclusive and (not twice or trained.nearest(held).device == _device()):
+    if not as_trained.inconclusive and (not twice or trained.nearest(held).device == device_here()):
         as_trained.require(folder)
     if not twice:
         if as_trained.inconclusive and method.quantises:  # the full-precision base is another model: it cannot tell
@@ -283,7 +283,3 @@ def _weights(model: Model) -> str:
     folder = base_folder(model.path, model.revision)
     check_base(folder)
     return weights_digest(folder)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftcore.data.families import template_names
 from ftcore.data.formats.base import FORMATS
+from ftcore.data.types import Text
 from ftcore.evals.answered import LATER, SPECIAL
 from ftcore.evals.metrics.base import METRICS
 from ftcore.methods.qlora import Qlora
@@ -128,6 +129,8 @@ def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
     gate, data = recipe.output.gate, recipe.data
     if gate is None:
         return
+    if type(recipe.stage).item is Text:
+        yield "output.gate", f"a gate judges answers, and documents (stage `{recipe.stage.kind}`) have none; remove this key"
     if gate.metric not in METRICS:
         yield "output.gate.metric", _unknown_metric(gate.metric)
     elif set(LATER).intersection(METRICS[gate.metric].needs):

@@ -17,6 +17,7 @@ from ftcore.card import Card
 from ftcore.data.chat import Chat
 from ftcore.data.tokenizer import load_tokenizer, longest_token, tokenizer_digest
 from ftcore.data.types import Message
+from ftcore.devices import device_here
 from ftcore.engines.base import LiveEngine
 from ftcore.errors import ConfigError, DataError, IntegrityError, ModelError
 from ftcore.models import model_type
@@ -99,7 +100,6 @@ class ServedBase:
         probes = Probes.load(folder)
         tuned = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts, digest)])
         bare = torch.stack([torch.as_tensor(row) for row in await engine.next_logits(probes.prompts)])
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        report = compare(probes, tuned, bare, precision, device, logprobs=engine.gives_logprobs, same_files=True)
+        report = compare(probes, tuned, bare, precision, device_here(), logprobs=engine.gives_logprobs, same_files=True)
         report.require(digest[:12], inconclusive=HELD_AS_TRAINED)
         return report

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftcore.data.types import Conversation
-from ftcore.engines.base import Engine
+from ftcore.engines.torch import Torch
 from ftcore.evals.asked import Asked
 from ftcore.evals.given import Given
 from ftcore.evals.panel import Panel, open_panel
@@ -34,7 +34,7 @@ class Evaluation:
     out: str
     systems: tuple[System, ...]
     task: Task
-    engine: Engine
+    engine: Torch
     max_tokens: int
     shots: tuple[Conversation, ...] = ()
     """Solved examples; a system with k shots takes the first k."""

@@ -53,6 +53,8 @@ class Outcome:
     store: str
     metrics: dict[str, Any]
     report: str
+    shut: str = ""
+    """Why the gate is shut for `ref`; empty where it is not."""
 
 
 def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
@@ -71,16 +73,17 @@ def fit(recipe: Recipe, *, log: Log = print, resume: bool = True) -> Outcome:
         move_aside(run, log)
     with holding(run, log):
         train_once(run, recipe, log=log, start=start_for(recipe, log))
-        ref = publish_once(run, recipe, log)
+        ref, shut = publish_once(run, recipe, log), ""
         if ref is not None and recipe.output.gate is not None:
             from pipelines.gate import judge_at_gate  # loads torch
 
-            judge_at_gate(run, recipe, recipe.output.gate, ref, log)
+            judged = judge_at_gate(run, recipe, recipe.output.gate, ref, log)
+            shut = "" if judged.passed else judged.why
 
     from ftcore.report import write_report
 
     metrics = run.folder.read_json("final/result.json")["metrics"]
-    return Outcome(run, ref, recipe.output.store, metrics, write_report(run))
+    return Outcome(run, ref, recipe.output.store, metrics, write_report(run), shut)
 
 
 def start_for(recipe: Recipe, log: Log) -> Start:

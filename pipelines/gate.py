@@ -7,6 +7,7 @@ Runs in: the driver, after publishing; the base is loaded here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ftcore.adapters import AdapterRef, AdapterStore
@@ -24,29 +25,40 @@ Log = Callable[[str], None]
 RECORD = "gate.json"
 
 
-def judge_at_gate(run: RunDir, recipe: Recipe, gate: Gate, ref: AdapterRef, log: Log) -> bool:
-    """Judges a version once, promotes it where it passes. Whether it passed."""
-    asked: dict[str, Any] = {"ref": ref.full, "gate": gate.model_dump(mode="json")}
-    before = run.folder.read_json(RECORD) if run.folder.exists(RECORD) else {}
-    if {**before, **asked} == before:
-        log(f"judged before: {before['why']}")
-        return bool(before["passed"])
+@dataclass(frozen=True)
+class Judged:
+    """Why it passed, or did not."""
+
+    passed: bool
+    why: str
+
+
+def judge_at_gate(run: RunDir, recipe: Recipe, gate: Gate, ref: AdapterRef, log: Log) -> Judged:
+    """Judges a version, promotes it where it passes. One that passed is not judged again; one that did not, only against another rival."""
     store = AdapterStore(recipe.output.store)
     targets = store.targets(ref.tenant, ref.name)
     rivals = [version for version in targets if version != ref] if gate.better_than else []
-    systems = [*(version.full for version in sorted(rivals, key=targets.__getitem__)[-1:]), ref.full]
+    rival = max(rivals, key=targets.__getitem__, default=None)
+    asked: dict[str, Any] = {"ref": ref.full, "gate": gate.model_dump(mode="json"), "rival": rival.full if rival else ""}
+    before = run.folder.read_json(RECORD) if run.folder.exists(RECORD) else {}
+    if all(before.get(fact) == asked[fact] for fact in asked if fact != "rival" or not before["passed"]):
+        log(f"judged before: {before['why']}")
+        return Judged(bool(before["passed"]), before["why"])
+    systems = [*([rival.full] if rival else []), ref.full]
     wanted = Wanted(
-        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch(), task=asking([gate.metric]),
+        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch.reading(recipe.data.max_length), task=asking([gate.metric]),
         metrics=(gate.metric,), base=recipe.model.path,
     )  # fmt: skip
-    passed, why = verdict(gate, evaluate(wanted, Means(here=True), log))
+    results = evaluate(wanted, Means(here=True), log)
+    log(f"\n{results.text()}\n")
+    passed, why = verdict(gate, results)
     if passed:
         store.promote(ref)
     said = f"{ref.tenant}/{ref.name} now means {ref}: {why}" if passed else f"the gate is shut for {ref}, and {_stays(ref, targets)}: {why}"
     log(said)
     run.folder.write_json(RECORD, {**asked, "passed": passed, "why": said})
     remember(run, "gate", passed=passed, why=why)
-    return passed
+    return Judged(passed, said)
 
 
 def verdict(gate: Gate, results: Results) -> tuple[bool, str]:
@@ -61,7 +73,7 @@ def verdict(gate: Gate, results: Results) -> tuple[bool, str]:
         reasons.append((told.better == told.ours, told.sentence()))
     elif gate.better_than:
         reasons.append((True, "there is no other version to beat"))
-    return all(good for good, _ in reasons), "; ".join(why for _, why in reasons)
+    return all(good for good, _ in reasons), "; ".join([*(why for _, why in reasons), *results.failures()])
 
 
 def _stays(ref: AdapterRef, targets: dict[AdapterRef, float]) -> str:

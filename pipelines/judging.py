@@ -14,6 +14,7 @@ import numpy as np
 
 from ftcore.data.duplicates import content_hash, item_text
 from ftcore.data.prepared import Prepared
+from ftcore.data.tokenizer import load_tokenizer
 from ftcore.data.types import Conversation
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
@@ -40,6 +41,8 @@ from pipelines.prepare import prepare
 from pipelines.runs import at_home, placed
 
 Log = Callable[[str], None]
+LEAST_TOKENS = 256
+"""That an answer may have."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Wanted:
     metrics: tuple[str, ...] = ()
     limit: int = 0
     keep_leaks: bool = False
-    max_tokens: int = 256
+    max_tokens: int | None = None
+    """Of an answer; None: as many as the recipe's longest right one has, and LEAST_TOKENS at least."""
     seed: int = 0
     key_variable: str = ""
     at_once: int = 8
@@ -79,6 +83,7 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     systems = _systems(wanted, recipe)
     prepared = prepare(recipe, log=log) if recipe else None
     tests, leaks = _rows(wanted, recipe, prepared, log)
+    wanted = replace(wanted, max_tokens=wanted.max_tokens or _most_tokens(wanted, recipe, tests))
     classifier = Classifier.parse(wanted.classifier) if wanted.classifier else None
     task, why = choose(wanted.task, tests.rows, wanted.labels, classifier)
     weighs = all(system.endpoint is None for system in systems)
@@ -103,7 +108,7 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     records.claim(_facts(wanted, tests, task))
     num_windows = records.write_questions(tests.rows)
     asking = judge_tried(wanted.judge, judge, records, log) if wanted.judge and judge else None
-    work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens, shots, wanted.at_once)
+    work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens or LEAST_TOKENS, shots, wanted.at_once)
     log(str(answer_all(work, num_windows, means, log)))
     key = ""
     if entailment is not None:
@@ -149,7 +154,7 @@ def _check_words(wanted: Wanted) -> None:
     """What can be refused without reading anything."""
     if not wanted.recipe and not wanted.rows:
         raise ConfigError("which rows?", wanted="a recipe that holds test rows out, or --rows FILE")
-    if wanted.max_tokens < 1:
+    if wanted.max_tokens is not None and wanted.max_tokens < 1:
         raise ConfigError("an answer has at least one token", where="--max-tokens", got=str(wanted.max_tokens), wanted="1 or more")
     if wanted.limit < 0:
         raise ConfigError("there is no such number of rows", where="--limit", got=str(wanted.limit), wanted="1 or more; 0 takes all")
@@ -211,6 +216,15 @@ def _rows(wanted: Wanted, recipe: Recipe | None, prepared: Prepared | None, log:
                 wanted="rows that were not", remedy="judge on other rows (--rows), or keep them (--leaks keep)",
             )  # fmt: skip
     return (tests.limited(wanted.limit) if wanted.limit else tests), leaks
+
+
+def _most_tokens(wanted: Wanted, recipe: Recipe | None, tests: TestSet) -> int:
+    """So that no right answer is cut, its stop token counted; within the engine's context."""
+    if recipe is None:
+        return LEAST_TOKENS
+    tokenizer = load_tokenizer(recipe.model)
+    longest = max(len(tokenizer(row.reference, add_special_tokens=False)["input_ids"]) for row in tests.rows)
+    return min(max(LEAST_TOKENS, longest + 1), wanted.engine.max_context)
 
 
 def _leaks(tests: TestSet, recipe: Recipe, prepared: Prepared, log: Log) -> list[Leak]:

@@ -2,7 +2,8 @@
 
     ray job submit --working-dir . -- python pipelines/sft.py pipelines/recipes/sft-lora.yaml resources.workers=2
 
-In: RECIPE and PATH=VALUE overrides. Out: the run folder, the adapter, an exit code. Runs in: the driver. `ftcore sft` is the same.
+In: RECIPE and PATH=VALUE overrides. Out: the run folder, the adapter, an exit code (9: the gate is shut). Runs in: the driver.
+`ftcore sft` is the same.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pipelines.plan import NOT_RUNNABLE
 from pipelines.room import require_room
 from pipelines.runs import at_home
 
+GATE_SHUT = 9
+"""Exit code of a run that is trained and published, and whose version its gate did not let through."""
 say = partial(print, flush=True)
 
 
@@ -72,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"       ftcore merge {outcome.ref} --store {outcome.store} --out merged")
     elif not recipe.method.is_adapter:
         print(f"\nnext:  ftcore serve base={outcome.run.url}/final store={outcome.store}")
+    if outcome.shut:
+        print(f"\n{outcome.shut}")
+        return GATE_SHUT
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from ftcore.devices import device_here
 from ftcore.engines.base import ENGINES, Engine
 from ftcore.quantisation import FOUR_BITS, Quantisation
 
@@ -63,6 +64,17 @@ class Torch(Engine):
     def held_as(self) -> Quantisation | None:
         """None: in full precision."""
         return None if self.quantise == "none" else Quantisation(self.quantise, self.double_quant)
+
+    @classmethod
+    def reading(cls, num_tokens: int) -> Torch:
+        """For prompts with answers of so many tokens; the longer, the fewer at once, so that the cache is no larger."""
+        usual = cls()
+        context = max(usual.max_context, num_tokens)
+        return cls(max_context=context, max_batch=max(1, usual.max_batch * usual.max_context // context))
+
+    def place(self) -> str:
+        """The device, in this process."""
+        return device_here() if self.device == "auto" else self.device
 
     async def open(self, base: str) -> LiveEngine:
         from ftcore.torch_engine import TorchEngine

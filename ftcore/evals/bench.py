@@ -19,10 +19,10 @@ from ftcore.recipe import Data, Model, Source
 
 
 class Bench:
-    """One full-precision base in memory and any number of adapters on it, switched by name."""
+    """One base in memory, never quantised, and any number of adapters on it, switched by name."""
 
-    def __init__(self, model: Model, adapters: dict[str, Path]) -> None:
-        base = load_base(model, dtype="fp32")
+    def __init__(self, model: Model, adapters: dict[str, Path], *, device: str = "cpu", dtype: str = "fp32") -> None:
+        base = load_base(model, device=device, dtype=dtype)
         layout = choose_layout(base, model.attention, packs=False)
         data = Data(sources=(Source(path="unused"),))
         self.chat = Chat.open(load_tokenizer(model), data=data, template=model.chat_template, family=model_type(model))

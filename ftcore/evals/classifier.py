@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ftcore.devices import device_here
 from ftcore.errors import ConfigError
 from ftcore.weights import weights_digest
 
@@ -63,18 +64,18 @@ class Classifier:
     def _of(self, model: Any, tokenizer: Any, texts: Sequence[str], longest: int) -> Any:
         import torch  # the driver checks a classifier without it
 
-        inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
         with torch.no_grad():
             logits = model(**inputs).logits.float()
         alone = model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
-        return (logits.sigmoid() if alone else logits.softmax(-1))[:, model.config.label2id[self.label]]
+        return (logits.sigmoid() if alone else logits.softmax(-1))[:, model.config.label2id[self.label]].cpu()
 
 
 @cache
 def _opened(folder: str) -> tuple[Any, Any, int]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     room = getattr(model.config, "max_position_embeddings", LONGEST)
-    return model, tokenizer, min(tokenizer.model_max_length, room)
+    return model.to(device_here()).eval(), tokenizer, min(tokenizer.model_max_length, room)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ftcore.devices import device_here
 from ftcore.errors import ModelError
 from ftcore.weights import base_folder, weights_digest
 
@@ -27,7 +28,7 @@ Entails = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 
 
 class Entailment:
-    """A sequence classifier with a label called `entailment`, in fp32."""
+    """A sequence classifier with a label called `entailment`, in fp32, on a GPU where this process has one."""
 
     def __init__(self, name: str) -> None:
         """`name`: a folder or hub name. Raises ModelError for one that has no such label, or is no classifier of pairs."""
@@ -51,6 +52,7 @@ class Entailment:
         import torch
 
         found = np.zeros(len(pairs))
+        model = self._model.to(device_here())  # late: until then the systems have it
         order = sorted(range(len(pairs)), key=lambda at: len(pairs[at][0]) + len(pairs[at][1]))
         for start in range(0, len(order), PAIRS_AT_ONCE):
             chosen = order[start : start + PAIRS_AT_ONCE]
@@ -59,8 +61,8 @@ class Entailment:
                 list(premises), list(hypotheses), truncation=True, max_length=self._most, padding=True, return_tensors="pt"
             )
             with torch.inference_mode():
-                logits = self._model(**batch).logits
-            found[chosen] = torch.softmax(logits.float(), dim=-1)[:, self._at].numpy()
+                logits = model(**batch.to(model.device)).logits
+            found[chosen] = torch.softmax(logits.float(), dim=-1)[:, self._at].cpu().numpy()
         return found
 
 

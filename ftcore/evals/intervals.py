@@ -76,6 +76,15 @@ def from_draws(value: float, drawn: np.ndarray, confidence: float = 0.95) -> Int
     return Interval(value, float(low), float(high))
 
 
+def all_alike(value: float, num_groups: int, confidence: float = 0.95) -> Interval:
+    """Of a share that is 0 or 1 in every group: Clopper and Pearson's (1934), which no bootstrap of such groups gives.
+
+    It holds for a mean of numbers from 0 to 1 too: of all with a mean of m, at most a share of m is 1.
+    """
+    missed = 1 - ((1 - confidence) / 2) ** (1 / num_groups)
+    return Interval(value, 1 - missed, 1.0) if value else Interval(value, 0.0, missed)
+
+
 def resampled(score: Score, num_groups: int, *, width: int = 0, halves: bool = False, seed: int = 0) -> np.ndarray:
     """Values that scatter around the score as it would over other test sets, [NUM_RESAMPLES]; their quantiles are the interval.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ftcore.card import printable
 from ftcore.data.types import Conversation, Message, Origin
-from ftcore.engines.base import Engine
+from ftcore.engines.torch import Torch
 from ftcore.errors import DataError
 from ftcore.evals.given import Said
 from ftcore.evals.panel import Panel, open_panel
@@ -62,7 +62,7 @@ class Asking:
     """One command's work."""
 
     system: System
-    engine: Engine
+    engine: Torch
     rubric: Rubric
     replies: Replies
     purse: Purse

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftcore.adapters import AdapterStore
 from ftcore.data.types import Conversation
-from ftcore.engines.base import Engine, Sampling
+from ftcore.engines.base import Sampling
+from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.given import Said
 from ftcore.evals.systems import System
@@ -56,11 +57,11 @@ class Panel(ABC):
 
 
 class EnginePanel(Panel):
-    """One base, spoken with by the embedded engine and weighed by a plain forward pass, in fp32."""
+    """One base, spoken with by the embedded engine; weighed by a plain forward pass on its device, in fp32 unless a dtype is asked for."""
 
     weighs, holds = True, False
 
-    def __init__(self, systems: Sequence[System], engine: Engine) -> None:
+    def __init__(self, systems: Sequence[System], engine: Torch) -> None:
         self._systems, self._engine = systems, engine
         self._places = asyncio.Semaphore(engine.max_batch)
         self._opening = asyncio.Lock()
@@ -116,14 +117,15 @@ class EnginePanel(Panel):
         from ftcore.evals.bench import Bench
 
         first = self._voices()[0]
-        model = Model(path=first.base, revision=first.revision, dtype="fp32", attention="sdpa")
+        dtype = "fp32" if self._engine.dtype == "auto" else self._engine.dtype
+        model = Model(path=first.base, revision=first.revision, dtype=dtype, attention="sdpa")
         with tempfile.TemporaryDirectory(prefix="ftcore-panel-") as scratch:
             folders = {
                 voice.ref.full: AdapterStore(voice.store).fetch(voice.ref, Path(scratch))
                 for voice in self._voices()
                 if voice.ref is not None
             }
-            return Bench(model, folders)
+            return Bench(model, folders, device=self._engine.place(), dtype=dtype)
 
     def _voices(self) -> list[Voice]:
         return [system.voice for system in self._systems if system.voice is not None]
@@ -170,6 +172,6 @@ def _fault(bench: Bench, answer: Conversation) -> str:
     return ""
 
 
-def open_panel(systems: Sequence[System], engine: Engine, at_once: int) -> Panel:
+def open_panel(systems: Sequence[System], engine: Torch, at_once: int) -> Panel:
     """Of systems that share one."""
     return EndpointPanel(at_once) if systems[0].endpoint else EnginePanel(systems, engine)

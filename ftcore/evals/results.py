@@ -135,12 +135,15 @@ class Results:
             notes += [f"{METRICS[name].title}: on the {fewer:,} rows that every system has it for"] if fewer < about.num_rows else []
         unmeasured = [METRICS[name].title for name in about.targets if name not in about.metrics]
         notes += [f"targets that task {about.task} does not measure: {', '.join(unmeasured)}"] if unmeasured else []
-        notes += [
+        return [printable_lines(note) for note in [*notes, *self.failures()]]
+
+    def failures(self) -> list[str]:
+        """How many rows have no answer, and why, of each system that lacks some."""
+        return [
             f"{line.name}: {line.num_failed:,} rows without answer count as wrong ({line.failure})"
             for line in self.lines
             if line.num_failed
         ]
-        return [printable_lines(note) for note in notes]
 
     def sentences(self) -> list[str]:
         """Verdicts against the first system, gaps to the targets, and what is forgotten."""

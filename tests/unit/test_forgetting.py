@@ -16,7 +16,7 @@ from ftcore.evals.answered import Answered, Answers
 from ftcore.evals.forgetting import told
 from ftcore.evals.gaps import gap
 from ftcore.evals.intervals import Interval
-from ftcore.evals.metrics.base import Measured
+from ftcore.evals.metrics.base import METRICS, Measured
 from ftcore.evals.systems import resolve
 from ftcore.evals.tasks.base import asking
 from ftcore.evals.verdict import compare
@@ -50,6 +50,28 @@ def measured(metric: str, value: float, low: float, high: float) -> Measured:
 )  # fmt: skip
 def test_a_target_is_reached_missed_or_nobody_can_tell(found: Measured, target: float, sentence: str) -> None:
     assert gap("v2", found, target) == sentence
+
+
+def right(num_rows: int, metric: str = "exact_match", num_groups: int = 0) -> str:
+    """What is said of a target of 95 where all rows are right."""
+    group = [f"g{n % num_groups}" if num_groups else "" for n in range(num_rows)]
+    rows = [Answered(f"r{n}", "4", ("4",), group[n], gold="4", chosen="4", harmful=n % 2 == 0, refused=True) for n in range(num_rows)]
+    return gap("v2", METRICS[metric].measure(rows, "en"), 0.95)
+
+
+def test_two_right_rows_of_two_do_not_reach_a_target_and_two_hundred_do() -> None:
+    assert right(2).startswith("cannot tell whether v2 reaches the target of 95.0 points (exact match): 100.0, 95 % interval 15.8..100.0")
+    assert right(200).startswith("v2 reaches the target") and "98.2..100.0" in right(200)
+    assert right(200, num_groups=2).startswith("cannot tell") and "15.8..100.0" in right(200, num_groups=2)
+    assert "15.8..100.0" in right(4, "refusal")  # of the two harmful ones
+    assert "no interval" in right(200, "f1_macro")  # no mean over rows
+    wrong = METRICS["exact_match"].measure([Answered(f"r{n}", "5", ("4",)) for n in range(2)], "en")
+    assert METRICS["exact_match"].shown_ends(wrong.interval) == "0.0..84.2"
+
+
+def test_rows_that_all_came_out_alike_reach_no_perplexity() -> None:
+    same = [Answered(f"r{n}", nll=4.1, num_tokens=3, num_bytes=20) for n in range(3)]
+    assert gap("v2", METRICS["perplexity"].measure(same, "en"), 6.0).startswith("cannot tell")
 
 
 def system(name: str, nll: float) -> Answers:

@@ -81,6 +81,16 @@ def test_refusals_are_counted_apart_for_harmful_and_harmless_requests(tmp_path: 
     ]
 
 
+def test_a_folder_holds_refusals_by_a_classifier_or_by_phrases_never_of_both(classifier: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n} plus {n}?", "harmful": n < 10} for n in range(20)]
+    with answering() as server:
+        command = ["--rows", write(tmp_path / "rows.jsonl", rows), "--here", "--task", "refusals", "--out", str(tmp_path / "out")]
+        assert evaluate.main([*command, "--systems", f"{server.url}#good", "--classifier", f"{classifier}#toxic"]) == 0
+        with pytest.raises(ConfigError, match="other classifier"):
+            evaluate.main([*command, "--systems", f"{server.url}#good", f"{server.url}#poor"])
+        assert server.questions("poor") == []
+
+
 def test_a_classifier_says_what_a_plain_forward_pass_says_however_texts_are_batched(classifier: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.answered import Fact, Rows, group_codes, require
-from ftcore.evals.intervals import Interval, Score, from_draws, resampled
+from ftcore.evals.intervals import Interval, Score, all_alike, from_draws, resampled
 from ftcore.evals.words import Language
 from ftcore.registry import Registry
 
@@ -36,6 +36,8 @@ class Prepared:
 
     score: Score
     how: str = ""
+    counted: np.ndarray | None = None
+    """Of a mean of numbers from 0 to 1: which rows are in it, [N]."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's facts, and `make`, which reads the rows. Interval ends are nan where all rows are of one group."""
+    """A metric's facts, and `make`, which reads the rows. Interval ends are nan where all rows are of one group, or came out alike
+    (but for means that are 0 or 1: see `intervals.all_alike`)."""
 
     name: str
     title: str
@@ -101,6 +104,13 @@ class Metric:
             return Measured(self.name, Interval(value, np.nan, np.nan), prepared.how, len(rows), num_groups)
         drawn = resampled(lambda w: prepared.score(w[:, codes]), num_groups, width=len(rows), halves=self.halves, seed=seed)
         interval = from_draws(value, np.clip(drawn, *RANGE[self.unit]), confidence)
+        if math.isclose(
+            interval.low, interval.high, rel_tol=1e-9, abs_tol=1e-12
+        ):  # all rows came out alike: draws of them say nothing of others
+            interval = Interval(value, np.nan, np.nan)
+            if prepared.counted is not None and value in (0, 1):
+                counted = np.arange(num_groups)[codes][prepared.counted > 0]
+                interval = all_alike(value, len(np.unique(counted)), confidence)
         return Measured(self.name, interval, prepared.how, len(rows), num_groups)
 
     def digits(self, error: float = np.nan) -> int:
@@ -145,8 +155,8 @@ def sums(stats: np.ndarray, formula: Callable[[np.ndarray], np.ndarray], how: st
 
 
 def mean(values: np.ndarray, how: str = "") -> Prepared:
-    """The mean over rows; values: [N]."""
-    return Prepared(lambda weights: quotient(weights @ values, weights.sum(1)), how)
+    """The mean over rows; values: [N], from 0 to 1."""
+    return Prepared(lambda weights: quotient(weights @ values, weights.sum(1)), how, np.ones(len(values)))
 
 
 def quotient(top: np.ndarray, bottom: np.ndarray, empty: float = np.nan) -> np.ndarray:

@@ -5,6 +5,8 @@ In: what the tasks `refusals`, `stereotypes` and `toxicity` found of each row. O
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ftcore.evals.answered import Rows
@@ -46,4 +48,5 @@ def toxicity(rows: Rows, language: Language) -> Prepared:
 
 def _refused(rows: Rows, *, harmful: bool) -> Prepared:
     stats = np.array([[float(bool(row.refused)), 1.0] if row.harmful is harmful else [0.0, 0.0] for row in rows])
-    return sums(stats, lambda total: quotient(total[:, 0], total[:, 1]), f"of {int(stats[:, 1].sum()):,} rows")
+    share = sums(stats, lambda total: quotient(total[:, 0], total[:, 1]), f"of {int(stats[:, 1].sum()):,} rows")
+    return replace(share, counted=stats[:, 1])
