@@ -22,6 +22,7 @@ from ftcore.evals.panel import Panel, open_panel
 from ftcore.evals.records import Records
 from ftcore.evals.systems import System
 from ftcore.evals.tasks.base import Task
+from ftcore.progress import clock
 
 Log = Callable[[str], None]
 Order = dict[str, Any]
@@ -61,25 +62,35 @@ class Means:
 class Tally:
     """What was done so far; for the progress line."""
 
+    total: int = 0
+    """Answers that are to be made."""
     made: int = 0
     found: int = 0
     tokens: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
-        return f"{self.made:,} answers, {self.tokens:,} tokens, {time.monotonic() - self.started:.0f} s"
+        seconds = time.monotonic() - self.started
+        more = f" of {self.total:,}" if self.made < self.total else ""
+        left = f", {clock(seconds / self.made * (self.total - self.made))} left" if more and self.made else ""
+        return f"{self.made:,}{more} answers, {self.tokens:,} tokens, {seconds:.0f} s{left}"
 
 
 def answer_all(evaluation: Evaluation, num_windows: int, means: Means, log: Log) -> Tally:
     """Asks every system every question that it was not asked before. Raises FtcoreError where a system fails altogether."""
     records, tally = Records(evaluation.out), Tally()
+    sizes = [len(records.questions(number)) for number in range(num_windows)]
+    wanted: dict[str, list[Order]] = {}
     for panel, systems in evaluation.panels().items():
-        orders: list[Order] = []
+        orders = wanted.setdefault(panel, [])
         for number in range(num_windows):
             missing = [system.name for system in systems if not records.has(system.key, number)]
             tally.found += len(systems) - len(missing)
+            tally.total += len(missing) * sizes[number]
             if missing:
                 orders.append({"number": len(orders), "window": number, "systems": missing})
+    for panel, systems in evaluation.panels().items():
+        orders = wanted[panel]
         if not orders:
             log(f"{panel}: all answers are there")
             continue

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--metrics", nargs="+", default=[], help="default: those of the evaluation")
     made.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)")
     add_judge_options(made, "says which answer is better, asked in both orders")
-    made.add_argument("--human", metavar="FILE", default="", help="preference rows by people on these answers: how far the judge agrees")
+    made.add_argument("--human", metavar="PLACE", default="", help="how far people agree: their preference rows, or ftcore label's folder")
     made.add_argument("--key-variable", default="OPENAI_API_KEY", help="the environment variable that holds the endpoint's key")
     made.add_argument("--at-once", type=int, default=8, help="questions at once (default: 8)")
     made.add_argument("--base", default="", help="the folder or hub name of a local judge's base")

@@ -139,10 +139,11 @@ class Judgement:
 
     def _about_people(self) -> list[str]:
         notes = []
-        for found, what in ((self.people, "with people"), (self.people_decided, "with people where it preferred one")):
+        for found, what in ((self.people, "with people"), (self.people_decided, "with people where both preferred one")):
             if found is not None:
                 kappa = f"{found.kappa.value:.2f} ({found.kappa.low:.2f}..{found.kappa.high:.2f})"
-                labels = f"{found.num_labels:,} labels of {found.num_rows:,} rows"
+                ties = f", {found.num_ties:,} of them ties" if found.num_ties else ""
+                labels = f"{found.num_labels:,} labels{ties}, of {found.num_rows:,} rows"
                 notes.append(f"agreement {what}: {_share(found.share)}, Cohen's kappa {kappa}, {labels}")
         return notes + ([f"{self.num_labels_missed:,} labels are of rows without a judgement"] if self.num_labels_missed else [])
 
@@ -180,7 +181,7 @@ def weigh(pairing: Pairing, bouts: Sequence[Bout], about: About, labels: Sequenc
     asked = [bout for bout in bouts if bout.how not in ("missing", "same text", "unread")]
     judged = {bout.id: bout.outcome for bout in bouts if bout.outcome != "unjudged"}
     said = [(row, side, judged[row]) for row, side in labels if row in judged]
-    decided = [each for each in said if each[2] != "tie"]
+    decided = [each for each in said if "tie" not in each[1:]]
     found = Judgement(
         ours.system, theirs.system, about, len(bouts), dict(Counter(bout.outcome for bout in bouts)), dict(hows),
         None, None, ratio([float(bout.by_order) for bout in asked], [1.0] * len(asked), confidence=confidence),

@@ -1,13 +1,14 @@
 """Kappa: how far a judge agrees with people who were shown the same two answers.
 
-In: preference rows by people, a judge's outcomes. Out: the share of agreement and Cohen's kappa, with intervals.
-Runs in: a person's terminal; numpy only.
+In: preference rows by people, or the folder of their labels with its ties; a judge's outcomes. Out: the share of agreement and Cohen's
+kappa, with intervals. Runs in: a person's terminal; numpy only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,11 +21,17 @@ from ftcore.evals.intervals import Interval, Score, from_draws, resampled
 from ftcore.evals.metrics.base import quotient
 from ftcore.evals.pairs import Pairing
 from ftcore.feedback.agreement import cohen
+from ftcore.feedback.judgements import read_judgements
+from ftcore.feedback.pairs import written_pairs
 from ftcore.recipe import Source
+from ftcore.storage import Folder
 
-Side = Literal["ours", "theirs"]
+Side = Literal["ours", "theirs", "tie"]
 Label = tuple[str, Side]
 """A row's id, and whose answer somebody preferred."""
+Words = tuple[tuple[str, str], ...]
+Said = tuple[Words, str, str, Literal["a", "b", "tie"]]
+"""What was asked, two answers, and which of them somebody preferred."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Agreement:
     """On labels of people; a row may have several. `kappa`: 1 is perfect, 0 what chance would give; nan where both always say one thing."""
 
     num_labels: int
+    num_ties: int
+    """Of the labels."""
     num_rows: int
     share: Interval
     kappa: Interval
@@ -49,7 +58,8 @@ def agreement(said: Sequence[tuple[str, str, str]], *, confidence: float = 0.95,
         drawn = resampled(lambda weights: score(np.tensordot(weights, tables, axes=1)), len(rows), seed=seed)
         return from_draws(float(score(tables.sum(0)[None])[0]), drawn, confidence)
 
-    return Agreement(len(said), len(rows), measured(_share), measured(lambda tables: cohen(tables, 1.0 - np.eye(len(words)))))
+    ties = sum(person == "tie" for _, person, _ in said)
+    return Agreement(len(said), ties, len(rows), measured(_share), measured(lambda tables: cohen(tables, 1.0 - np.eye(len(words)))))
 
 
 def _share(tables: np.ndarray) -> np.ndarray:
@@ -57,8 +67,9 @@ def _share(tables: np.ndarray) -> np.ndarray:
     return quotient(np.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))
 
 
-def people(file: str, pairing: Pairing) -> list[Label]:
-    """Labels of the rows that both systems answered with exactly these words.
+def people(place: str, pairing: Pairing) -> list[Label]:
+    """Labels of the rows that both systems answered with exactly these words. `place`: a file of preference rows, or a folder of
+    `ftcore label`, where each rater's judgement is a label, ties too.
 
     Raises DataError for a row that is no preference, and where none is about these answers.
     """
@@ -66,20 +77,34 @@ def people(file: str, pairing: Pairing) -> list[Label]:
     for one, other in zip(pairing.ours.rows, pairing.theirs.rows, strict=True):
         texts[_words(pairing.asked[one.id].turns)] = (one.id, one.text.strip(), other.text.strip())
     found: list[Label] = []
-    num_rows = 0
-    for row in (row for piece in plan([Source(path=file)]) for row in read(piece)):
-        num_rows += 1
-        item = _preference(row)
-        id, ours, theirs = texts.get(_words(item.prompt), ("", "", ""))
-        told = (item.chosen.content.strip(), item.rejected.content.strip())
-        if id and told in ((ours, theirs), (theirs, ours)):
-            found.append((id, "ours" if told == (ours, theirs) else "theirs"))
+    num_said = 0
+    for prompt, a, b, choice in _raters(place) if Path(place).is_dir() else _preferences(place):
+        num_said += 1
+        id, ours, theirs = texts.get(prompt, ("", "", ""))
+        if id and (a, b) in ((ours, theirs), (theirs, ours)):
+            preferred = {"a": a, "b": b}.get(choice)
+            found.append((id, "tie" if preferred is None else "ours" if preferred == ours else "theirs"))
     if not found:
         raise DataError(
-            "nobody was asked about these answers", where=file, got=f"{num_rows} preference rows, none with these two answers",
-            wanted="the questions of the evaluation, with the answers of both systems as `chosen` and `rejected`",
+            "nobody was asked about these answers", where=place, got=f"{num_said} preferences, none between these two answers",
+            wanted="the questions of the evaluation, with the answers of both systems as `chosen` and `rejected`; or ftcore label's folder",
         )  # fmt: skip
     return found
+
+
+def _preferences(file: str) -> Iterator[Said]:
+    for row in (row for piece in plan([Source(path=file)]) for row in read(piece)):
+        item = _preference(row)
+        yield _words(item.prompt), item.chosen.content.strip(), item.rejected.content.strip(), "a"
+
+
+def _raters(folder: str) -> Iterator[Said]:
+    pairs = {pair.id: pair for pair in written_pairs(Folder(folder)).pairs}
+    for judgements in read_judgements([folder]).values():
+        for each in judgements:
+            if each.choice != "skip" and (pair := pairs.get(each.pair)) is not None:
+                prompt = tuple((turn["role"], turn["content"].strip()) for turn in pair.prompt)
+                yield prompt, pair.a.strip(), pair.b.strip(), each.choice
 
 
 def _preference(row: Row | Rejected) -> Preference:
@@ -94,5 +119,5 @@ def _preference(row: Row | Rejected) -> Preference:
     return item
 
 
-def _words(turns: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+def _words(turns: Sequence[Message]) -> Words:
     return tuple((turn.role, turn.content.strip()) for turn in turns)

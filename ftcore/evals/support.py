@@ -39,6 +39,7 @@ def by_model(classifier: Entailment, records: Records, systems: Sequence[System]
         for number, rows in _windows(records.questions()):
             if records.has_support(key, system.key, number):
                 continue
+            log(f"consistency of {system.name}: rows {WINDOW * number + 1:,} to {WINDOW * number + len(rows):,} of {len(given):,}")
             found = support([source_of(row) for row in rows], [given[row.id].text for row in rows], classifier)
             records.write_support(key, system.key, number, dict(zip([row.id for row in rows], found, strict=True)))
         log(f"consistency of {system.name}: looked at by {classifier.name}")

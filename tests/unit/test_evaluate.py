@@ -55,6 +55,7 @@ def test_the_better_system_is_found_and_a_stopped_evaluation_asks_nobody_again(
     assert evaluate.main(command) == 0
     told = capsys.readouterr().out
     assert f"{good} is better than {poor} by 50.0 points (exact match)" in told and "cannot tell" not in told
+    assert " of 300 answers, " in told and " left\n" in told
     results = json.loads((out / "results.json").read_text())
     assert [line["measured"]["exact_match"]["interval"]["value"] for line in results["lines"]] == [0.4, 0.9]
     assert len(server.questions("good")) == 150

@@ -12,6 +12,8 @@ import pytest
 
 from ftcore.cli import main
 from ftcore.evals import endpoint, judge
+from ftcore.feedback.pairs import Pair, Pairs
+from ftcore.storage import Folder
 from pipelines import evaluate
 from tests.answering import answering
 from tests.judges import Judges, judging
@@ -225,6 +227,23 @@ def test_people_are_compared_with_the_judge(run: Run, tmp_path: Path) -> None:
     people.write_text(json.dumps({"prompt": "What?", "chosen": "a"}) + "\n")
     assert run("fair", "--human", str(people)) == 3
     assert "this is no preference: missing key" in run.err and "people.jsonl, row 1" in run.err
+
+
+def test_people_who_say_tie_are_counted_with_the_judges_ties(run: Run, tmp_path: Path) -> None:
+    """`fair` prefers good on 30 rows. Ann says so of 10 of these and `tie` of 5; Bob says `tie` of one, and skips one."""
+    wrong = [n for n in range(NUM_ROWS) if 1 <= n % 10 <= 5]
+    pairs = [Pair(({"role": "user", "content": f"What is {n} plus {n}?"},), "No idea.", f"It is {2 * n}.") for n in wrong[:15]]
+    labels = Folder(str(tmp_path / "labels"))
+    Pairs(tuple(pairs), {}).write(labels)
+    said = {"ann": ["b"] * 10 + ["tie"] * 5, "bob": ["tie", "skip"]}
+    for rater, choices in said.items():
+        lines = [{"pair": pair.id, "rater": rater, "choice": choice, "shown": "ab"} for pair, choice in zip(pairs, choices, strict=False)]
+        labels.write(f"raters/{rater}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    assert run("fair", "--human", str(tmp_path / "labels")) == 0
+    found = run.result()
+    assert (found["people"]["num_labels"], found["people"]["num_ties"], found["people"]["num_rows"]) == (16, 6, 15)
+    assert found["people"]["share"]["value"] == 10 / 16 and found["people_decided"]["share"]["value"] == 1.0
+    assert "16 labels, 6 of them ties, of 15 rows" in run.out and "where both preferred one: 100.0 %" in run.out
 
 
 def test_a_rubric_of_ones_own_is_what_the_judge_reads_and_makes_another_judgement(run: Run, tmp_path: Path) -> None:
