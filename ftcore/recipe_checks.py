@@ -125,18 +125,21 @@ def _schedule(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "data.sources", "no source has rows to train on: every one is split: validation or test"
 
 
+_WEIGHED = {"nll", "num_tokens", "num_bytes"}
+
+
 def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
     gate, data = recipe.output.gate, recipe.data
     if gate is None:
         return
-    if type(recipe.stage).item is Text:
-        yield "output.gate", f"a gate judges answers, and documents (stage `{recipe.stage.kind}`) have none; remove this key"
     if gate.metric not in METRICS:
         yield "output.gate.metric", _unknown_metric(gate.metric)
     elif set(LATER).intersection(METRICS[gate.metric].needs):
         yield "output.gate.metric", f"a gate asks no judge; got {gate.metric}; take a metric that needs the answers alone"
     elif not SPECIAL.isdisjoint(METRICS[gate.metric].needs):
         yield "output.gate.metric", f"{gate.metric} is judged on rows of its own, not on the recipe's test rows; take another metric"
+    elif type(recipe.stage).item is Text and not _WEIGHED.issuperset(METRICS[gate.metric].needs):
+        yield "output.gate.metric", f"documents (stage `{recipe.stage.kind}`) have no answers; got {gate.metric}; take perplexity"
     if recipe.output.adapter is None or not recipe.output.promote:
         yield (
             "output.gate",

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--task",
         default="auto",
-        help="answers, labels, likelihood, refusals, stereotypes, toxicity; auto (the default) looks at the references",
+        help="answers, labels, likelihood, documents, refusals, stereotypes, toxicity; auto (the default) looks at the rows",
     )
     made.add_argument(
         "--classifier", default="", metavar="FOLDER#LABEL", help="a local classifier that says which answers are toxic, or refuse"

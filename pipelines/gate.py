@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore.adapters import AdapterRef, AdapterStore
+from ftcore.data.types import Text
 from ftcore.engines.torch import Torch
 from ftcore.evals.metrics.base import METRICS
 from ftcore.evals.results import Results
@@ -45,8 +46,9 @@ def judge_at_gate(run: RunDir, recipe: Recipe, gate: Gate, ref: AdapterRef, log:
         log(f"judged before: {before['why']}")
         return Judged(bool(before["passed"]), before["why"])
     systems = [*([rival.full] if rival else []), ref.full]
+    task = "documents" if type(recipe.stage).item is Text else asking([gate.metric])
     wanted = Wanted(
-        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch.reading(recipe.data.max_length), task=asking([gate.metric]),
+        recipe, tuple(systems), f"{run.url}/gate-{ref.digest[:12]}", Torch.reading(recipe.data.max_length), task=task,
         metrics=(gate.metric,), base=recipe.model.path,
     )  # fmt: skip
     results = evaluate(wanted, Means(here=True), log)

@@ -15,7 +15,7 @@ import numpy as np
 from ftcore.data.duplicates import content_hash, item_text
 from ftcore.data.prepared import Prepared
 from ftcore.data.tokenizer import load_tokenizer
-from ftcore.data.types import Conversation
+from ftcore.data.types import Conversation, Text
 from ftcore.engines.torch import Torch
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.classifier import Classifier
@@ -158,8 +158,9 @@ def _check_words(wanted: Wanted) -> None:
         raise ConfigError("an answer has at least one token", where="--max-tokens", got=str(wanted.max_tokens), wanted="1 or more")
     if wanted.limit < 0:
         raise ConfigError("there is no such number of rows", where="--limit", got=str(wanted.limit), wanted="1 or more; 0 takes all")
-    if wanted.task != "auto" and TASKS[wanted.task].rows and not wanted.rows:
-        raise ConfigError(f"task `{wanted.task}` has rows of its own", where="--rows", got="none", wanted=TASKS[wanted.task].rows)
+    own = TASKS[wanted.task] if wanted.task != "auto" and TASKS[wanted.task].rows else None
+    if own and not wanted.rows and not (wanted.recipe and type(wanted.recipe.stage).item is own.item is Text):
+        raise ConfigError(f"task `{wanted.task}` has rows of its own", where="--rows", got="none", wanted=own.rows)
     if wanted.classifier:
         Classifier.parse(wanted.classifier)
     for name in (*wanted.metrics, *(wanted.recipe.eval.targets if wanted.recipe else ())):

@@ -72,7 +72,6 @@ def main(argv: list[str] | None = None) -> int:
             return NOT_RUNNABLE
     connect_early()
 
-    from ftcore.data.types import Text
     from pipelines.evaluating import Means  # late: what is wrong with the words is said at once
     from pipelines.judging import Wanted, evaluate
     from pipelines.prepare import prepare
@@ -82,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome = crown(search, recipe, found, log=say)
     say("\n" + table(found, search.metric))
     winner, systems = contest(outcome, recipe)
-    asks = type(winner.stage).item is not Text  # documents ask nothing
-    if systems and asks and len(prepare(winner, log=lambda line: None).rows("test")):
+    if systems and len(prepare(winner, log=lambda line: None).rows("test")):
         judged = Wanted(winner, systems, f"{search_folder(recipe)}/test", Torch.reading(winner.data.max_length))
         say("\n" + evaluate(judged, Means(here=True), say).text() + "\n")
     say(f"{'report':<32}{search_folder(recipe)}/report.html\n{'winner':<32}{outcome.run.url}")

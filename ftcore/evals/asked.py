@@ -1,4 +1,4 @@
-"""Asked: a question of a test set and its right answer: a conversation cut before its last answer.
+"""Asked: a question of a test set and its right answer: a conversation cut before its last answer; or a whole document.
 
 In: items as training reads them. Out: Asked rows; the same as Parquet. Runs in: the driver, workers; no torch.
 """
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ftcore.data.duplicates import content_hash, item_text
 from ftcore.data.formats.messages import message
-from ftcore.data.types import Conversation, Item, Message, Preference, Row
+from ftcore.data.types import Conversation, Item, Message, Preference, Row, Text
 from ftcore.errors import DataError
 from ftcore.storage import digest_of
 
@@ -28,9 +28,9 @@ class Asked:
     id: str
     content: str
     turns: tuple[Message, ...]
-    """What is asked: everything before the last answer."""
+    """What is asked: everything before the last answer; nothing of a document."""
     reference: str
-    """The right answer."""
+    """The right answer, or the document."""
     tools: tuple[dict[str, Any], ...] = ()
     words: str = ""
     """All text of the row, by which near copies are found."""
@@ -41,15 +41,15 @@ class Asked:
 
 
 def asked_of(item: Item) -> Asked:
-    """Raises DataError for a row that asks nothing, or has no answer in words."""
+    """Raises DataError for a row that asks nothing, or has no answer in words. A document asks nothing and is its own answer."""
     first, second = content_hash(item)
+    if isinstance(item, Text):
+        return Asked(str(item.origin), f"{first:016x}{second:016x}", (), item.text, words=item_text(item))
     if isinstance(item, Preference):
         turns, answer = item.prompt, item.chosen
-    elif isinstance(item, Conversation):
+    else:
         last = max((at for at, turn in enumerate(item.messages) if turn.role == "assistant"), default=0)
         turns, answer = item.messages[:last], item.messages[last]
-    else:
-        raise DataError("a document asks nothing", where=item.origin, wanted="conversations", remedy="name rows with answers: --rows FILE")
     if not turns or not answer.content.strip():
         raise DataError("this row has no answer in words", where=item.origin, wanted="a last answer that is text")
     tools = item.tools if isinstance(item, Conversation) else ()

@@ -5,6 +5,7 @@ In: a base, adapter folders. Out: predictors for `ftcore.evals`. Runs in: the dr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ class Bench:
     def __init__(self, model: Model, adapters: dict[str, Path], *, device: str = "cpu", dtype: str = "fp32") -> None:
         base = load_base(model, device=device, dtype=dtype)
         layout = choose_layout(base, model.attention, packs=False)
+        self.max_context = int(getattr(base.config, "max_position_embeddings", 0) or sys.maxsize)
+        """Tokens that the base was made for."""
         data = Data(sources=(Source(path="unused"),))
         self.chat = Chat.open(load_tokenizer(model), data=data, template=model.chat_template, family=model_type(model))
         self.peft: PeftModel | None = None

@@ -97,7 +97,7 @@ class EnginePanel(Panel):
         if self._bench is None:
             self._bench = self._opened_bench()
         name = system.voice.ref.full if system.voice and system.voice.ref else None
-        return self._bench.predictor(system.name, name).forecast_texts(texts)
+        return self._bench.predictor(system.name, name).forecast_texts(texts, min(self._engine.max_context, self._bench.max_context))
 
     async def _speaking(self) -> Speaker:
         async with self._opening:

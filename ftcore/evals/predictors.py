@@ -61,21 +61,32 @@ class LanguageModel:
         with self.active():
             return teacher_forced(self.model, encoded, pad_id=self.chat.tokenizer.pad_token_id or 0)
 
-    def forecast_texts(self, texts: Sequence[str]) -> list[Forecast]:
-        """Of bare texts, each one answer: all tokens after the one that begins a text, without one that ends it."""
-        encoded = [_from_its_first_token(self.chat, text) for text in texts]
+    def forecast_texts(self, texts: Sequence[str], context: int) -> list[Forecast]:
+        """Of bare texts: all tokens after the one that begins a text, without one that ends it. A text longer than `context` tokens is
+        several answers, a window of it each."""
+        windows = [_from_their_first_token(self.chat, text, context) for text in texts]
         with self.active():
-            return teacher_forced(self.model, encoded, pad_id=self.chat.tokenizer.pad_token_id or 0)
+            each = [example for own in windows for example in own]
+            found = iter(teacher_forced(self.model, each, pad_id=self.chat.tokenizer.pad_token_id or 0))
+        return [_together([next(found) for _ in own]) for own in windows]
 
 
-def _from_its_first_token(chat: Chat, text: str) -> Example:
+def _from_their_first_token(chat: Chat, text: str, context: int) -> list[Example]:
     """A tokenizer without a token that begins texts lends the one that ends them, which stands between documents."""
-    tokenizer = chat.tokenizer
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokenizer, most = chat.tokenizer, context - 1
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    mask = np.ones(len(ids) + 1, np.uint8)
-    mask[:1] = 0
-    return Example(np.array([begin, *ids], np.int32), mask, np.zeros(len(mask), np.uint8), Origin("text", 0))
+    found = []
+    for start in range(0, max(1, len(ids)), most):
+        part = [begin, *ids[start : start + most]]
+        mask = np.ones(len(part), np.uint8)
+        mask[:1] = 0
+        found.append(Example(np.array(part, np.int32), mask, np.zeros(len(mask), np.uint8), Origin("text", 0)))
+    return found
+
+
+def _together(parts: Sequence[Forecast]) -> Forecast:
+    return Forecast(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("hits", "nlls", "tokens")))
 
 
 @torch.no_grad()

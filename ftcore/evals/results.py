@@ -240,7 +240,7 @@ def _examples(metric: str, asked: Sequence[Asked], answers: Sequence[Answers], r
             each.system: (cut(each.rows[at].text), METRICS[metric].shown(better * score[at]))
             for each, score in zip(shared, scores, strict=True)
         }
-        return Example(why, row.id, cut(row.turns[-1].content), cut(row.reference), shown)
+        return Example(why, row.id, cut(row.turns[-1].content if row.turns else ""), cut(row.reference), shown)
 
     for number, (each, score) in enumerate(zip(shared, scores, strict=True)):
         if number:

@@ -135,9 +135,10 @@ def test_a_gate_that_says_nothing_is_refused(gate: dict[str, Any], what: str, tm
         recipe_of(tmp_path, tmp_path, **gate)
 
 
-def test_a_gate_on_documents_is_refused_with_the_recipe(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"documents \(stage `pretrain`\) have none"):
-        recipe_of(tmp_path, tmp_path, stage="pretrain", metric="perplexity", min=2)
+def test_a_gate_on_answers_of_documents_is_refused_with_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"documents \(stage `pretrain`\) have no answers"):
+        recipe_of(tmp_path, tmp_path, stage="pretrain", metric="exact_match", min=1)
+    assert recipe_of(tmp_path, tmp_path, stage="pretrain", metric="perplexity", min=2).output.gate
 
 
 @pytest.mark.parametrize("metric", ["win_rate", "consistency"])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ftcore.data.types import Conversation, Message, Origin, Row
+from ftcore.data.types import Conversation, Item, Message, Origin, Row, Text
 from ftcore.errors import ConfigError, DataError
 from ftcore.evals.answered import LATER, Fact
 from ftcore.evals.asked import Asked
@@ -44,6 +44,8 @@ class Task(ABC):
     """Answers are texts, so that what needs only texts and references can be computed."""
     rows: ClassVar[str] = ""
     """What its rows look like, where they are no conversations with their right answer."""
+    item: ClassVar[type[Item]] = Conversation
+    """What a recipe's own test rows must be."""
     labels: tuple[str, ...] = ()
     classifier: Classifier | None = None
     """Looks at answers, where a task asks for one."""
@@ -63,6 +65,8 @@ class Task(ABC):
         """Raises ConfigError or DataError for rows or systems that cannot be asked so."""
         if not rows:
             raise DataError("there is no row to judge by", where=f"task {self.name}")
+        if self.item is not Text and not all(row.turns for row in rows):
+            raise ConfigError("documents ask nothing", where="--task", got=self.name, remedy="--task documents")
 
     def measures(self, metric: str, *, weighs: bool) -> bool:
         """Whether a metric that was not asked for would say something."""
@@ -116,6 +120,8 @@ def choose(name: str, rows: Sequence[Asked], labels: Sequence[str], classifier: 
     if name != "auto":
         task = TASKS[name]
         return task(tuple(labels) or (tuple(distinct) if name == "labels" else ()), classifier), "as asked for"
+    if not any(row.turns for row in rows):
+        return TASKS["documents"](), "documents, that ask nothing"
     if labels:
         return TASKS["labels"](labels=tuple(labels)), "labels are given"
     short = max(len(label) for label in distinct) <= LABEL_CHARACTERS
