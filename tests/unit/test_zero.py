@@ -106,7 +106,7 @@ def test_a_model_trained_in_shards_is_a_plain_transformers_folder(two_workers: P
 @pytest.mark.parametrize(
     ("method", "first", "second", "stages"),
     [
-        pytest.param(LORA, 2, 1, [(3, 3)], id="lora-2-1"),
+        pytest.param(LORA, 2, 3, [(3, 3)], id="lora-2-3"),
         pytest.param(LORA, 2, 3, STAGES, id="lora-2-3-stages", marks=pytest.mark.proof),
         pytest.param(LORA, 3, 2, STAGES, id="lora-3-2-stages", marks=pytest.mark.proof),
         pytest.param(FULL, 2, 3, STAGES, id="full-2-3-stages", marks=pytest.mark.proof),
