@@ -166,7 +166,7 @@ def test_a_search_that_is_killed_goes_on_with_what_is_left(tiny_model_dir: Path,
     recipe = recipe_in(tmp_path, tiny_model_dir, "killed", optim={"lr": 1e-5, "batch_size": 2, "max_steps": 30})
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
-    command = [sys.executable, "-m", "pipelines.tune", str(file), *SPACE, "--trials", "4", "--scheduler", "none", "--concurrent", "1"]
+    command = [sys.executable, "-m", "pipelines.tune", str(file), *SPACE, "--trials", "12", "--scheduler", "none", "--concurrent", "1"]
     environment = {**os.environ, "FTCORE_LOCAL_CPUS": "2"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     folder, until = search_folder(recipe), time.monotonic() + 120
@@ -179,13 +179,15 @@ def test_a_search_that_is_killed_goes_on_with_what_is_left(tiny_model_dir: Path,
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     before = Found.read(folder)
-    assert before is not None
+    assert before is not None and not before.parts, "the search was over before it was killed"
     done = {name for name, trial in before.trials.items() if trial.state == "done"}
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "going on with the search" in again.stdout and "acme/best" in again.stdout
     after = Found.read(folder)
-    assert after is not None and len(after.trials) == 4 and all(trial.state == "done" for trial in after.trials.values())
+    assert after is not None
+    states = [trial.state for trial in after.trials.values()]
+    assert states.count("done") >= 12 and len(states) <= 12 + 5, states  # beside: those of the seconds since Ray Tune last kept its state
     assert all(after.trials[name].looks == before.trials[name].looks for name in done), "what was done is not done again"
 
 
