@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ftcore.data.families import template_names
 from ftcore.data.formats.base import FORMATS
 from ftcore.data.types import Text
-from ftcore.evals.answered import LATER, SPECIAL
+from ftcore.evals.answered import LATER, LIKELIHOODS, SPECIAL
 from ftcore.evals.metrics.base import METRICS
 from ftcore.methods.qlora import Qlora
 
@@ -125,9 +125,6 @@ def _schedule(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "data.sources", "no source has rows to train on: every one is split: validation or test"
 
 
-_WEIGHED = {"nll", "num_tokens", "num_bytes"}
-
-
 def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
     gate, data = recipe.output.gate, recipe.data
     if gate is None:
@@ -138,7 +135,7 @@ def _gate(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "output.gate.metric", f"a gate asks no judge; got {gate.metric}; take a metric that needs the answers alone"
     elif not SPECIAL.isdisjoint(METRICS[gate.metric].needs):
         yield "output.gate.metric", f"{gate.metric} is judged on rows of its own, not on the recipe's test rows; take another metric"
-    elif type(recipe.stage).item is Text and not _WEIGHED.issuperset(METRICS[gate.metric].needs):
+    elif type(recipe.stage).item is Text and not set(LIKELIHOODS).issuperset(METRICS[gate.metric].needs):
         yield "output.gate.metric", f"documents (stage `{recipe.stage.kind}`) have no answers; got {gate.metric}; take perplexity"
     if recipe.output.adapter is None or not recipe.output.promote:
         yield (

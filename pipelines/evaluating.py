@@ -76,17 +76,19 @@ class Tally:
         return f"{self.made:,}{more} answers, {self.tokens:,} tokens, {seconds:.0f} s{left}"
 
 
-def answer_all(evaluation: Evaluation, num_windows: int, means: Means, log: Log) -> Tally:
-    """Asks every system every question that it was not asked before. Raises FtcoreError where a system fails altogether."""
+def answer_all(evaluation: Evaluation, windows: Sequence[int], means: Means, log: Log) -> Tally:
+    """Asks every system every question that it was not asked before. `windows`: how many rows each has.
+
+    Raises FtcoreError where a system fails altogether.
+    """
     records, tally = Records(evaluation.out), Tally()
-    sizes = [len(records.questions(number)) for number in range(num_windows)]
     wanted: dict[str, list[Order]] = {}
     for panel, systems in evaluation.panels().items():
         orders = wanted.setdefault(panel, [])
-        for number in range(num_windows):
+        for number, num_rows in enumerate(windows):
             missing = [system.name for system in systems if not records.has(system.key, number)]
             tally.found += len(systems) - len(missing)
-            tally.total += len(missing) * sizes[number]
+            tally.total += len(missing) * num_rows
             if missing:
                 orders.append({"number": len(orders), "window": number, "systems": missing})
     for panel, systems in evaluation.panels().items():
@@ -94,7 +96,7 @@ def answer_all(evaluation: Evaluation, num_windows: int, means: Means, log: Log)
         if not orders:
             log(f"{panel}: all answers are there")
             continue
-        log(f"{panel}: {', '.join(system.name for system in systems)}; {len(orders)} of {num_windows} windows to ask")
+        log(f"{panel}: {', '.join(system.name for system in systems)}; {len(orders)} of {len(windows)} windows to ask")
         for done in _carried_out(evaluation, panel, orders, means, log):
             tally.made += done["made"]
             tally.tokens += done["tokens"]

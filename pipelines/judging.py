@@ -106,10 +106,10 @@ def evaluate(wanted: Wanted, means: Means, log: Log) -> Results:
     out = placed(wanted.out)
     records = Records(out)
     records.claim(_facts(wanted, tests, task))
-    num_windows = records.write_questions(tests.rows)
+    windows = records.write_questions(tests.rows)
     asking = judge_tried(wanted.judge, judge, records, log) if wanted.judge and judge else None
     work = Evaluation(out, tuple(systems), task, wanted.engine, wanted.max_tokens or LEAST_TOKENS, shots, wanted.at_once)
-    log(str(answer_all(work, num_windows, means, log)))
+    log(str(answer_all(work, windows, means, log)))
     key = ""
     if entailment is not None:
         key = by_model(entailment, records, systems, log)
@@ -224,7 +224,8 @@ def _most_tokens(wanted: Wanted, recipe: Recipe | None, tests: TestSet) -> int:
     if recipe is None:
         return LEAST_TOKENS
     tokenizer = load_tokenizer(recipe.model)
-    longest = max(len(tokenizer(row.reference, add_special_tokens=False)["input_ids"]) for row in tests.rows)
+    answers = [row.reference for row in tests.rows if row.turns]
+    longest = max((len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers), default=0)
     return min(max(LEAST_TOKENS, longest + 1), wanted.engine.max_context)
 
 

@@ -18,6 +18,8 @@ Fact = Literal[
 ]  # fmt: skip
 LATER: dict[Fact, str] = {"points": "ftcore compare OUT A B --judge SYSTEM", "support": "name who looks: --entailment MODEL"}
 """Facts that no task gives, because somebody else looks at the answers; and how to come by them."""
+LIKELIHOODS: tuple[Fact, ...] = ("nll", "num_tokens", "num_bytes")
+"""Facts of how likely a text is to a system, and how long."""
 SPECIAL: frozenset[Fact] = frozenset({"harmful", "refused", "stereotyping", "toxicity"})
 """Facts of tasks that have rows of their own."""
 

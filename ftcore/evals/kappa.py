@@ -21,7 +21,7 @@ from ftcore.evals.intervals import Interval, Score, from_draws, resampled
 from ftcore.evals.metrics.base import quotient
 from ftcore.evals.pairs import Pairing
 from ftcore.feedback.agreement import cohen
-from ftcore.feedback.judgements import read_judgements
+from ftcore.feedback.judgements import RATERS, read_judgements
 from ftcore.feedback.pairs import written_pairs
 from ftcore.recipe import Source
 from ftcore.storage import Folder
@@ -78,7 +78,7 @@ def people(place: str, pairing: Pairing) -> list[Label]:
         texts[_words(pairing.asked[one.id].turns)] = (one.id, one.text.strip(), other.text.strip())
     found: list[Label] = []
     num_said = 0
-    for prompt, a, b, choice in _raters(place) if Path(place).is_dir() else _preferences(place):
+    for prompt, a, b, choice in _raters(place) if (Path(place) / RATERS).is_dir() else _preferences(place):
         num_said += 1
         id, ours, theirs = texts.get(prompt, ("", "", ""))
         if id and (a, b) in ((ours, theirs), (theirs, ours)):

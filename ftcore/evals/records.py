@@ -40,12 +40,12 @@ class Records:
         """Makes the folder this evaluation's. Raises ConfigError when it holds another one."""
         claim(self.folder, JOB, facts, "this folder holds another evaluation")
 
-    def write_questions(self, rows: Sequence[Asked]) -> int:
-        """Returns the number of windows."""
+    def write_questions(self, rows: Sequence[Asked]) -> list[int]:
+        """Returns the number of rows of each window."""
         windows = [rows[at : at + WINDOW] for at in range(0, len(rows), WINDOW)]
         for number, window in enumerate(windows):
             write_table(self.folder, _part("questions", number), asked.to_table(window))
-        return len(windows)
+        return list(map(len, windows))
 
     def questions(self, number: int | None = None) -> list[Asked]:
         """Of one window, or all."""

@@ -27,7 +27,6 @@ def test_settings_of_one_base_are_its_own_and_a_name_is_given_once(tmp_path: Pat
 
 
 def test_a_replica_that_ends_has_the_time_it_was_given_and_its_pod_more() -> None:
-    pytest.importorskip("ray.serve")
     from serving.app import application
 
     for words, seconds in (([], 300), (["drain_s=900"], 900)):

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from ftcore.errors import StorageError
 from ftcore.pointer import Pointer, Target
 from ftcore.storage import Folder
 from serving.api import Service, build_api
-from serving.directory import Name, Picture
+from serving.directory import Directory, Name, Picture
 from serving.gate import Gate
 from serving.jobs import Closing, Event, Job, Opening, Piece
 from serving.published_keys import publish_key
@@ -60,6 +60,11 @@ def _away() -> Picture:
     raise StorageError("there is nothing")
 
 
+def takes(directory: Directory, picture: Callable[[], Picture]) -> None:
+    """What it finds in the store from now on."""
+    directory._take = picture  # type: ignore[method-assign]  # its own thread is to see it too
+
+
 CANARY = name_of((ONE, 0.9), (TWO, 0.1))
 
 
@@ -74,7 +79,7 @@ async def ingress(
         {"base": "none", "store": str(tmp_path / "store"), "audit_spool": str(tmp_path / "spool"), **keys}
     )
     gate = Gate(settings)
-    gate.directory._take = _away if is_away else lambda: Picture({"demo": names})  # type: ignore[method-assign]
+    takes(gate.directory, _away if is_away else lambda: Picture({"demo": names}))
     service = Service(gate, dict.fromkeys(settings.all_bases, answers or Words()))
     await service.open()
     transport = httpx.ASGITransport(app=build_api(lambda: service), raise_app_exceptions=False)
@@ -120,12 +125,12 @@ def test_until_the_store_was_read_once_a_name_is_not_unknown_but_cannot_be_looke
             assert (await http.post("/v1/completions", json={**ASK, "model": "base"})).status_code == 200
             ready = await http.get("/readyz")
             assert (ready.status_code, ready.json()["reasons"]) == (503, ["the store was not read yet"])
-            service.gate.directory._take = lambda: Picture({"demo": {"support": CANARY}})  # type: ignore[method-assign]
+            takes(service.gate.directory, lambda: Picture({"demo": {"support": CANARY}}))
             await soon(lambda: not service.gate.directory.is_blank)
             assert (await http.get("/readyz")).status_code == 200
             assert (await http.post("/v1/completions", json=ASK)).status_code == 200
             assert (await http.post("/v1/completions", json={**ASK, "model": "nobody"})).status_code == 404
-            service.gate.directory._take = _away  # type: ignore[method-assign]
+            takes(service.gate.directory, _away)
             await soon(lambda: bool(service.gate.directory.problem))
             assert (await http.post("/v1/completions", json=ASK)).status_code == 200, "what was known is served"
             assert (await http.get("/readyz")).status_code == 200
@@ -215,7 +220,7 @@ def test_keys_and_names_are_read_while_every_common_thread_is_held(tmp_path: Pat
             loop.set_default_executor(ThreadPoolExecutor(1))
             held = loop.run_in_executor(None, over.wait)
             try:
-                service.gate.directory._take = lambda: Picture({"demo": {"support": CANARY}})  # type: ignore[method-assign]
+                takes(service.gate.directory, lambda: Picture({"demo": {"support": CANARY}}))
                 await soon(lambda: service.gate.directory.picture.find("demo", "support") is not None, 5)
             finally:
                 over.set()

@@ -104,9 +104,7 @@ class Metric:
             return Measured(self.name, Interval(value, np.nan, np.nan), prepared.how, len(rows), num_groups)
         drawn = resampled(lambda w: prepared.score(w[:, codes]), num_groups, width=len(rows), halves=self.halves, seed=seed)
         interval = from_draws(value, np.clip(drawn, *RANGE[self.unit]), confidence)
-        if math.isclose(
-            interval.low, interval.high, rel_tol=1e-9, abs_tol=1e-12
-        ):  # all rows came out alike: draws of them say nothing of others
+        if math.isclose(interval.low, interval.high, rel_tol=1e-9, abs_tol=1e-12):  # rows that came out alike say nothing of others
             interval = Interval(value, np.nan, np.nan)
             if prepared.counted is not None and value in (0, 1):
                 counted = np.arange(num_groups)[codes][prepared.counted > 0]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ftcore.data.types import Conversation, Row, Text
 from ftcore.errors import ConfigError, DataError
+from ftcore.evals.answered import LIKELIHOODS
 from ftcore.evals.asked import Asked, asked_of
 from ftcore.evals.given import Given
 from ftcore.evals.tasks.base import TASKS, Task
@@ -32,7 +33,7 @@ class Documents(Task):
     item = Text
     in_words = False
     gives = ()
-    weighed = ("nll", "num_tokens", "num_bytes")
+    weighed = LIKELIHOODS
     usual = ("perplexity", "perplexity_byte")
     rows = "{text: a document}"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ftcore.data.types import Conversation
 from ftcore.errors import ConfigError
+from ftcore.evals.answered import LIKELIHOODS
 from ftcore.evals.asked import Asked
 from ftcore.evals.given import Given
 from ftcore.evals.tasks.base import TASKS, Task, solved
@@ -29,7 +30,7 @@ class Likelihood(Task):
     name = "likelihood"
     in_words = False
     gives = ("references",)
-    weighed = ("nll", "num_tokens", "num_bytes")
+    weighed = LIKELIHOODS
     usual = ("perplexity", "perplexity_byte")
 
     def check(self, rows: Sequence[Asked], *, weighs: bool) -> None:
